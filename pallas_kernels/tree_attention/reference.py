@@ -1,0 +1,131 @@
+"""Tree attention in plain XLA: the default on a CPU, the oracle of the kernels.
+
+The prefix is walked in blocks of whole pages with a running maximum and sum, so that
+work and memory follow the longest slot, not the capacity of the cache, and no T x S
+array exists.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+# Prefix rows per block: one block covers a short prompt, and the scores of a block
+# stay in a CPU's second-level cache.
+BLOCK_ROWS = 128
+# Up to here pages are copied one by one, which is a memcpy each; a gather is compiled
+# once whatever the batch, but computes an index per element on a CPU.
+MAX_SLICES = 16
+
+
+def tree_attention(
+    q,
+    kv_pages,
+    page_table,
+    lengths,
+    tree_kv,
+    tree_mask,
+    *,
+    scale,
+    window=None,
+    soft_cap=None,
+    tree_depth=None,
+):
+    """See `api.tree_attention`."""
+    B, T, N, H = q.shape
+    K, U = tree_kv.shape[1], tree_kv.shape[3]
+    G = N // K
+    R = T * G
+    q_BKRH = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, R, H)
+
+    def scores(keys_BKSH):
+        s = jnp.einsum(
+            "bkrh,bksh->bkrs",
+            q_BKRH,
+            keys_BKSH,
+            preferred_element_type=jnp.float32,
+            precision=_precision(q),
+        )
+        s = s * scale
+        return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+
+    def weigh(weights_BKRS, values_BKSH):
+        return jnp.einsum(
+            "bkrs,bksh->bkrh",
+            weights_BKRS.astype(q.dtype),
+            values_BKSH,
+            preferred_element_type=jnp.float32,
+            precision=_precision(q),
+        )
+
+    def rows(mask_BTS):
+        """[B, T, S] -> [B, 1, R, S]: the G queries of a node share its mask."""
+        return jnp.repeat(mask_BTS, G, axis=1)[:, None]
+
+    allowed = tree_mask
+    if window is not None:
+        depth_BT = tree_depth[:, U - T :]
+        allowed &= depth_BT[:, :, None] - tree_depth[:, None, :] < window
+    masked = jnp.where(rows(allowed), scores(tree_kv[:, :, 0]), -jnp.inf)
+    top = jnp.max(masked, axis=-1, keepdims=True)
+    weights = jnp.exp(masked - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    carry = top, total, weigh(weights, tree_kv[:, :, 1])
+
+    if kv_pages is not None:
+        page = kv_pages.shape[3]
+        per_block = min(max(1, BLOCK_ROWS // page), page_table.shape[1])
+        short = -page_table.shape[1] % per_block
+        table = jnp.pad(page_table, ((0, 0), (0, short)))
+        block = per_block * page
+
+        def body(i, carry):
+            top, total, out = carry
+            ids = lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)
+            kv_BK2SH = _read_pages(kv_pages, ids)
+            at_S = i * block + jnp.arange(block)
+            filled_BS = at_S[None] < lengths[:, None]
+            seen = filled_BS[:, None, None]
+            if window is not None:
+                position_BT = lengths[:, None] + depth_BT
+                seen = seen & rows(position_BT[:, :, None] - at_S < window)
+            s = jnp.where(seen, scores(kv_BK2SH[:, :, 0]), -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
+            safe = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
+            shrink = jnp.exp(top - safe)
+            weights = jnp.exp(s - safe)
+            # A row of an unused page may hold anything; 0 · NaN must not reach the sum.
+            values = jnp.where(filled_BS[:, None, :, None], kv_BK2SH[:, :, 1], 0)
+            return (
+                new_top,
+                total * shrink + jnp.sum(weights, axis=-1, keepdims=True),
+                out * shrink + weigh(weights, values),
+            )
+
+        blocks = (jnp.max(lengths) + block - 1) // block
+        carry = lax.fori_loop(0, blocks, body, carry)
+
+    _, total, out = carry
+    out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
+    out = out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
+    return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def _precision(q):
+    return lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+
+def _read_pages(kv_pages, ids_BJ):
+    """Pages [P, K, 2, page, H] named by ids [B, J] as rows [B, K, 2, J * page, H]."""
+    B, J = ids_BJ.shape
+    _, K, _, page, H = kv_pages.shape
+    if B * J <= MAX_SLICES:
+        copies = [
+            lax.dynamic_index_in_dim(kv_pages, ids_BJ[b, j], keepdims=False)
+            for b in range(B)
+            for j in range(J)
+        ]
+        kv = jnp.stack(copies).reshape(B, J, K, 2, page, H)
+    else:
+        kv = kv_pages[ids_BJ]
+    return kv.transpose(0, 2, 3, 1, 4, 5).reshape(B, K, 2, J * page, H)

@@ -1,0 +1,94 @@
+"""One decoder for the Llama family, and the one forward pass of the program.
+
+Prefill is a chain-shaped tree, plain decoding is a tree of one node, verification is a
+tree of T nodes, a drafter's level is W nodes on top of earlier levels. There is no
+second attention path for any of them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from treespec_jax.config import ModelConfig
+from treespec_jax.models.layers import Block, RMSNorm, param, rotary_angles
+from treespec_jax.models.linear import linear
+from treespec_jax.models.views import CacheView
+
+
+class Transformer(nnx.Module):
+    """Decoder-only transformer: RMSNorm, rotary, grouped queries, gated MLP.
+
+    Args:
+      config: the shape.
+      dtype: of the parameters and of the activations between operations; norms,
+        rotary angles, softmax and accumulation are float32.
+      rngs: for random parameters; `nnx.eval_shape` gives abstract ones.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        table = (config.vocab_size, config.embed_dim)
+        axes = ("vocab", "embed")
+        self.embedding = param(rngs, dtype, axes, table, config.embed_dim**-0.5)
+        self.layers = nnx.List(
+            [Block(config, dtype, rngs) for _ in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config, dtype, rngs)
+        if not config.tied_embeddings:
+            self.head = param(rngs, dtype, axes, table, config.embed_dim**-0.5)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        tree_mask_BTU: jax.Array,
+        cache: CacheView | None = None,
+        scratch: tuple[jax.Array, ...] | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Runs T new rows per slot on top of the cached prefix.
+
+        Never writes the cache (I1); `positions` are prefix length plus depth (I2); the
+        prefix is masked by its length alone (I3).
+
+        Args:
+          tokens_BT: int32 token ids.
+          positions_BT: int32 rotary positions.
+          tree_mask_BTU: bool, which of the U = E + T tree rows each new row sees: E
+            rows of `scratch`, then the new rows themselves.
+          cache: the prefix; None is an empty one.
+          scratch: per layer [B, K, 2, E, H], tree rows of earlier calls.
+
+        Returns:
+          hidden [D, R] before the final norm, R = B·T with B major, and per layer the
+          new rows' keys and values [B, K, 2, T, H].
+        """
+        tokens_R = tokens_BT.reshape(-1)
+        x_DR = self.embedding[...][tokens_R].T
+        cos_sin = rotary_angles(self.config, positions_BT.reshape(-1))
+        new = []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{i}"):
+                x_DR, kv = layer(
+                    x_DR,
+                    cos_sin,
+                    tree_mask_BTU,
+                    cache.pages[i] if cache is not None else None,
+                    cache,
+                    scratch[i] if scratch is not None else None,
+                )
+            new.append(kv)
+        return x_DR, tuple(new)
+
+    def logits(self, hidden_DR: jax.Array) -> jax.Array:
+        """float32 logits [V, R] of hidden rows, feature-major like everything else."""
+        with jax.named_scope("head"):
+            table = self.embedding if self.config.tied_embeddings else self.head
+            return linear(table[...], self.norm(hidden_DR), jnp.float32)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the model that `config` describes."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
