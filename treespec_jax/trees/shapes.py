@@ -1,0 +1,106 @@
+"""Tree shapes and the words that name them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from treespec_jax.errors import UserError
+from treespec_jax.trees.topology import Topology, chain, regular
+
+# A tree is verified in one pass and its mask is T x T: beyond this nothing gains.
+MAX_NODES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticShape:
+    """A tree whose topology is known before drafting."""
+
+    topology: Topology
+
+    @property
+    def num_nodes(self) -> int:
+        """T, the root included."""
+        return self.topology.num_nodes
+
+    @property
+    def depth(self) -> int:
+        """C, levels below the root."""
+        return self.topology.depth
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicShape:
+    """The `nodes` paths of best estimated chance, at most `depth` deep.
+
+    Attributes:
+      nodes: drafted nodes, the root not counted.
+      depth: levels below the root, one pass of the drafter each.
+      width: W, nodes that the drafter expands per level.
+      children: best children looked at per expanded node.
+    """
+
+    nodes: int
+    depth: int
+    width: int
+    children: int
+
+    @property
+    def num_nodes(self) -> int:
+        """T, the root included."""
+        return self.nodes + 1
+
+
+TreeShape = StaticShape | DynamicShape
+
+_GRAMMAR = "none, chain:LENGTH, regular:AxBxC or dynamic:NODES@DEPTH"
+
+
+def parse(text: str) -> TreeShape:
+    """Reads the name of a tree shape.
+
+    `none` is plain decoding; `chain:5` five nodes in a row; `regular:4x2x1` four
+    children of the root, two of each of those, one of each of those (20 nodes);
+    `dynamic:15@5` the 15 best paths down to depth 5, chosen anew at every step.
+    Node counts leave out the root: T is one more.
+
+    Raises:
+      UserError: not of that grammar, or more than MAX_NODES nodes.
+    """
+    text = str(text).strip()
+    kind, _, rest = text.partition(":")
+    if text == "none":
+        return StaticShape(Topology((-1,)))
+    if kind == "chain" and re.fullmatch(r"[1-9]\d*", rest):
+        _check_size(text, int(rest))
+        return StaticShape(chain(int(rest)))
+    if kind == "regular" and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest):
+        branching = tuple(int(part) for part in rest.split("x"))
+        if len(branching) > MAX_NODES:
+            _check_size(text, len(branching))
+        _check_size(
+            text, sum(math.prod(branching[: i + 1]) for i in range(len(branching)))
+        )
+        return StaticShape(regular(branching))
+    match = re.fullmatch(r"([1-9]\d*)@([1-9]\d*)", rest)
+    if kind == "dynamic" and match:
+        nodes, depth = int(match[1]), int(match[2])
+        _check_size(text, nodes)
+        if depth > nodes:
+            raise UserError(
+                f"tree {text!r}: {nodes} nodes cannot be {depth} deep; "
+                f"lower the depth to {nodes} at most"
+            )
+        # Half the nodes per level, and few children of each, lose next to nothing
+        # against a full best-first search, and keep the drafter's passes thin.
+        width = max(1, min(8, math.ceil(nodes / 2)))
+        return DynamicShape(nodes, depth, width, children=min(4, width) or 1)
+    raise UserError(f"tree {text!r} is malformed; write {_GRAMMAR}, all of them >= 1")
+
+
+def _check_size(text: str, nodes: int) -> None:
+    if nodes + 1 > MAX_NODES:
+        raise UserError(
+            f"tree {text!r} has {nodes} drafted nodes; at most {MAX_NODES - 1} fit"
+        )
