@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from treespec_jax.config import ModelConfig
 from treespec_jax.models.layers import Block, RMSNorm, param, rotary_angles
@@ -82,10 +83,12 @@ class Transformer(nnx.Module):
         return x_DR, tuple(new)
 
     def logits(self, hidden_DR: jax.Array) -> jax.Array:
-        """float32 logits [V, R] of hidden rows, feature-major like everything else."""
+        """float32 logits [R, V] of hidden rows [D, R]: a row per token from here on."""
         with jax.named_scope("head"):
             table = self.embedding if self.config.tied_embeddings else self.head
-            return linear(table[...], self.norm(hidden_DR), jnp.float32)
+            logits_VR = linear(table[...], self.norm(hidden_DR), jnp.float32)
+            # Without the barrier a CPU computes the transposed product, slowly.
+            return lax.optimization_barrier(logits_VR).T
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -1,0 +1,76 @@
+"""The paged cache on the device: per layer [P, K, 2, page, H].
+
+`commit` is the only writer in the program. Page 0 belongs to nobody: rows that must
+not be kept are written there, so that every write is unconditional and in place.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from treespec_jax.config import ModelConfig
+
+TRASH_PAGE = 0
+# Up to here rows are written one by one, in place; beyond, one scatter per layer.
+MAX_ROW_WRITES = 64
+
+
+def empty_pages(
+    config: ModelConfig, num_pages: int, page_size: int, dtype
+) -> tuple[jax.Array, ...]:
+    """Zeroed pages, one array per layer; `num_pages` counts the trash page."""
+    shape = (num_pages, config.num_kv_heads, 2, page_size, config.head_dim)
+    return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+
+def commit(
+    pages: tuple[jax.Array, ...],
+    page_table: jax.Array,
+    lengths: jax.Array,
+    kv: tuple[jax.Array, ...],
+    path_BC: jax.Array,
+    count_B: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Writes the first `count` rows of `path` after each slot's prefix.
+
+    Args:
+      pages: per layer [P, K, 2, page, H]; donated or carried, updated in place.
+      page_table: int32 [B, max_pages].
+      lengths: int32 [B], rows of prefix before the write.
+      kv: per layer [B, K, 2, T, H], a forward's own rows.
+      path_BC: int32 [B, C], which of the T rows to write, in order.
+      count_B: int32 [B], how many of them; the rest go to the trash page.
+
+    Returns:
+      The pages with the rows written.
+    """
+    B, C = path_BC.shape
+    page = pages[0].shape[3]
+    offset_C = jnp.arange(C)
+    at_BC = lengths[:, None] + offset_C
+    slot_BC = jnp.minimum(at_BC // page, page_table.shape[1] - 1)
+    ids_BC = jnp.take_along_axis(page_table, slot_BC, axis=1)
+    ids_BC = jnp.where(offset_C < count_B[:, None], ids_BC, TRASH_PAGE)
+    row_BC = at_BC % page
+
+    def write(layer_pages, layer_kv):
+        rows = jnp.take_along_axis(
+            layer_kv, path_BC[:, None, None, :, None], axis=3
+        ).astype(layer_pages.dtype)
+        if B * C > MAX_ROW_WRITES:
+            return layer_pages.at[ids_BC, :, :, row_BC].set(
+                rows.transpose(0, 3, 1, 2, 4)
+            )
+        for b in range(B):
+            for c in range(C):
+                layer_pages = lax.dynamic_update_slice(
+                    layer_pages,
+                    rows[b : b + 1, :, :, c : c + 1],
+                    (ids_BC[b, c], 0, 0, row_BC[b, c], 0),
+                )
+        return layer_pages
+
+    with jax.named_scope("commit"):
+        return tuple(write(p, k) for p, k in zip(pages, kv, strict=True))
