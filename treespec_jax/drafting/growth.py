@@ -1,0 +1,222 @@
+"""Growing a token tree level by level inside a jit, whatever drafts.
+
+A drafter supplies `expand`, which turns a level's tokens into logits; this module
+decides which children to keep. It proposes by `log q + g` with the noise g that the
+target will use at the same position, so that guesses lean towards what the target is
+about to choose; the chance that a child is right is estimated as
+softmax((log q + g) / tau).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from treespec_jax.acceptance import policy
+from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.trees.shapes import DynamicShape, StaticShape, TreeShape
+from treespec_jax.trees.token_tree import TokenTree, ancestors_of, static_tree
+
+# expand(tokens [B, W], depth, mask [B, W, E + W], scratch) -> logits [B, W, V], scratch
+Expand = Callable[[jax.Array, int, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def grow(
+    shape: TreeShape,
+    context: DraftContext,
+    root_logits_B1V: jax.Array,
+    expand: Expand,
+    tau: float,
+) -> TokenTree:
+    """Grows a tree of the given shape.
+
+    Args:
+      shape: static or dynamic.
+      context: root, sampling settings and noise.
+      root_logits_B1V: float32, the drafter's logits after the root.
+      expand: runs one level of nodes through the drafter.
+      tau: temperature of the estimated chance.
+    """
+    with jax.named_scope("grow"):
+        if isinstance(shape, StaticShape):
+            return _grow_static(shape, context, root_logits_B1V, expand, tau)
+        return _grow_dynamic(shape, context, root_logits_B1V, expand, tau)
+
+
+def best_children(logits_BWV, depth, count, context: DraftContext, tau):
+    """The `count` best next tokens of nodes at `depth`, best first.
+
+    Returns:
+      tokens int32 [B, W, count] and log chances float32 [B, W, count]; -inf where the
+      policy allows fewer tokens.
+    """
+
+    def pick(scores_BWV):
+        values, tokens = top_k(scores_BWV, count)
+        total = jax.nn.logsumexp(scores_BWV / tau, axis=-1, keepdims=True)
+        return tokens, jnp.minimum(values / tau - total, 0.0)
+
+    depth_BW = jnp.full(logits_BWV.shape[:2], depth, jnp.int32)
+    return lax.cond(
+        jnp.all(context.sampling.greedy),
+        lambda: pick(logits_BWV),
+        lambda: pick(
+            policy.perturbed(logits_BWV, depth_BW, context.noise, context.sampling)
+        ),
+    )
+
+
+def top_k(scores, count):
+    """`lax.top_k` with int32 indices."""
+    values, indices = lax.top_k(scores, count)
+    return values, indices.astype(jnp.int32)
+
+
+def _grow_static(shape: StaticShape, context, logits_BWV, expand, tau):
+    topology = shape.topology
+    B = context.root.shape[0]
+    tokens = [context.root[:, None]]
+    logprob = [jnp.zeros((B, 1), jnp.float32)]
+    scratch, rows = None, np.zeros(0, int)
+    for depth in range(topology.depth):
+        parents = topology.inner(depth)
+        if depth > 0:
+            rows = np.concatenate([rows, parents])
+            mask = topology.ancestors[np.ix_(parents, rows)]
+            column = parents - topology.level(depth)[0]
+            logits_BWV, scratch = expand(
+                tokens[depth][:, column],
+                depth,
+                jnp.broadcast_to(mask, (B, *mask.shape)),
+                scratch,
+            )
+        below = topology.level(depth + 1)
+        slot = np.searchsorted(parents, np.asarray(topology.parents)[below])
+        rank = topology.ranks[below]
+        drawn_BWJ, chance_BWJ = best_children(
+            logits_BWV, depth, int(rank.max()) + 1, context, tau
+        )
+        tokens.append(drawn_BWJ[:, slot, rank])
+        logprob.append(chance_BWJ[:, slot, rank])
+    return static_tree(
+        topology, jnp.concatenate(tokens, axis=1), jnp.concatenate(logprob, axis=1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidates:
+    """All children seen at one depth, each [B, n].
+
+    `parents` number candidates over all depths (-1 is the root); `slots` say which
+    expanded node of the level above a child came from.
+    """
+
+    tokens: jax.Array
+    chance: jax.Array
+    path: jax.Array
+    parents: jax.Array
+    slots: jax.Array
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[1]
+
+
+def _grow_dynamic(shape: DynamicShape, context, logits_BWV, expand, tau):
+    """Best-first within a beam of `width` expanded nodes per level.
+
+    All children seen are candidates; the tree is the best of them by path chance. A
+    path is never likelier than its parent's and is numbered after it, so that the best
+    ones always form a tree.
+    """
+    B = context.root.shape[0]
+    vocab = logits_BWV.shape[-1]
+    frontier_BW = jnp.full((B, 1), -1, jnp.int32)
+    path_BW = jnp.zeros((B, 1), jnp.float32)
+    width = min(shape.width, vocab)
+    levels = [
+        _children(logits_BWV, 0, width, frontier_BW, path_BW, context=context, tau=tau)
+    ]
+    mask_BWU = scratch = None
+    for depth in range(1, shape.depth):
+        above = levels[-1]
+        before = sum(level.count for level in levels[:-1])
+        width = min(shape.width, above.count)
+        path_BW, at_BW = top_k(above.path, width)
+        own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (B, width, width))
+        if mask_BWU is not None:
+            # A frontier node sees what the expanded node it came from sees.
+            slot_BW = jnp.take_along_axis(above.slots, at_BW, axis=1)
+            seen = jnp.take_along_axis(mask_BWU, slot_BW[:, :, None], axis=1)
+            own = jnp.concatenate([seen, own], axis=2)
+        mask_BWU = own
+        tokens_BW = jnp.take_along_axis(above.tokens, at_BW, axis=1)
+        logits_BWV, scratch = expand(tokens_BW, depth, mask_BWU, scratch)
+        count = min(shape.children, vocab)
+        levels.append(
+            _children(
+                logits_BWV,
+                depth,
+                count,
+                at_BW + before,
+                path_BW,
+                context=context,
+                tau=tau,
+            )
+        )
+    return _select(shape, context, levels)
+
+
+def _children(logits_BWV, depth, count, frontier_BW, path_BW, *, context, tau):
+    B, W, _ = logits_BWV.shape
+    tokens, chance = best_children(logits_BWV, depth, count, context, tau)
+    slot_WJ = jnp.arange(W, dtype=jnp.int32)[:, None]
+    return _Candidates(
+        tokens=tokens.reshape(B, -1),
+        chance=chance.reshape(B, -1),
+        path=(path_BW[:, :, None] + chance).reshape(B, -1),
+        parents=jnp.repeat(frontier_BW, count, axis=1),
+        slots=jnp.broadcast_to(slot_WJ, (B, W, count)).reshape(B, -1),
+    )
+
+
+def _select(shape: DynamicShape, context, levels: list[_Candidates]) -> TokenTree:
+    """The tree of the `nodes` candidates with the best path chance."""
+
+    def joined(name):
+        return jnp.concatenate([getattr(level, name) for level in levels], axis=1)
+
+    path = joined("path")
+    B, seen = path.shape
+    nodes = min(shape.nodes, seen)
+    _, best_BN = top_k(path, nodes)
+    kept_BN = jnp.sort(best_BN, axis=1)
+    # Node number of every candidate; those that were not kept are never asked.
+    number = jnp.zeros((B, seen), jnp.int32)
+    number = number.at[jnp.arange(B)[:, None], kept_BN].set(jnp.arange(1, nodes + 1))
+
+    def dressed(root_B1, x, fill):
+        x = jnp.concatenate([root_B1, jnp.take_along_axis(x, kept_BN, axis=1)], axis=1)
+        # A tiny vocabulary may not fill the tree.
+        return jnp.pad(x, ((0, 0), (0, shape.nodes - nodes)), constant_values=fill)
+
+    parents = joined("parents")
+    parent_node = jnp.take_along_axis(number, jnp.maximum(parents, 0), axis=1)
+    parent_node = jnp.where(parents < 0, 0, parent_node)
+    zero_B1 = jnp.zeros((B, 1), jnp.int32)
+    parents_BT = dressed(zero_B1, parent_node, 0)
+    ancestors = ancestors_of(parents_BT, shape.depth)
+    return TokenTree(
+        tokens=dressed(context.root[:, None], joined("tokens"), 0),
+        parents=parents_BT,
+        depth=jnp.sum(ancestors, axis=2, dtype=jnp.int32) - 1,
+        ancestors=ancestors,
+        valid=dressed(zero_B1 * 0.0, path, -jnp.inf) > -jnp.inf,
+        draft_logprob=dressed(zero_B1 * 0.0, joined("chance"), -jnp.inf),
+    )

@@ -1,0 +1,73 @@
+"""What the engine asks of a drafter."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+
+from treespec_jax.acceptance.policy import Sampling
+from treespec_jax.trees.token_tree import TokenTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftContext:
+    """What a drafter may look at when it proposes.
+
+    Attributes:
+      active: bool [B]; what an idle slot proposes is thrown away.
+      root: int32 [B], the newest emitted token.
+      lengths: int32 [B], tokens before the root; the root's absolute position.
+      page_table: int32 [B, max_pages], shared with the target.
+      sampling: the requests' settings.
+      noise: float32 [B, C + 1, V], the noise the target will use after depth 0..C.
+    """
+
+    active: jax.Array
+    root: jax.Array
+    lengths: jax.Array
+    page_table: jax.Array
+    sampling: Sampling
+    noise: jax.Array
+
+
+class Drafter(Protocol):
+    """Pure functions over a state of the drafter's own; every shape is static.
+
+    Attributes:
+      num_nodes: T, the root included.
+      depth: C, levels below the root.
+      module: the NNX module whose parameters the drafter uses, or None.
+    """
+
+    num_nodes: int
+    depth: int
+    module: nnx.Module | None
+
+    def with_module(self, module: nnx.Module | None) -> Drafter:
+        """The same drafter over other parameters (those bound inside a jit)."""
+
+    def begin(self, batch: int, num_pages: int, page_size: int) -> Any:
+        """An empty state for `batch` slots."""
+
+    def prefill(self, state, slot, tokens_1T, start, count, page_table_1P) -> Any:
+        """Takes in `count` prompt tokens of one slot at positions from `start`."""
+
+    def insert(self, state, slot, root, length) -> Any:
+        """The slot's prompt is in: `length` tokens, then `root` as newest."""
+
+    def propose(self, state, context: DraftContext) -> tuple[TokenTree, Any]:
+        """A tree below the root."""
+
+    def extend(self, state, emitted_BC, features, count_B) -> Any:
+        """Takes in the first `count` tokens that the last step emitted.
+
+        Args:
+          state: the drafter's.
+          emitted_BC: int32 [B, C + 1].
+          features: the target's hidden rows on the accepted path, [B, C + 1, D].
+          count_B: int32 [B]; 0 for an idle slot.
+        """
