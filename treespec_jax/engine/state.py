@@ -1,0 +1,68 @@
+"""What lives on the device between dispatches, and what the host decides for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from treespec_jax.acceptance.policy import Sampling
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Owned by the device and donated to every call.
+
+    Attributes:
+      pages: the target's cache, per layer [P, K, 2, page, H].
+      lengths: int32 [B], tokens in the cache; the root's absolute position.
+      root: int32 [B], the newest emitted token, whose K/V is not in the cache yet.
+      draft: the drafter's own state.
+    """
+
+    pages: tuple[jax.Array, ...]
+    lengths: jax.Array
+    root: jax.Array
+    draft: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """Owned by the host and sent with every dispatch.
+
+    Attributes:
+      page_table: int32 [B, max_pages].
+      remaining: int32 [B], tokens a slot may still emit; 0 is idle.
+      eos: int32 [B, E], tokens that end a slot's text, padded with -1.
+      sampling: settings per slot.
+      want_logprobs: bool [B].
+      max_steps: int32 [], steps to run at most, up to the compiled bound.
+    """
+
+    page_table: jax.Array
+    remaining: jax.Array
+    eos: jax.Array
+    sampling: Sampling
+    want_logprobs: jax.Array
+    max_steps: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outbox:
+    """What a dispatch tells the host; S is the compiled number of steps.
+
+    Attributes:
+      tokens: int32 [S, B, C + 1], tokens emitted at each step.
+      counts: int32 [S, B], how many of them; 0 for an idle slot.
+      logprobs: float32 [S, B, C + 1], of those tokens where asked for.
+      steps: int32 [], steps that ran.
+    """
+
+    tokens: jax.Array
+    counts: jax.Array
+    logprobs: jax.Array
+    steps: jax.Array

@@ -1,0 +1,109 @@
+"""Counts and times of a run, per request and summed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+
+@dataclasses.dataclass
+class Stats:
+    """What decoding did.
+
+    Attributes:
+      requests: finished or running requests counted here.
+      prompt_tokens: tokens of their prompts.
+      tokens: tokens emitted.
+      steps: steps in which the request was active.
+      nodes: T - 1, drafted nodes per step.
+      emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
+      prefill_seconds: wall time of prefill.
+      decode_seconds: wall time of decoding; requests of a batch overlap, so a sum over
+        requests is not the wall time of the batch.
+    """
+
+    requests: int = 1
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    nodes: int = 0
+    emitted_counts: list[int] = dataclasses.field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def record_step(self, emitted: int) -> None:
+        """Counts a step that emitted `emitted` tokens."""
+        self.steps += 1
+        self.tokens += emitted
+        self.emitted_counts[emitted] += 1
+
+    @property
+    def drafted(self) -> int:
+        """Drafted nodes, over all steps."""
+        return self.steps * self.nodes
+
+    @property
+    def accepted(self) -> int:
+        """Drafted nodes that were kept: every emitted token but one per step."""
+        return self.tokens - self.steps
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean emitted tokens per step, the bonus included."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens per second of decoding."""
+        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Share of steps that accepted a node at depth 1, 2, …, C."""
+        if not self.steps:
+            return []
+        return [
+            sum(self.emitted_counts[depth + 1 :]) / self.steps
+            for depth in range(1, len(self.emitted_counts) - 1)
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields and derived figures, for JSON."""
+        return {
+            **{
+                name: getattr(self, name)
+                for name in (
+                    "requests",
+                    "prompt_tokens",
+                    "tokens",
+                    "steps",
+                    "drafted",
+                    "accepted",
+                    "tokens_per_step",
+                    "acceptance_by_depth",
+                    "prefill_seconds",
+                    "decode_seconds",
+                    "tokens_per_second",
+                )
+            }
+        }
+
+
+def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float):
+    """Sums the counts of several requests; times are the batch's wall times."""
+    parts = list(parts)
+    counts = [0] * max((len(p.emitted_counts) for p in parts), default=0)
+    for part in parts:
+        for n, count in enumerate(part.emitted_counts):
+            counts[n] += count
+    return Stats(
+        requests=len(parts),
+        prompt_tokens=sum(p.prompt_tokens for p in parts),
+        tokens=sum(p.tokens for p in parts),
+        steps=sum(p.steps for p in parts),
+        nodes=max((p.nodes for p in parts), default=0),
+        emitted_counts=counts,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+    )

@@ -1,0 +1,196 @@
+"""The step: draft a tree, verify it in one forward pass, accept, commit.
+
+Pure and fixed in shape; `dispatch` runs many of them in one `lax.while_loop`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from treespec_jax.acceptance import policy
+from treespec_jax.acceptance.exact import exact_match
+from treespec_jax.cache import pages as paging
+from treespec_jax.cache.prefill import run_chunk
+from treespec_jax.drafting.protocol import DraftContext, Drafter
+from treespec_jax.engine.state import Control, DecodeState, Outbox
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.models.views import CacheView
+
+
+def verify(target: Transformer, tree, pages, page_table, lengths):
+    """One forward pass of the target over all nodes.
+
+    Returns:
+      logits float32 [B, T, V], hidden [D, B·T], new rows per layer [B, K, 2, T, H].
+    """
+    with jax.named_scope("verify"):
+        hidden_DR, kv = target(
+            tree.tokens,
+            lengths[:, None] + tree.depth,
+            tree.ancestors,
+            CacheView(pages, page_table, lengths),
+        )
+        logits = target.logits(hidden_DR).reshape(*tree.tokens.shape, -1)
+    return logits, hidden_DR, kv
+
+
+def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Control):
+    """Advances every active slot by one tree.
+
+    Returns:
+      the new state, the new control (what remains), emitted tokens [B, C + 1], their
+      counts [B] and log probabilities [B, C + 1].
+    """
+    vocab = target.config.vocab_size
+    depth = drafter.depth
+    active_B = control.remaining > 0
+    # An idle slot has no prefix, so that it costs nothing to attend over.
+    lengths = jnp.where(active_B, state.lengths, 0)
+    noise = policy.step_noise(control.sampling, lengths + 1, depth + 1, vocab)
+    context = DraftContext(
+        active=active_B,
+        root=state.root,
+        lengths=lengths,
+        page_table=control.page_table,
+        sampling=control.sampling,
+        noise=noise,
+    )
+    with jax.named_scope("draft"):
+        tree, draft = drafter.propose(state.draft, context)
+    logits_BTV, hidden_DR, kv = verify(
+        target, tree, state.pages, control.page_table, lengths
+    )
+    with jax.named_scope("accept"):
+        choice_BT = policy.choose(logits_BTV, tree.depth, noise, control.sampling)
+        verdict = exact_match(tree, choice_BT, depth)
+        count_B, ended_B = _cut(verdict, control)
+        count_B = jnp.where(active_B, count_B, 0)
+        logprobs_BC = _logprobs(logits_BTV, verdict, control)
+    pages = paging.commit(
+        state.pages, control.page_table, lengths, kv, verdict.path, count_B
+    )
+    last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
+    newest_B = jnp.take_along_axis(verdict.emitted, last_B1, axis=1)[:, 0]
+    with jax.named_scope("extend"):
+        features_DBT = hidden_DR.reshape(hidden_DR.shape[0], *tree.tokens.shape)
+        features_DBC = jnp.take_along_axis(features_DBT, verdict.path[None], axis=2)
+        draft = drafter.extend(
+            draft, verdict.emitted, features_DBC.transpose(1, 2, 0), count_B
+        )
+    state = DecodeState(
+        pages=pages,
+        lengths=state.lengths + count_B,
+        root=jnp.where(active_B, newest_B, state.root),
+        draft=draft,
+    )
+    left_B = jnp.where(ended_B, 0, control.remaining - count_B)
+    control = dataclasses.replace(control, remaining=left_B)
+    return state, control, verdict.emitted, count_B, logprobs_BC
+
+
+def _cut(verdict, control: Control):
+    """Tokens to keep per slot: up to the limit, and up to an end-of-text token."""
+    count_B = jnp.minimum(verdict.count + 1, control.remaining)
+    is_end_BC = jnp.any(verdict.emitted[:, :, None] == control.eos[:, None, :], axis=-1)
+    at_C = jnp.arange(verdict.emitted.shape[1])
+    is_end_BC &= at_C < count_B[:, None]
+    ended_B = jnp.any(is_end_BC, axis=1)
+    first_B = jnp.argmax(is_end_BC, axis=1).astype(jnp.int32)
+    return jnp.where(ended_B, first_B + 1, count_B), ended_B
+
+
+def _logprobs(logits_BTV, verdict, control: Control):
+    """Log p of the emitted tokens [B, C + 1]; computed only when somebody asked."""
+
+    def compute():
+        rows = jnp.take_along_axis(logits_BTV, verdict.path[:, :, None], axis=1)
+        total = jax.nn.logsumexp(rows, axis=-1)
+        own = jnp.take_along_axis(rows, verdict.emitted[:, :, None], axis=2)[..., 0]
+        return own - total
+
+    return lax.cond(
+        jnp.any(control.want_logprobs),
+        compute,
+        lambda: jnp.zeros(verdict.path.shape, jnp.float32),
+    )
+
+
+def dispatch(
+    target: Transformer,
+    drafter: Drafter,
+    state: DecodeState,
+    control: Control,
+    steps: int,
+) -> tuple[DecodeState, Outbox]:
+    """Runs up to `steps` steps, fewer when every slot is done."""
+    B, width = state.root.shape[0], drafter.depth + 1
+    outbox = Outbox(
+        tokens=jnp.zeros((steps, B, width), jnp.int32),
+        counts=jnp.zeros((steps, B), jnp.int32),
+        logprobs=jnp.zeros((steps, B, width), jnp.float32),
+        steps=jnp.zeros((), jnp.int32),
+    )
+
+    def unfinished(carry):
+        _, remaining, outbox = carry
+        return jnp.any(remaining > 0) & (outbox.steps < control.max_steps)
+
+    def body(carry):
+        state, remaining, outbox = carry
+        now = dataclasses.replace(control, remaining=remaining)
+        state, now, tokens, counts, logprobs = step(target, drafter, state, now)
+        at = outbox.steps
+        outbox = Outbox(
+            tokens=lax.dynamic_update_index_in_dim(outbox.tokens, tokens, at, 0),
+            counts=lax.dynamic_update_index_in_dim(outbox.counts, counts, at, 0),
+            logprobs=lax.dynamic_update_index_in_dim(outbox.logprobs, logprobs, at, 0),
+            steps=at + 1,
+        )
+        return state, now.remaining, outbox
+
+    state, _, outbox = lax.while_loop(
+        unfinished, body, (state, control.remaining, outbox)
+    )
+    return state, outbox
+
+
+def prefill(
+    target: Transformer,
+    drafter: Drafter,
+    state: DecodeState,
+    slot: jax.Array,
+    tokens_1T: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    root: jax.Array,
+    page_table_1P: jax.Array,
+) -> DecodeState:
+    """Takes in a chunk of one slot's prompt; leaves the slot ready to step from `root`.
+
+    Args:
+      target: the model.
+      drafter: it sees the same chunk.
+      state: of all slots.
+      slot: int32.
+      tokens_1T: int32 [1, T], the first `count` real.
+      start: int32, absolute position of the first.
+      count: int32, may be 0.
+      root: int32, the prompt token after the chunk.
+      page_table_1P: int32 [1, max_pages].
+    """
+    with jax.named_scope("prefill"):
+        pages = run_chunk(target, state.pages, tokens_1T, start, count, page_table_1P)
+        draft = drafter.prefill(
+            state.draft, slot, tokens_1T, start, count, page_table_1P
+        )
+    length = start + count
+    return DecodeState(
+        pages=pages,
+        lengths=state.lengths.at[slot].set(length),
+        root=state.root.at[slot].set(root),
+        draft=drafter.insert(draft, slot, root, length),
+    )
