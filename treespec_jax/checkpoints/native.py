@@ -1,0 +1,291 @@
+"""The package's own folders: `metadata.json`, `params/` (orbax) and the tokenizer.
+
+A folder is written beside its destination and renamed at the end, so that one that is
+there is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from treespec_jax.checkpoints.huggingface import first_line, read_json
+from treespec_jax.checkpoints.placement import (
+    Progress,
+    abstract_parameters,
+    check_dtype,
+    check_finite,
+    check_shape,
+    concrete,
+    dotted,
+)
+from treespec_jax.checkpoints.tokenizers import Tokenizer, load_tokenizer
+from treespec_jax.config import ModelConfig, from_mapping
+from treespec_jax.errors import UserError
+from treespec_jax.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from treespec_jax.checkpoints.loading import LoadedModel
+
+METADATA = "metadata.json"
+PARAMS = "params"
+FORMAT = "treespec-jax"
+VERSION = 1
+_BATCH = 32 << 20
+
+
+def is_native(path: Path) -> bool:
+    """Whether `path` is, or claims to be, a folder that `save` wrote."""
+    return (path / METADATA).is_file()
+
+
+def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
+    """Writes a model that `load` reads back, tokenizer included.
+
+    An earlier folder of this kind at `path` is replaced, once the new one is whole.
+
+    Args:
+      loaded: what to write.
+      path: the folder to make; its parents are made too.
+      dtype: float32, bfloat16 or float16; None: that of the model.
+
+    Raises:
+      UserError: `path` holds something else, cannot be written, or a parameter holds
+        NaN or infinity.
+    """
+    path = Path(path).expanduser().absolute()
+    wanted = check_dtype(dtype or loaded.dtype)
+    _check_free(path)
+    arrays = _arrays(loaded.model, wanted, loaded.source)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with _writing(path):
+            partial.mkdir(parents=True)
+            _write_params(arrays, partial / PARAMS)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save(partial)
+            text = json.dumps(_metadata(loaded, wanted), indent=2)
+            (partial / METADATA).write_text(text + "\n", encoding="utf-8")
+            _move_into_place(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read(
+    path: Path, dtype: np.dtype | None, progress: Progress = iter
+) -> tuple[ModelConfig, Transformer, Tokenizer | None, str, np.dtype]:
+    """Reads a folder that `save` wrote: config, model, tokenizer, source name, dtype.
+
+    Raises:
+      UserError: written by a later version, damaged, or names and shapes of the
+        parameters are not those that its configuration asks for.
+    """
+    values = read_json(path / METADATA)
+    _check_format(path, values)
+    fields = values["model"]
+    config = from_mapping(ModelConfig, fields, f"{path / METADATA}: model")
+    wanted = dtype or check_dtype(values.get("dtype"))
+    tokenizer = None
+    if values.get("tokenizer"):
+        about = values["tokenizer"]
+        tokenizer = load_tokenizer(
+            path / about["file"], about.get("bos_id"), tuple(about.get("eos_ids", ()))
+        )
+    model = _read_params(path / PARAMS, config, wanted, progress)
+    return config, model, tokenizer, path.name, wanted
+
+
+def _metadata(loaded: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
+    tokenizer = loaded.tokenizer
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "family": "llama",
+        "source": loaded.source,
+        "dtype": dtype.name,
+        "model": dataclasses.asdict(loaded.config),
+        "tokenizer": tokenizer
+        and {
+            "file": tokenizer.file_name,
+            "bos_id": tokenizer.bos_id,
+            "eos_ids": tokenizer.eos_ids,
+        },
+    }
+
+
+def _check_format(path: Path, values: Mapping[str, Any]) -> None:
+    where = path / METADATA
+    if values.get("format") != FORMAT:
+        raise UserError(f"{where} was not written by {FORMAT}; check the path")
+    if values.get("version") != VERSION or values.get("family") != "llama":
+        raise UserError(
+            f"{where}: version {values.get('version')!r} of family "
+            f"{values.get('family')!r} is not known here; update {FORMAT}, or convert "
+            "the original again"
+        )
+    if not isinstance(values.get("model"), dict):
+        raise UserError(f"{where} lacks 'model'; convert the original again")
+    tokenizer = values.get("tokenizer")
+    if tokenizer and not (isinstance(tokenizer, dict) and "file" in tokenizer):
+        raise UserError(f"{where}: tokenizer lacks 'file'; convert the original again")
+
+
+def _check_free(path: Path) -> None:
+    if path.is_dir():
+        if not any(path.iterdir()):
+            return
+        with contextlib.suppress(UserError):
+            if read_json(path / METADATA).get("format") == FORMAT:
+                return
+        raise UserError(
+            f"output {path} is not empty and not a converted checkpoint; choose "
+            "another folder"
+        )
+    if path.exists():
+        raise UserError(f"output {path} is a file; choose a folder")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    # orbax reports a full disk as ValueError or RuntimeError.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {path}: {reason}") from None
+
+
+def _move_into_place(partial: Path, path: Path) -> None:
+    old = None
+    if path.exists():
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        path.rename(old)
+    partial.rename(path)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _arrays(model: Transformer, dtype: np.dtype, source: str) -> dict[str, jax.Array]:
+    arrays = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = leaf[...].astype(dtype)
+        check_finite(np.asarray(value), dotted(path), source)
+        arrays[dotted(path)] = value
+    return arrays
+
+
+def _write_params(arrays: Mapping[str, jax.Array], folder: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(arrays)))
+    # Holds nothing but the path at which it was written; object stores need it, a
+    # folder is whole because it was renamed.
+    (folder / "commit_success.txt").unlink(missing_ok=True)
+
+
+def _read_params(
+    folder: Path, config: ModelConfig, dtype: np.dtype, progress: Progress
+) -> Transformer:
+    """Restores into the abstract model, cast to `dtype` on the way."""
+    import orbax.checkpoint as ocp
+
+    graph, state, flat = abstract_parameters(config, dtype)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+        for path, leaf in flat.items()
+    }
+    arrays: dict[str, jax.Array] = {}
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            _check_stored(folder, checkpointer.metadata(folder), wanted)
+            for batch in progress(_batches(wanted)):
+                tree = _nested(batch)
+                args = ocp.args.PyTreeRestore(
+                    tree,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                    partial_restore=True,
+                )
+                arrays.update(_flat(checkpointer.restore(folder, args=args)))
+                for path in batch:
+                    check_finite(np.asarray(arrays[path]), path, folder)
+    except UserError:
+        raise
+    # Damaged files surface as any of these, from several libraries.
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{folder} cannot be read ({first_line(error)}); it is damaged or "
+            "incomplete, convert or copy it again"
+        ) from None
+    return concrete(graph, state, arrays)
+
+
+def _batches(wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Parameters to restore together, largest first.
+
+    What a restore holds besides its result grows with what it restores at once; a call
+    costs tens of milliseconds whatever its size. Hence batches of `_BATCH` bytes.
+    """
+    batches: list[dict[str, Any]] = []
+    room = 0
+    for path, leaf in sorted(wanted.items(), key=lambda item: -item[1].size):
+        size = leaf.size * leaf.dtype.itemsize
+        if size > room:
+            batches.append({})
+            room = _BATCH
+        batches[-1][path] = leaf
+        room -= size
+    return batches
+
+
+def _check_stored(folder: Path, metadata: Any, wanted: Mapping[str, Any]) -> None:
+    stored = _flat(metadata.item_metadata.tree)
+    missing = sorted(set(wanted) - set(stored))
+    unread = sorted(set(stored) - set(wanted))
+    if missing:
+        raise UserError(
+            f"{folder}: tensor {missing[0]} is missing; convert the original again"
+        )
+    if unread:
+        raise UserError(
+            f"{folder}: tensor {unread[0]} would stay unread; {METADATA} does not "
+            "belong to it, convert the original again"
+        )
+    for path, leaf in wanted.items():
+        check_shape(folder, path, stored[path].shape, leaf.shape)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def _flat(tree: Mapping[str, Any], front: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} -> {"a.b": x}."""
+    flat = {}
+    for name, leaf in tree.items():
+        if isinstance(leaf, Mapping):
+            flat.update(_flat(leaf, f"{front}{name}."))
+        else:
+            flat[f"{front}{name}"] = leaf
+    return flat
