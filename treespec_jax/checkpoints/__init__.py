@@ -1,7 +1,7 @@
 """Checkpoints and tokenizers: read three formats, write one."""
 
 from treespec_jax.checkpoints.loading import LoadedModel, load
-from treespec_jax.checkpoints.native import save
+from treespec_jax.checkpoints.native import check_output, save
 from treespec_jax.checkpoints.tokenizers import (
     TextStream,
     Tokenizer,
@@ -13,6 +13,7 @@ __all__ = [
     "LoadedModel",
     "TextStream",
     "Tokenizer",
+    "check_output",
     "load",
     "load_tokenizer",
     "same_vocabulary",

@@ -65,7 +65,7 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
     """
     path = Path(path).expanduser().absolute()
     wanted = check_dtype(dtype or loaded.dtype)
-    _check_free(path)
+    check_output(path)
     arrays = _arrays(loaded.model, wanted, loaded.source)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -140,7 +140,13 @@ def _check_format(path: Path, values: Mapping[str, Any]) -> None:
         raise UserError(f"{where}: tokenizer lacks 'file'; convert the original again")
 
 
-def _check_free(path: Path) -> None:
+def check_output(path: str | Path) -> None:
+    """Checks that `save` may write to `path`, to fail before a long run, not after.
+
+    Raises:
+      UserError: `path` holds something that `save` did not write.
+    """
+    path = Path(path).expanduser()
     if path.is_dir():
         if not any(path.iterdir()):
             return
