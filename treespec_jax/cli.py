@@ -14,6 +14,9 @@ from treespec_jax.errors import UserError
 USER_ERROR = 2
 INTERRUPTED = 130
 
+# Names of the flags that `define_config` made.
+_config_flags: list[str] = []
+
 
 def run(
     main: Callable[[list[str]], Any], argv: Sequence[str] | None = None
@@ -53,6 +56,24 @@ def run(
         sys.exit(INTERRUPTED)
 
 
+def define_config(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
+    """Defines a flag that names a ml_collections file: --config=x.py --config.key=1.
+
+    ml_collections reads the command line while such a flag is being defined, before
+    any `main` can catch what goes wrong, and keeps a failure to load the file for the
+    first use of the value. Here both become the usual line and exit code 2.
+    """
+    from ml_collections import config_flags
+
+    try:
+        holder = config_flags.DEFINE_config_file(name, default, help_text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(_about_config(error))
+
+    _config_flags.append(name)
+    return holder
+
+
 def fail(message: str) -> NoReturn:
     """Prints the message as one line on stderr and exits with code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
@@ -69,12 +90,41 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise UserError(f"{error} (--help lists the flags)") from None
     # What a configuration file named by a flag, or an override of it, runs into.
-    except (AttributeError, ImportError, KeyError, SyntaxError) as error:
-        raise UserError(f"configuration: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"configuration: {error}") from None
+    except (
+        AttributeError,
+        ImportError,
+        KeyError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UserError(_about_config(error)) from None
+    for name in _config_flags:
+        _check_loaded(name)
     if len(rest) > 1:
         raise UserError(
             f"argument {rest[1]!r} is not a flag; give --name=value (--help lists them)"
         )
     return rest
+
+
+def _check_loaded(name: str) -> None:
+    from ml_collections import config_flags
+
+    config = flags.FLAGS[name].value
+    try:
+        if config is not None:
+            config.keys()
+    except OSError:
+        path = config_flags.get_config_filename(flags.FLAGS[name])
+        raise UserError(
+            f"--{name}={path} is not a file to read settings from"
+        ) from None
+
+
+def _about_config(error: Exception) -> str:
+    """ml_collections reports an unknown key as a quoted KeyError or AttributeError."""
+    reason = str(error).strip("\"'")
+    if isinstance(error, (AttributeError, KeyError)) and reason.isidentifier():
+        return f"the configuration has no key {reason!r}"
+    return f"configuration: {reason}"
