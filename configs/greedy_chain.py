@@ -1,0 +1,13 @@
+"""Greedy decoding with a short chain: the cheapest tree there is.
+
+Give the models by flag: --target=PATH --draft=PATH.
+"""
+
+from treespec_jax.experiments.settings import default_config
+
+
+def get_config():
+    config = default_config()
+    config.tree = "chain:3"
+    config.sampling.temperature = 0.0
+    return config

@@ -1,0 +1,25 @@
+"""The benchmark of a 110M target with a 5M drafter, one text at a time.
+
+Give the models by flag: --target=PATH --draft=PATH --tokenizer=PATH.
+"""
+
+from treespec_jax.experiments.settings import default_config
+
+
+def get_config():
+    config = default_config()
+    config.dtype = "float32"
+    config.tree = "chain:3"
+    config.sampling.max_tokens = 128
+    config.engine.max_batch = 1
+    config.engine.max_len = 256
+    config.benchmark.shapes = (
+        "none",
+        "chain:3",
+        "chain:5",
+        "regular:3x2x1",
+        "dynamic:7@4",
+        "dynamic:15@5",
+    )
+    config.benchmark.repeat = 3
+    return config

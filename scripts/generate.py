@@ -1,0 +1,81 @@
+"""Continues prompts with a target model and a drafter; see --help and README.md."""
+
+import time
+
+_STARTED = time.perf_counter()
+
+from absl import flags  # noqa: E402
+
+from treespec_jax import cli  # noqa: E402
+from treespec_jax.experiments import prompts, settings  # noqa: E402
+from treespec_jax.experiments.flags import define_config  # noqa: E402
+
+_CONFIG = define_config()
+_TARGET = flags.DEFINE_string(
+    "target", None, "target's checkpoint; else the bundled one"
+)
+_DRAFT = flags.DEFINE_string("draft", None, "drafter's checkpoint")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer file, if not the own")
+_TREE = flags.DEFINE_string("tree", None, "none, chain:5, regular:4x2x1, dynamic:15@5")
+_PROMPT = flags.DEFINE_string("prompt", None, "the text to continue")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "a prompt a line, or .jsonl with a prompt in each object"
+)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "tokens to emit at most")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy")
+_TOP_K = flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens; 0: all")
+_TOP_P = flags.DEFINE_float("top_p", None, "keep this mass of likeliest tokens")
+_MIN_P = flags.DEFINE_float("min_p", None, "keep tokens this likely against the best")
+_SEED = flags.DEFINE_integer("seed", None, "of the noise")
+_STOP = flags.DEFINE_multi_string("stop", None, "text that ends the output; repeatable")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", None, "go on past the end of text")
+_LOGPROBS = flags.DEFINE_bool("logprobs", None, "log p of every token, with --json")
+_DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16")
+_MAX_LEN = flags.DEFINE_integer("max_len", None, "tokens per text, prompt included")
+_MAX_BATCH = flags.DEFINE_integer("max_batch", None, "texts decoded together")
+_PAGE_SIZE = flags.DEFINE_integer("page_size", None, "cache rows per page")
+_STEPS = flags.DEFINE_integer("steps_per_dispatch", None, "steps per host round trip")
+_COMPARE = flags.DEFINE_bool("compare", False, "decode plainly too and compare")
+_JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of text")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "its folder; else the user's cache folder; '' is none"
+)
+
+
+def main(_):
+    texts = prompts.choose(_PROMPT.value, _PROMPTS_FILE.value)
+    experiment = settings.build(
+        _CONFIG.value,
+        {
+            "target": _TARGET.value,
+            "draft": _DRAFT.value,
+            "tokenizer": _TOKENIZER.value,
+            "tree": _TREE.value,
+            "dtype": _DTYPE.value,
+            "sampling.max_tokens": _MAX_TOKENS.value,
+            "sampling.temperature": _TEMPERATURE.value,
+            "sampling.top_k": _TOP_K.value,
+            "sampling.top_p": _TOP_P.value,
+            "sampling.min_p": _MIN_P.value,
+            "sampling.seed": _SEED.value,
+            "sampling.stop": _STOP.value,
+            "sampling.ignore_eos": _IGNORE_EOS.value,
+            "sampling.logprobs": _LOGPROBS.value,
+            "engine.max_len": _MAX_LEN.value,
+            "engine.max_batch": _MAX_BATCH.value,
+            "engine.page_size": _PAGE_SIZE.value,
+            "engine.steps_per_dispatch": _STEPS.value,
+        },
+    )
+    experiment = experiment.with_paths(needs_drafter=not experiment.plain)
+
+    # Heavy imports only now, so that a bad flag answers at once.
+    from treespec_jax.experiments import generate, runtime
+
+    runtime.set_up(_CACHE.value)
+    job = generate.Job(experiment, texts, _COMPARE.value, _JSON.value, _STARTED)
+    generate.run(job)
+
+
+if __name__ == "__main__":
+    cli.run(main)

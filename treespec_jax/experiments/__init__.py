@@ -1,0 +1,1 @@
+"""What the scripts generate.py and benchmark.py do; nothing else imports this."""

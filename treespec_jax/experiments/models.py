@@ -1,0 +1,97 @@
+"""From settings to loaded weights and engines that share them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from treespec_jax.config import SamplingParams
+from treespec_jax.experiments.settings import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A target and, unless decoding is plain, a drafter (`checkpoints.LoadedModel`)."""
+
+    target: object
+    draft: object | None
+
+
+def load_pair(settings: Experiment) -> Pair:
+    """Reads the weights that `settings` name.
+
+    Raises:
+      UserError: a checkpoint that cannot be read.
+    """
+    import jax
+
+    from treespec_jax.checkpoints import load
+
+    dtype = settings.dtype or None
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"
+    tokenizer = settings.tokenizer or None
+    target = load(settings.target, dtype, tokenizer=tokenizer)
+    if not settings.draft:
+        return Pair(target, None)
+    return Pair(target, load(settings.draft, target.dtype, tokenizer=tokenizer))
+
+
+def make_llm(settings: Experiment, pair: Pair, tree: str):
+    """An `LLM` with an engine of its own over the shared weights.
+
+    Raises:
+      UserError: vocabularies that differ, or sizes that do not fit.
+    """
+    from treespec_jax import LLM
+
+    engine = settings.engine
+    speculative = None
+    if tree != "none":
+        speculative = {
+            "method": "draft_model",
+            "model": pair.draft,
+            "tree": tree,
+            "tau": settings.tau,
+        }
+    return LLM(
+        pair.target,
+        speculative=speculative,
+        **{f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)},
+    )
+
+
+def encode(
+    llm, prompts: Iterable[str], params: SamplingParams
+) -> list[Sequence[int] | str]:
+    """Token ids of the prompts, after checking that each can be served.
+
+    Raises:
+      UserError: no tokenizer, an empty prompt, or one longer than max_len.
+    """
+    from treespec_jax.engine.engine import Request
+    from treespec_jax.errors import UserError
+
+    if llm.tokenizer is None:
+        raise UserError(
+            "the target's checkpoint has no tokenizer; name one with --tokenizer=PATH"
+        )
+    encoded = [llm.tokenizer.encode(prompt) for prompt in prompts]
+    for ids in encoded:
+        llm.engine.check(Request(prompt=ids, params=params))
+    return encoded
+
+
+def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
+    """Compiles all that these prompts will run, on prompts just long enough for it."""
+    from treespec_jax.engine.engine import prefill_plan
+
+    config = llm.engine.config
+    sizes = {
+        size
+        for prompt in prompts
+        for _, size, _ in prefill_plan(len(prompt) - 1, config.prefill_chunks)
+    }
+    for size in sorted(sizes):
+        length = min(size + 1, config.max_len - 1)
+        llm.generate([[0] * length], SamplingParams(max_tokens=1, ignore_eos=True))
