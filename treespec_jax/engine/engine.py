@@ -159,12 +159,8 @@ class Engine:
         """Pages that belong to no request."""
         return self._allocator.free
 
-    def submit(self, request: Request) -> None:
-        """Queues a request.
-
-        Raises:
-          UserError: an empty prompt, or one without room for a single new token.
-        """
+    def check(self, request: Request) -> None:
+        """Raises UserError: an empty prompt, or one without room for a new token."""
         if not request.prompt:
             raise UserError("the prompt is empty; give at least one token")
         if len(request.prompt) >= self.config.max_len:
@@ -172,6 +168,10 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens, max_len is "
                 f"{self.config.max_len}; shorten it or raise max_len"
             )
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; raises what `check` raises."""
+        self.check(request)
         request.stats.prompt_tokens = len(request.prompt)
         request.stats.nodes = self.drafter.num_nodes - 1
         request.stats.emitted_counts = [0] * (self.drafter.depth + 2)
