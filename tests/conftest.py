@@ -1,0 +1,53 @@
+"""Shared tiny models. Fixtures are session-wide: compiling is what tests pay for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from treespec_jax.config import ModelConfig
+from treespec_jax.models.transformer import Transformer
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_debug_key_reuse", False)
+
+TINY = ModelConfig(
+    vocab_size=97,
+    embed_dim=32,
+    mlp_dim=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=256,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_target() -> Transformer:
+    """A random target with logits spread enough to be far from ties."""
+    model = Transformer(TINY, rngs=nnx.Rngs(0))
+    model.norm.scale[...] = model.norm.scale[...] * 3.0
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(tiny_target) -> Transformer:
+    """The target's first layer between its embedding and head: right now and then."""
+    model = Transformer(dataclasses.replace(TINY, num_layers=1), rngs=nnx.Rngs(1))
+    model.embedding[...] = tiny_target.embedding[...]
+    model.head[...] = tiny_target.head[...]
+    model.norm.scale[...] = tiny_target.norm.scale[...]
+    nnx.update(model.layers[0], nnx.state(tiny_target.layers[0]))
+    return model
+
+
+@pytest.fixture(scope="session")
+def ragged_prompts() -> list[list[int]]:
+    """Five prompts from one token to several chunks and pages long."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 97, n).tolist() for n in (1, 5, 17, 40, 3)]
