@@ -1,0 +1,266 @@
+"""A whole training run: text in, checkpoints and an exported model out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import nnx
+
+from treespec_jax.errors import UserError
+from treespec_jax.models.flat import FlatModule
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.training import curve, data, export, measure, vocabulary
+from treespec_jax.training.settings import TrainConfig
+from treespec_jax.training.state import (
+    TrainState,
+    learning_rate,
+    make_optimizer,
+    make_step,
+)
+from treespec_jax.training.store import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+      finished: the schedule is complete; otherwise the same command goes on.
+      step: steps done.
+      held_out: best held-out loss, nats per token.
+      best_step: where it was reached; these parameters are exported.
+      model_path: the exported model, if finished.
+      agreement: with the teacher, if there is one and the run is finished.
+      sample: text after the sample prompt, if finished.
+    """
+
+    finished: bool
+    step: int
+    held_out: float | None = None
+    best_step: int | None = None
+    model_path: pathlib.Path | None = None
+    agreement: measure.Agreement | None = None
+    sample: str = ""
+
+
+def train(config: TrainConfig) -> Result:
+    """Trains, or goes on with, the run that `config` describes.
+
+    A run that is stopped in any way and started again with the same settings ends in
+    the same bits as one that was not.
+
+    Raises:
+      UserError: text, vocabulary, teacher or output folder cannot be used, or the
+        output folder belongs to a run with other settings.
+    """
+    run = config.run
+    folder = pathlib.Path(run.output)
+    newest, best = Store(folder / "newest"), Store(folder / "best")
+    tokenizer = _tokenizer(config, folder)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model,
+            vocab_size=tokenizer.get_piece_size(),
+            bos_id=tokenizer.bos_id(),
+            eos_ids=(tokenizer.eos_id(),),
+        ),
+    )
+    documents = [data.read_documents(source) for source in config.data.sources]
+    rows = data.load_rows(config.data, documents, tokenizer.encode)
+    teacher = _teacher(config)
+
+    model = Transformer(config.model, rngs=nnx.Rngs(config.seed))
+    flat = FlatModule(model)
+    optimizer = make_optimizer(config.optimizer)
+    state = TrainState(
+        flat.leaves, optimizer.init(flat.leaves), jnp.zeros((), jnp.int32)
+    )
+    identity = config.identity() | {"text": rows.fingerprint}
+    identity = json.loads(json.dumps(identity))  # as it will be read back
+    notes = newest.notes() or {"identity": identity, "curve": []}
+    _check_same(notes["identity"], identity, folder)
+    if newest.notes():
+        state = newest.restore(state)
+    state = _advance(config, state, flat, teacher, optimizer, rows, newest, best, notes)
+
+    done = int(state.step)
+    if done < config.optimizer.steps:
+        return Result(False, done)
+    best_notes = best.notes()
+    leaves = best.restore(flat.leaves)
+    final = FlatModule(flat.bind(leaves))
+    sample = measure.continue_greedily(
+        final,
+        [vocabulary.BOS, *tokenizer.encode(run.sample)],
+        config.data.row_tokens // 2,
+        vocabulary.EOS,
+    )
+    micro_rows = config.data.micro_rows
+    path = export.save_model(
+        folder / "model",
+        config.model,
+        flat.bind(leaves),
+        folder / vocabulary.FILE_NAME,
+        run.export_dtype,
+    )
+    agreement = None
+    if teacher is not None:
+        agreement = measure.agreement(teacher, final, rows.held_out, micro_rows)
+    return Result(
+        True,
+        done,
+        best_notes["held_out"],
+        best_notes["step"],
+        path,
+        agreement,
+        tokenizer.decode(sample),
+    )
+
+
+def _advance(
+    config, state, flat, teacher, optimizer, rows, newest, best, notes
+) -> TrainState:
+    """Runs steps until the schedule, the step limit or a signal ends them."""
+    run, cfg = config.run, config.data
+    folder = pathlib.Path(run.output)
+    step_fn = make_step(flat, optimizer, teacher, config.distill.weight)
+    held_out_loss = measure.make_held_out_loss(flat)
+    # Spread over all sources and documents, in a fixed choice.
+    spread = np.linspace(0, len(rows.held_out) - 1, run.eval_rows)
+    held_rows = rows.held_out[np.unique(spread.astype(int))]
+    batches = data.Batches(rows, cfg.batch_rows, cfg.seed)
+    teacher_leaves = teacher.leaves if teacher is not None else ()
+    rate = learning_rate(config.optimizer)
+    table: list[list] = notes["curve"]
+    start, total = int(state.step), config.optimizer.steps
+    last = min(total, start + run.stop_after) if run.stop_after else total
+
+    def save(step: int) -> None:
+        newest.save(step, state, notes)
+        curve.write_csv(folder / "loss.csv", table)
+
+    bar = tqdm.tqdm(
+        total=total, initial=start, unit="step", disable=not run.progress, mininterval=2
+    )
+    saved_at, saved_step = time.monotonic(), start
+    with bar, _Interruption() as interruption:
+        for step in range(start + 1, last + 1):
+            rows_BT = batches[step - 1]
+            shape = (-1, cfg.micro_rows, rows_BT.shape[1])
+            state, loss = step_fn(state, teacher_leaves, rows_BT.reshape(shape))
+            table.append([step, float(loss), None])
+            if not np.isfinite(table[-1][1]):
+                raise UserError(
+                    f"the loss is not finite at step {step}; lower optimizer.peak="
+                    f"{config.optimizer.peak:g}"
+                )
+            if step % run.eval_every == 0 or step == total:
+                held = held_out_loss(state.leaves, held_rows, cfg.micro_rows)
+                table[-1][2] = held
+                known = best.notes()
+                if known is None or held < known["held_out"]:
+                    best.save(step, state.leaves, {"step": step, "held_out": held})
+                curve.write_csv(folder / "loss.csv", table)
+            bar.update()
+            bar.set_postfix(
+                loss=f"{table[-1][1]:.3f}",
+                held_out=_last_held_out(table),
+                rate=f"{float(rate(step)):.1e}",
+                refresh=False,
+            )
+            if time.monotonic() - saved_at >= run.save_minutes * 60:
+                save(step)
+                saved_at, saved_step = time.monotonic(), step
+            if interruption.wanted:
+                break
+    if int(state.step) > saved_step:
+        save(int(state.step))
+    if table:
+        curve.write_png(folder / "loss.png", table)
+    return state
+
+
+class _Interruption:
+    """Turns SIGTERM and SIGINT into a wish to stop after the running step."""
+
+    def __init__(self):
+        self.wanted = False
+
+    def __enter__(self):
+        def stop(signum, frame):
+            self.wanted = True
+
+        try:
+            self._before = {
+                s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)
+            }
+        except ValueError:  # not the main thread: nobody sends signals to it
+            self._before = {}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _last_held_out(table: list[list]) -> str:
+    return next((f"{r[2]:.3f}" for r in reversed(table) if r[2] is not None), "-")
+
+
+def _tokenizer(config: TrainConfig, folder: pathlib.Path):
+    """The vocabulary of the run: its own if it has begun, the given one, or a new one.
+
+    It lies in the run's folder from then on.
+    """
+    own = folder / vocabulary.FILE_NAME
+    if not own.exists():
+        wanted = config.vocabulary
+        if wanted.path:
+            content = vocabulary.load(wanted.path).serialized_model_proto()
+        else:
+            documents = [data.read_documents(s) for s in config.data.sources]
+            content = vocabulary.train((d for ds in documents for d in ds), wanted.size)
+        partial = own.with_name(own.name + ".partial")
+        partial.write_bytes(content)
+        os.replace(partial, own)
+    return vocabulary.load(own)
+
+
+def _teacher(config: TrainConfig) -> FlatModule | None:
+    path = config.distill.teacher
+    if not path:
+        return None
+    teacher_config, model = export.load_model(path)
+    if teacher_config.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"the teacher {path} has {teacher_config.vocab_size} tokens, not the "
+            f"vocabulary's {config.model.vocab_size}; give --vocabulary={path}"
+        )
+    return FlatModule(model)
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], folder) -> None:
+    """Raises UserError naming the first setting in which a resumed run differs."""
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            _check_same(
+                {f"{name}.{k}": v for k, v in old.items()},
+                {f"{name}.{k}": v for k, v in new.items()},
+                folder,
+            )
+        elif old != new:
+            raise UserError(
+                f"{folder} holds a run with {name}={old!r}, not {new!r}; "
+                "choose another --output or the old settings"
+            )
