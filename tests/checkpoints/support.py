@@ -1,0 +1,83 @@
+"""Runs of a loaded model, compiled; and small tokenizers."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+SENTENCES = [
+    "once upon a time there was a little girl named lily",
+    "the cat sat on the mat and looked at the dog",
+    "one day tom went to the park with his mother",
+    "they liked to play with the red ball all day long",
+] * 4
+
+
+def forward(model, tokens_BT, start=0, view=None):
+    """Logits [B, T, V] of a chain behind `start` rows of prefix, and the new rows."""
+    graph, state = nnx.split(model)
+    return _forward(graph, state, jnp.asarray(tokens_BT, jnp.int32), start, view)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graph, state, tokens_BT, start, view):
+    model = nnx.merge(graph, state)
+    B, T = tokens_BT.shape
+    positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    hidden, kv = model(tokens_BT, positions, mask, view)
+    return model.logits(hidden).reshape(B, T, -1), kv
+
+
+def greedy(model, ids, count):
+    """Appends `count` likeliest tokens. One shape, as a chain never looks ahead."""
+    row = np.zeros((1, len(ids) + count), np.int32)
+    row[0, : len(ids)] = ids
+    for at in range(len(ids), row.shape[1]):
+        logits, _ = forward(model, row)
+        row[0, at] = int(np.argmax(logits[0, at - 1]))
+    return row[0].tolist()
+
+
+def same_parameters(first, second) -> bool:
+    """Whether two models hold equal values of equal dtypes under equal names."""
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (first, second))
+    return ours.keys() == theirs.keys() and all(
+        ours[path][...].dtype == theirs[path][...].dtype
+        and np.array_equal(np.asarray(ours[path][...]), np.asarray(theirs[path][...]))
+        for path in ours
+    )
+
+
+def train_sentencepiece(folder, name="tokenizer", **options):
+    """A sentencepiece model of a few dozen pieces and the 256 bytes."""
+    import sentencepiece
+
+    settings = dict(
+        sentence_iterator=iter(SENTENCES),
+        model_prefix=str(folder / name),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    sentencepiece.SentencePieceTrainer.train(**{**settings, **options})
+    return folder / f"{name}.model"
+
+
+def write_llama2c_tokenizer(path, pieces):
+    """Writes (piece, score) pairs as llama2.c does, after control and byte tokens."""
+    import struct
+
+    front = ["<unk>", "\n<s>\n", "\n</s>\n"] + [f"<0x{b:02X}>" for b in range(256)]
+    rows = [(text, 0.0) for text in front] + list(pieces)
+    data = struct.pack("<i", max(len(text.encode()) for text, _ in rows))
+    for text, score in rows:
+        data += struct.pack("<fi", score, len(text.encode())) + text.encode()
+    path.write_bytes(data)
+    return path
