@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treespec_jax.models.flat import FlatModule
 from treespec_jax.training.losses import cross_entropy, kl_divergence, row_logits
 
 
@@ -23,8 +24,10 @@ def test_cross_entropy_is_entropy_plus_divergence():
 def test_rows_are_causal_and_apart(tiny_target):
     tokens = jax.random.randint(jax.random.key(0), (2, 8), 3, 97)
     changed = tokens.at[0, 5].set(2)
-    before = row_logits(tiny_target, tokens).reshape(2, 8, -1)
-    after = row_logits(tiny_target, changed).reshape(2, 8, -1)
+    flat = FlatModule(tiny_target)
+    logits = jax.jit(lambda leaves, tokens: row_logits(flat.bind(leaves), tokens))
+    before = logits(flat.leaves, tokens).reshape(2, 8, -1)
+    after = logits(flat.leaves, changed).reshape(2, 8, -1)
     np.testing.assert_array_equal(before[0, :5], after[0, :5])
     np.testing.assert_array_equal(before[1], after[1])
     assert jnp.abs(before[0, 5:] - after[0, 5:]).max() > 1e-3

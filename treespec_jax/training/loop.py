@@ -222,17 +222,23 @@ def _tokenizer(config: TrainConfig, folder: pathlib.Path):
 
     It lies in the run's folder from then on.
     """
-    own = folder / vocabulary.FILE_NAME
-    if not own.exists():
-        wanted = config.vocabulary
-        if wanted.path:
-            content = vocabulary.load(wanted.path).serialized_model_proto()
-        else:
-            documents = [data.read_documents(s) for s in config.data.sources]
-            content = vocabulary.train((d for ds in documents for d in ds), wanted.size)
-        partial = own.with_name(own.name + ".partial")
-        partial.write_bytes(content)
-        os.replace(partial, own)
+    own, wanted = folder / vocabulary.FILE_NAME, config.vocabulary
+    given = None
+    if wanted.path:
+        given = vocabulary.load(wanted.path).serialized_model_proto()
+    if own.exists():
+        if given is not None and given != own.read_bytes():
+            raise UserError(
+                f"{folder} holds a run with another vocabulary than {wanted.path}; "
+                "choose another --output"
+            )
+        return vocabulary.load(own)
+    if given is None:
+        documents = [data.read_documents(s) for s in config.data.sources]
+        given = vocabulary.train((d for ds in documents for d in ds), wanted.size)
+    partial = own.with_name(own.name + ".partial")
+    partial.write_bytes(given)
+    os.replace(partial, own)
     return vocabulary.load(own)
 
 
