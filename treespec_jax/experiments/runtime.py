@@ -67,7 +67,12 @@ def versions() -> dict[str, Any]:
         "backend": device.platform,
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpus": usable_cpus(),
     }
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -120,6 +120,11 @@ class Experiment:
         """Whether this is decoding without a drafter."""
         return shapes.parse(self.tree).depth == 0
 
+    @property
+    def compares_trees(self) -> bool:
+        """Whether a benchmark of this needs a drafter."""
+        return any(shapes.parse(name).depth for name in self.benchmark.shapes)
+
     def with_paths(self, needs_drafter: bool) -> Experiment:
         """The same with the bundled pair filled in, all paths looked up.
 

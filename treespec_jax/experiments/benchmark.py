@@ -1,0 +1,236 @@
+"""Compares tree shapes on one pair of models, all in one process and in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from treespec_jax.engine.stats import Stats, total
+from treespec_jax.experiments import (
+    costs,
+    models,
+    output,
+    plot,
+    prompts,
+    report,
+    runtime,
+)
+from treespec_jax.experiments.bandwidth import ReadBandwidth
+from treespec_jax.experiments.settings import Experiment
+from treespec_jax.trees import shapes
+
+# Measurements of each program in the breakdown of a step.
+_COST_ROUNDS = 7
+
+
+@dataclasses.dataclass
+class Run:
+    """What one shape did in one round.
+
+    Attributes:
+      stats: summed over the prompts.
+      wall_steps: steps that ran, a step of a batch counted once.
+      token_ids: of every prompt.
+    """
+
+    stats: Stats
+    wall_steps: int
+    token_ids: list[list[int]]
+
+
+def run(settings: Experiment, folder: str) -> None:
+    """Measures everything and writes table, JSON and plot to `folder`.
+
+    Raises:
+      UserError: an unwritable folder, an unreadable prompt or checkpoint, or settings
+        that do not fit together.
+    """
+    file = settings.benchmark.prompts
+    texts = prompts.read(file) if file else list(prompts.STORIES)
+    with output.folder(folder) as work:
+        with_plot = importlib.util.find_spec("matplotlib") is not None
+        if not with_plot:
+            _say("no plot: matplotlib is missing; pip install 'treespec-jax[train]'")
+        results = measure(settings, texts)
+        table = report.table(results)
+        (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (work / "results.md").write_text(table + "\n")
+        if with_plot:
+            plot.save(results, work / "results.png")
+    print(table)
+    print(f"\nwrote {Path(folder) / 'results.md'}, results.json beside it")
+
+
+def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
+    """All figures, as plain values for JSON."""
+    names = settings.benchmark.shapes
+    pair = models.load_pair(settings)
+    llms = {}
+    for name in names:
+        llms[name] = models.make_llm(settings, pair, name)
+        ids = models.encode(llms[name], texts, settings.sampling)
+    for name in names:
+        _say(f"compiling {name}")
+        models.warm_up(llms[name], ids)
+    bandwidth = ReadBandwidth()
+    bandwidth.sample()
+    rounds = []
+    for number in range(settings.benchmark.repeat):
+        _say(f"round {number + 1} of {settings.benchmark.repeat}")
+        rounds.append(run_round(settings, llms, ids, number))
+        bandwidth.sample()
+    broken_down = {}
+    for name in names:
+        _say(f"taking {name} apart")
+        prefix = _prefix(llms[name], ids[0], rounds[0]["none"].token_ids[0])
+        broken_down[name] = costs.step_cost(
+            llms[name].engine,
+            pair.target.model,
+            shapes.parse(name),
+            prefix,
+            settings.sampling,
+            _COST_ROUNDS,
+        )
+        bandwidth.sample()
+    _say("cost of verifying more nodes")
+    engine = llms["none"].engine.config
+    length = min(len(ids[0]) + settings.sampling.max_tokens // 2, engine.max_len - 1)
+    curve = costs.cost_curve(pair.target.model, engine, length, _COST_ROUNDS)
+    bandwidth.sample()
+    weights = costs.weight_bytes(pair.target.model)
+    values = settings.as_dict()
+    values["dtype"] = llms["none"].dtype
+    values["engine"] = dataclasses.asdict(engine)
+    del values["tree"]
+    return {
+        "settings": values,
+        "prompts": list(texts),
+        "versions": runtime.versions(),
+        "target_weight_bytes": weights,
+        "bandwidth": {
+            "bytes_per_second": bandwidth.best,
+            "method": bandwidth.method,
+            "samples": bandwidth.samples,
+        },
+        "shapes": {
+            name: summarise(name, rounds, broken_down[name], weights / bandwidth.best)
+            for name in names
+        },
+        "cost_curve": _curve(curve),
+    }
+
+
+def run_round(settings: Experiment, llms, ids, number: int) -> dict[str, Run]:
+    """Every shape on every prompt; who comes first changes from prompt to prompt."""
+    names = list(llms)
+    batch = settings.engine.max_batch
+    params = [
+        dataclasses.replace(
+            settings.sampling,
+            seed=(settings.sampling.seed + index) % 2**32,
+            ignore_eos=True,
+        )
+        for index in range(len(ids))
+    ]
+    parts = {name: [] for name in names}
+    for turn, start in enumerate(range(0, len(ids), batch)):
+        at = (number + turn) % len(names)
+        some = slice(start, start + batch)
+        for name in names[at:] + names[:at]:
+            parts[name].append(llms[name].generate(ids[some], params[some]))
+    return {name: _joined(generations) for name, generations in parts.items()}
+
+
+def _joined(generations) -> Run:
+    completions = [c for generation in generations for c in generation]
+    return Run(
+        stats=total(
+            [c.stats for c in completions],
+            sum(g.stats.prefill_seconds for g in generations),
+            sum(g.stats.decode_seconds for g in generations),
+        ),
+        wall_steps=sum(max(c.stats.steps for c in g) for g in generations),
+        token_ids=[c.token_ids for c in completions],
+    )
+
+
+def summarise(
+    name: str,
+    rounds: Sequence[dict[str, Run]],
+    cost: costs.StepCost,
+    read_seconds: float,
+) -> dict[str, Any]:
+    """Figures of one shape.
+
+    Args:
+      name: of the shape.
+      rounds: all of them, with plain decoding.
+      cost: of one step.
+      read_seconds: that reading the weights once takes at full bandwidth.
+    """
+    mine, plain = [r[name] for r in rounds], [r["none"] for r in rounds]
+    speeds = [r.stats.tokens_per_second for r in mine]
+    ratios = [s / p.stats.tokens_per_second for s, p in zip(speeds, plain, strict=True)]
+    step_ms = [1e3 * r.stats.decode_seconds / r.wall_steps for r in mine]
+    stats = mine[0].stats
+    differing = sum(
+        a != b for a, b in zip(mine[0].token_ids, plain[0].token_ids, strict=True)
+    )
+    figures = {
+        "tokens_per_second": spread(speeds),
+        "ratio_to_plain": spread(ratios),
+        "milliseconds_per_step": spread(step_ms),
+        "prefill_seconds": spread([r.stats.prefill_seconds for r in mine]),
+        "tokens": stats.tokens,
+        "steps": stats.steps,
+        "nodes_per_step": stats.nodes,
+        "tokens_per_step": stats.tokens_per_step,
+        "acceptance_by_depth": stats.acceptance_by_depth,
+        "texts_unlike_plain": differing,
+        "step": dataclasses.asdict(cost),
+        "bandwidth_share": read_seconds / cost.target,
+    }
+    if name == "none":
+        figures["bandwidth_share_whole"] = read_seconds / (
+            statistics.median(step_ms) / 1e3
+        )
+    return figures
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and extremes of the rounds, and the rounds."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "rounds": list(values),
+    }
+
+
+def _curve(seconds: dict[int, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "nodes": nodes,
+            "seconds": statistics.median(own),
+            "ratio": spread([a / b for a, b in zip(own, seconds[1], strict=True)]),
+        }
+        for nodes, own in seconds.items()
+    ]
+
+
+def _prefix(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
+    """The middle of a text that a dispatch still fits behind."""
+    config = llm.engine.config
+    room = config.max_len - 1 - config.steps_per_dispatch * (llm.drafter.depth + 1)
+    text = [*prompt, *emitted[: len(emitted) // 2]]
+    return text[: max(1, room)]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,50 @@
+"""The benchmark's picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Writes a PNG: speed by shape, and the cost of verifying more nodes."""
+    # Without pyplot: no global state, and no display is looked for.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _speeds(left, results["shapes"])
+    _curve(right, results["cost_curve"])
+    figure.savefig(path, dpi=120)
+
+
+def _speeds(axes, shapes: dict[str, Any]) -> None:
+    names = list(shapes)
+    speeds = [shapes[name]["tokens_per_second"] for name in names]
+    middle = [s["median"] for s in speeds]
+    error = [
+        [s["median"] - s["min"] for s in speeds],
+        [s["max"] - s["median"] for s in speeds],
+    ]
+    colours = ["0.6" if name == "none" else "tab:blue" for name in names]
+    axes.barh(names, middle, xerr=error, color=colours, capsize=3)
+    for row, name in enumerate(names):
+        ratio = shapes[name]["ratio_to_plain"]["median"]
+        axes.text(0.01 * max(middle), row, f"× {ratio:.2f}", va="center", color="w")
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second (median, min to max of the rounds)")
+
+
+def _curve(axes, curve: list[dict[str, Any]]) -> None:
+    nodes = [point["nodes"] for point in curve]
+    ratios = [point["ratio"] for point in curve]
+    axes.plot(nodes, [r["median"] for r in ratios], "o-")
+    axes.fill_between(
+        nodes, [r["min"] for r in ratios], [r["max"] for r in ratios], alpha=0.2
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(nodes, [str(n) for n in nodes])
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("nodes verified in one pass")
+    axes.set_ylabel("time, in passes over one node")
