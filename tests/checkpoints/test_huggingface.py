@@ -1,0 +1,274 @@
+"""Hugging Face folders: every layout that is read, and every message about the rest."""
+
+import json
+import pathlib
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.checkpoints.support import same_parameters, train_sentencepiece
+from treespec_jax.checkpoints import load
+from treespec_jax.errors import UserError
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a good folder, to break."""
+    return pathlib.Path(shutil.copytree(GOLDEN / "llama_grouped", tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def good():
+    return load(GOLDEN / "llama_grouped")
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v != "DELETE"}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder):
+    """Splits the only file into two and an index; returns their names."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    index = {name: file for file, held in parts.items() for name in held}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    return list(parts)
+
+
+def test_source_and_dtype(good):
+    assert (good.source, good.dtype) == ("llama_grouped", np.float32)
+    assert good.tokenizer is None
+
+
+def test_shards(folder, good):
+    shard(folder)
+    assert same_parameters(load(folder).model, good.model)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision_files(folder, name):
+    dtype = np.dtype(name)
+    full = load_file(folder / "model.safetensors")
+    change_tensors(
+        folder, lambda t: t.update({k: v.astype(dtype) for k, v in t.items()})
+    )
+    half, single = load(folder), load(folder, "float32")
+    assert (half.dtype.name, single.dtype.name) == (name, "float32")
+    found = np.asarray(single.model.embedding[...])
+    expected = full["model.embed_tokens.weight"].astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(found, expected)
+    assert half.model.embedding[...].dtype == dtype
+
+
+def test_casting_is_that_of_the_tensors(good):
+    found = load(GOLDEN / "llama_grouped", "bfloat16").model.embedding[...]
+    expected = np.asarray(good.model.embedding[...]).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+def test_defaults_of_old_configurations(folder, good):
+    change_config(folder, rope_parameters="DELETE", rope_theta=500.0, head_dim=None)
+    change_config(folder, rope_scaling=None, architectures="DELETE")
+    config = load(folder).config
+    assert config.rope_theta == 500.0
+    assert config.head_dim == good.config.head_dim
+    change_config(folder, rope_scaling={"type": "default"})
+    assert load(folder).config.rope_theta == 500.0
+
+
+def test_chat_ends_come_from_the_generation_settings(folder):
+    values = {"eos_token_id": [2, 9, 11]}
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    assert load(folder).config.eos_ids == (2, 9, 11)
+
+
+def test_useless_tensors_of_old_files(folder):
+    angles = np.ones(8, np.float32)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(folder, lambda t: t.update({name: angles}))
+    load(folder)
+
+
+def test_tied_folder_with_a_spare_head(tmp_path):
+    folder = pathlib.Path(shutil.copytree(GOLDEN / "llama_tied", tmp_path / "tied"))
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    change_tensors(folder, add)
+    load(folder)
+
+
+def test_tokenizer_of_the_folder(folder, tmp_path):
+    change_config(folder, vocab_size=330)
+
+    def grow(tensors):
+        for name in ["model.embed_tokens.weight", "lm_head.weight"]:
+            tensors[name] = np.zeros((330, 64), np.float32)
+
+    change_tensors(folder, grow)
+    made = train_sentencepiece(tmp_path)
+    shutil.copy(made, folder / "tokenizer.model")
+    loaded = load(folder)
+    assert loaded.tokenizer.path == folder / "tokenizer.model"
+    assert loaded.tokenizer.eos_ids == loaded.config.eos_ids == (2,)
+    assert loaded.config.bos_id == 1
+    other = train_sentencepiece(tmp_path, "other", bos_id=-1, eos_id=1, vocab_size=310)
+    chosen = load(folder, tokenizer=other)
+    assert chosen.tokenizer.path == other
+    assert chosen.config.bos_id is None
+    assert chosen.config.eos_ids == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("partial_rotary_factor", 0.5),
+    ],
+)
+def test_settings_that_are_not_supported(folder, key, value):
+    change_config(folder, **{key: value})
+    with pytest.raises(UserError) as error:
+        load(folder)
+    message = str(error.value)
+    assert f"{key}={json.dumps(value)}" in message
+    assert "is not supported" in message
+    assert "\n" not in message
+
+
+def test_other_families(folder):
+    change_config(folder, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    with pytest.raises(UserError, match=r'\["GPT2LMHeadModel"\] model_type="gpt2"'):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", ["DELETE", None, 0, "64", 6.5, True])
+def test_sizes_that_are_no_sizes(folder, value):
+    change_config(folder, hidden_size=value)
+    with pytest.raises(UserError, match="hidden_size=.* must be a whole number"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_damaged_configuration(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json (is not JSON|must hold a JSON)"):
+        load(folder)
+
+
+def test_missing_tensor(folder):
+    change_tensors(folder, lambda t: t.pop(QUERY))
+    with pytest.raises(UserError, match=f"tensor {QUERY} is missing"):
+        load(folder)
+
+
+def test_wrong_shape(folder):
+    change_tensors(folder, lambda t: t.update({QUERY: np.ones((64, 32), np.float32)}))
+    with pytest.raises(UserError, match=rf"{QUERY} has shape \[64, 32\].*\[64, 64\]"):
+        load(folder)
+
+
+def test_unread_tensor(folder):
+    extra = {f"model.layers.{i}.q_norm": np.ones(4, np.float32) for i in (2, 3)}
+    change_tensors(folder, lambda t: t.update(extra))
+    with pytest.raises(UserError, match="layers.2.q_norm and 1 more would stay unread"):
+        load(folder)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_are_not_finite(folder, bad, dtype):
+    def spoil(tensors):
+        tensors[QUERY] = tensors[QUERY].astype(dtype)
+        tensors[QUERY][-1, -1] = bad
+
+    change_tensors(folder, spoil)
+    with pytest.raises(UserError, match=f"tensor {QUERY} holds NaN or infinity"):
+        load(folder)
+
+
+def test_quantised_tensor(folder):
+    change_tensors(folder, lambda t: t.update({QUERY: np.ones((64, 64), np.int8)}))
+    with pytest.raises(UserError, match=f"{QUERY} is int8; quantised"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -100])
+def test_file_cut_short(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="model.safetensors cannot be read"):
+        load(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no .*safetensors file"):
+        load(folder)
+
+
+def test_missing_shard(folder):
+    first, _ = shard(folder)
+    (folder / first).unlink()
+    with pytest.raises(UserError, match=f"{first} is missing, model.safetensors.index"):
+        load(folder)
+
+
+def test_damaged_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="lacks a weight_map"):
+        load(folder)
+
+
+def test_paths_that_hold_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at .*nowhere; check the path"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no checkpoint: neither metadata.json"):
+        load(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="a.gguf is of an unknown kind"):
+        load(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "halves", 3])
+def test_dtypes_that_no_model_has(dtype):
+    with pytest.raises(UserError, match="dtype must be one of float32, bfloat16, flo"):
+        load(GOLDEN / "llama_grouped", dtype)
+
+
+def test_progress_covers_every_parameter(good):
+    seen = []
+
+    def watch(items):
+        for item in items:
+            seen.append(item)
+            yield item
+
+    load(GOLDEN / "llama_grouped", progress=watch)
+    assert len(seen) == len(set(seen)) == 3 + 6 * good.config.num_layers
