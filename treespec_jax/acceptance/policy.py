@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from treespec_jax.acceptance.select import argmax
+
 # Sorted candidates looked at before the whole vocabulary is sorted. Distributions that
 # need more (a flat one with top-p, or a larger top-k) take the slow path, same result.
 SHORT_LIST = 256
@@ -166,8 +168,3 @@ def step_noise(
         lambda: jnp.zeros(shape, jnp.float32),
         lambda: gumbel_noise(sampling.seed, positions, vocab),
     )
-
-
-def argmax(x_BTV: jax.Array) -> jax.Array:
-    """int32 [B, T], first index of the maximum."""
-    return jnp.argmax(x_BTV, axis=-1).astype(jnp.int32)

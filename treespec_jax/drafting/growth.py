@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from treespec_jax.acceptance import policy
+from treespec_jax.acceptance.select import top_k
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.trees.shapes import DynamicShape, StaticShape, TreeShape
 from treespec_jax.trees.token_tree import TokenTree, ancestors_of, static_tree
@@ -70,12 +71,6 @@ def best_children(logits_BWV, depth, count, context: DraftContext, tau):
             policy.perturbed(logits_BWV, depth_BW, context.noise, context.sampling)
         ),
     )
-
-
-def top_k(scores, count):
-    """`lax.top_k` with int32 indices."""
-    values, indices = lax.top_k(scores, count)
-    return values, indices.astype(jnp.int32)
 
 
 def _grow_static(shape: StaticShape, context, logits_BWV, expand, tau):
