@@ -36,18 +36,21 @@ def tree_attention(
     K, U = tree_kv.shape[1], tree_kv.shape[3]
     G = N // K
     R = T * G
-    q_BKRH = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, R, H)
+    # Keys stand on the left of their product, untransposed, and the R rows on the
+    # right: on a CPU that form costs the same for one row and for many.
+    q_BKHR = q.reshape(B, T, K, G, H).transpose(0, 2, 4, 1, 3).reshape(B, K, H, R)
 
     def scores(keys_BKSH):
-        s = jnp.einsum(
-            "bkrh,bksh->bkrs",
-            q_BKRH,
+        s_BKSR = jnp.einsum(
+            "bksh,bkhr->bksr",
             keys_BKSH,
+            q_BKHR,
             preferred_element_type=jnp.float32,
             precision=_precision(q),
         )
-        s = s * scale
-        return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+        s_BKSR = lax.optimization_barrier(s_BKSR)
+        s_BKRS = s_BKSR.swapaxes(2, 3) * scale
+        return s_BKRS if soft_cap is None else soft_cap * jnp.tanh(s_BKRS / soft_cap)
 
     def weigh(weights_BKRS, values_BKSH):
         return jnp.einsum(
@@ -82,20 +85,20 @@ def tree_attention(
         def body(i, carry):
             top, total, out = carry
             ids = lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)
-            kv_BK2SH = _read_pages(kv_pages, ids)
             at_S = i * block + jnp.arange(block)
             filled_BS = at_S[None] < lengths[:, None]
             seen = filled_BS[:, None, None]
             if window is not None:
                 position_BT = lengths[:, None] + depth_BT
                 seen = seen & rows(position_BT[:, :, None] - at_S < window)
-            s = jnp.where(seen, scores(kv_BK2SH[:, :, 0]), -jnp.inf)
+            s = jnp.where(seen, scores(_read_pages(kv_pages, ids, 0)), -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
             safe = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
             shrink = jnp.exp(top - safe)
             weights = jnp.exp(s - safe)
             # A row of an unused page may hold anything; 0 · NaN must not reach the sum.
-            values = jnp.where(filled_BS[:, None, :, None], kv_BK2SH[:, :, 1], 0)
+            values = _read_pages(kv_pages, ids, 1)
+            values = jnp.where(filled_BS[:, None, :, None], values, 0)
             return (
                 new_top,
                 total * shrink + jnp.sum(weights, axis=-1, keepdims=True),
@@ -115,17 +118,22 @@ def _precision(q):
     return lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
 
-def _read_pages(kv_pages, ids_BJ):
-    """Pages [P, K, 2, page, H] named by ids [B, J] as rows [B, K, 2, J * page, H]."""
+def _read_pages(kv_pages, ids_BJ, which):
+    """Keys (0) or values (1) of pages ids [B, J] as rows [B, K, J * page, H]."""
     B, J = ids_BJ.shape
     _, K, _, page, H = kv_pages.shape
-    if B * J <= MAX_SLICES:
-        copies = [
-            lax.dynamic_index_in_dim(kv_pages, ids_BJ[b, j], keepdims=False)
-            for b in range(B)
-            for j in range(J)
-        ]
-        kv = jnp.stack(copies).reshape(B, J, K, 2, page, H)
-    else:
-        kv = kv_pages[ids_BJ]
-    return kv.transpose(0, 2, 3, 1, 4, 5).reshape(B, K, 2, J * page, H)
+    if B * J > MAX_SLICES:
+        rows = kv_pages[:, :, which][ids_BJ]
+        return rows.transpose(0, 2, 1, 3, 4).reshape(B, K, J * page, H)
+    size = (1, K, 1, page, H)
+    slots = [
+        jnp.concatenate(
+            [
+                lax.dynamic_slice(kv_pages, (ids_BJ[b, j], 0, which, 0, 0), size)[0]
+                for j in range(J)
+            ],
+            axis=2,
+        )
+        for b in range(B)
+    ]
+    return jnp.stack(slots).reshape(B, K, J * page, H)

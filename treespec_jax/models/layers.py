@@ -45,7 +45,13 @@ def rotary_angles(config: ModelConfig, positions_R: jax.Array):
     exponents = jnp.arange(half, dtype=jnp.float32) / half
     inverse_H2 = config.rope_theta**-exponents
     angles = inverse_H2[:, None] * positions_R.astype(jnp.float32)[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    # The result of a conditional is not fused into its users: a CPU would compute
+    # sines and cosines again for every head of every layer.
+    return jax.lax.cond(
+        positions_R[0] >= 0,
+        lambda: (jnp.cos(angles), jnp.sin(angles)),
+        lambda: (angles, angles),
+    )
 
 
 def apply_rotary(x_xHR: jax.Array, cos_sin) -> jax.Array:
