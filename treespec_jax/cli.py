@@ -122,9 +122,14 @@ def _check_loaded(name: str) -> None:
         ) from None
 
 
-def _about_config(error: Exception) -> str:
-    """ml_collections reports an unknown key as a quoted KeyError or AttributeError."""
-    reason = str(error).strip("\"'")
-    if isinstance(error, (AttributeError, KeyError)) and reason.isidentifier():
-        return f"the configuration has no key {reason!r}"
+def _about_config(error: BaseException) -> str:
+    """ml_collections raises an AttributeError around a KeyError: key and hint."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    reason = str(error.args[0]) if error.args else type(error).__name__
+    if isinstance(error, SyntaxError):
+        reason = str(error)
+    key, _, hint = reason.partition("\n")
+    if key.strip("\"'").isidentifier():
+        return f"the configuration has no key {key} {hint}"
     return f"configuration: {reason}"

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,28 +218,82 @@ def _read_params(
         for path, leaf in flat.items()
     }
     arrays: dict[str, jax.Array] = {}
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            _check_stored(folder, checkpointer.metadata(folder), wanted)
-            for batch in progress(_batches(wanted)):
-                tree = _nested(batch)
-                args = ocp.args.PyTreeRestore(
-                    tree,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-                    partial_restore=True,
-                )
-                arrays.update(_flat(checkpointer.restore(folder, args=args)))
-                for path in batch:
-                    check_finite(np.asarray(arrays[path]), path, folder)
-    except UserError:
-        raise
-    # Damaged files surface as any of these, from several libraries.
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    failure = None
+    with _silent_library():
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                stored = checkpointer.metadata(folder).item_metadata
+                if stored is None:
+                    raise ValueError("its list of tensors is missing")
+                _check_stored(folder, _flat(stored.tree), wanted)
+                for batch in progress(_batches(wanted)):
+                    arrays.update(_restore(checkpointer, folder, batch))
+        except UserError:
+            raise
+        # A damaged file surfaces as anything down to a bare Exception.
+        except Exception as error:
+            failure = _root_cause(error)
+        if failure:
+            gc.collect()  # makes Python report abandoned reads while nobody listens
+    if failure:
+        if not isinstance(sys.unraisablehook, _LateReads):
+            sys.unraisablehook = _LateReads(sys.unraisablehook)
         raise UserError(
-            f"{folder} cannot be read ({first_line(error)}); it is damaged or "
-            "incomplete, convert or copy it again"
-        ) from None
+            f"{folder} cannot be read ({failure}); it is damaged or incomplete, "
+            "convert or copy it again"
+        )
     return concrete(graph, state, arrays)
+
+
+def _restore(
+    checkpointer: Any, folder: Path, batch: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
+    tree = _nested(batch)
+    how = ocp.checkpoint_utils.construct_restore_args(tree)
+    args = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
+    arrays = _flat(checkpointer.restore(folder, args=args))
+    for path, array in arrays.items():
+        check_finite(np.asarray(array), path, folder)
+    return arrays
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = first_line(error)
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+@contextlib.contextmanager
+def _silent_library() -> Iterator[None]:
+    """Keeps orbax quiet about a damaged folder, which becomes one line of ours.
+
+    It logs, and abandons the reads beside the one that failed; those that end later
+    find their event loop closed, which `_LateReads` knows.
+    """
+    logger = logging.getLogger("absl")
+    level, hook = logger.level, sys.unraisablehook
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+class _LateReads:
+    """An unraisable hook that drops the report of a read nobody waits for."""
+
+    def __init__(self, otherwise: Callable[[Any], Any]):
+        self._otherwise = otherwise
+
+    def __call__(self, report: Any) -> None:
+        late = report.object is None and "loop is closed" in str(report.exc_value)
+        if not late:
+            self._otherwise(report)
 
 
 def _batches(wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -257,8 +314,9 @@ def _batches(wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
     return batches
 
 
-def _check_stored(folder: Path, metadata: Any, wanted: Mapping[str, Any]) -> None:
-    stored = _flat(metadata.item_metadata.tree)
+def _check_stored(
+    folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
     missing = sorted(set(wanted) - set(stored))
     unread = sorted(set(stored) - set(wanted))
     if missing:
