@@ -11,7 +11,7 @@ def write_csv(path: pathlib.Path, curve: list[list]) -> None:
     """Writes rows of (step, training loss, held-out loss or None), whole or not."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
+        writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["step", "loss", "held_out_loss"])
         for step, loss, held_out in curve:
             last = "" if held_out is None else f"{held_out:.5f}"
