@@ -10,7 +10,7 @@ import numpy as np
 from treespec_jax.experiments.runtime import usable_cpus
 
 # Well beyond any last-level cache.
-_BYTES = 512 << 20
+BYTES = 512 << 20
 
 
 class ReadBandwidth:
@@ -21,19 +21,20 @@ class ReadBandwidth:
 
     Args:
       threads: of a CPU; None: one for each that this process may use.
-      size: bytes to read per sample.
+      size: bytes to read per sample; None: BYTES.
 
     Attributes:
       samples: bytes per second of each measurement.
       method: in words.
     """
 
-    def __init__(self, threads: int | None = None, size: int = _BYTES):
+    def __init__(self, threads: int | None = None, size: int | None = None):
         import jax
         import jax.numpy as jnp
 
         self.samples: list[float] = []
         threads = threads or usable_cpus()
+        size = size or BYTES
         count = size // 4
         if jax.default_backend() == "cpu":
             self._parts = np.array_split(np.ones(count, np.float32), threads)

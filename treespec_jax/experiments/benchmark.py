@@ -34,7 +34,7 @@ class Run:
     """What one shape did in one round.
 
     Attributes:
-      stats: summed over the prompts.
+      stats: summed over the prompts; decoding by the clock on the wall.
       wall_steps: steps that ran, a step of a batch counted once.
       token_ids: of every prompt.
     """
@@ -143,17 +143,17 @@ def run_round(settings: Experiment, llms, ids, number: int) -> dict[str, Run]:
         at = (number + turn) % len(names)
         some = slice(start, start + batch)
         for name in names[at:] + names[:at]:
-            parts[name].append(llms[name].generate(ids[some], params[some]))
-    return {name: _joined(generations) for name, generations in parts.items()}
+            parts[name].append(models.decode(llms[name], ids[some], params[some]))
+    return {name: _joined(*zip(*pairs, strict=True)) for name, pairs in parts.items()}
 
 
-def _joined(generations) -> Run:
+def _joined(generations, seconds) -> Run:
     completions = [c for generation in generations for c in generation]
     return Run(
         stats=total(
             [c.stats for c in completions],
             sum(g.stats.prefill_seconds for g in generations),
-            sum(g.stats.decode_seconds for g in generations),
+            sum(seconds),
         ),
         wall_steps=sum(max(c.stats.steps for c in g) for g in generations),
         token_ids=[c.token_ids for c in completions],

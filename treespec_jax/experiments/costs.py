@@ -88,17 +88,19 @@ def step_cost(
     config = engine.config
     steps = config.steps_per_dispatch
     emitted = []
+    # No text may end before the dispatch does.
+    most = steps * (engine.drafter.depth + 1)
+    params = dataclasses.replace(params, max_tokens=most, ignore_eos=True)
 
     def whole():
-        requests = [
-            Request(list(prefix), dataclasses.replace(params, ignore_eos=True))
-            for _ in range(config.max_batch)
-        ]
+        requests = [Request(list(prefix), params) for _ in range(config.max_batch)]
         for request in requests:
             engine.submit(request)
-        before = engine.decode_seconds
+        before = engine.prefill_seconds
+        began = time.perf_counter()
         engine.advance()
-        seconds = engine.decode_seconds - before
+        prefill = engine.prefill_seconds - before
+        seconds = time.perf_counter() - began - prefill
         for request in requests:
             engine.cancel(request)
         emitted.append(len(requests[0].tokens))

@@ -55,6 +55,6 @@ def _reason(error: Exception) -> str:
         return lines[-1]
     if isinstance(error, (AttributeError, KeyError)):
         # An unknown key; all the known ones follow.
-        text = " ".join(lines).split(" Other fields present")[0]
+        text = " ".join(lines).split(" Other fields present")[0].replace("'", "")
         return text if " " in lines[0] else f"unknown key {text}"
     return lines[0]

@@ -122,8 +122,8 @@ def _compare(job, settings, llm, pair, encoded, completions) -> dict[str, Any]:
     speeds = {"tree": 0.0, "plain": 0.0}
     for _ in range(_ROUNDS):
         for name, model in (("plain", plain), ("tree", llm)):
-            generation = model.generate(prompts, params)
-            speeds[name] = max(speeds[name], generation.stats.tokens_per_second)
+            generation, seconds = models.decode(model, prompts, params)
+            speeds[name] = max(speeds[name], generation.stats.tokens / seconds)
             if name == "plain":
                 reference = generation
     difference = None

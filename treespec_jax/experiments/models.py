@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 
 from treespec_jax.config import SamplingParams
@@ -95,3 +96,14 @@ def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
     for size in sorted(sizes):
         length = min(size + 1, config.max_len - 1)
         llm.generate([[0] * length], SamplingParams(max_tokens=1, ignore_eos=True))
+
+
+def decode(llm, prompts, params):
+    """Generates; returns the `Generation` and seconds of all but prefill.
+
+    By the clock on the wall, so that the host's work between dispatches counts.
+    """
+    began = time.perf_counter()
+    generation = llm.generate(prompts, params)
+    seconds = time.perf_counter() - began - generation.stats.prefill_seconds
+    return generation, seconds

@@ -1,0 +1,132 @@
+"""Tiny checkpoints on disk, and scripts run in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import struct
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl import app, flags
+from flax import nnx
+
+from tests.conftest import TINY
+from treespec_jax.checkpoints import LoadedModel, load_tokenizer, save
+from treespec_jax.models.transformer import Transformer
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+def write_tokenizer(path: Path, letters: str = LETTERS) -> Path:
+    """A llama2.c tokenizer of bytes and letters; no merges."""
+    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
+    pieces += [f"<0x{byte:02X}>".encode() for byte in range(256)]
+    pieces += [letter.encode() for letter in letters]
+    records = [struct.pack("<fi", 0.0, len(p)) + p for p in pieces]
+    path.write_bytes(struct.pack("<i", 6) + b"".join(records))
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Paths: a pair, a drafter of other letters, a target without a tokenizer."""
+
+    target: str
+    draft: str
+    foreign: str
+    bare: str
+    tokenizer: str
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Files:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = load_tokenizer(write_tokenizer(folder / "tok.bin"))
+    other = load_tokenizer(write_tokenizer(folder / "other.bin", LETTERS[::-1]))
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, num_layers=1)
+    target = Transformer(config, rngs=nnx.Rngs(0))
+    # Near enough to the target to be right now and then.
+    draft = Transformer(config, rngs=nnx.Rngs(0))
+    draft.head[...] = draft.head[...] + 0.05 * jax.random.normal(
+        jax.random.key(1), draft.head[...].shape
+    )
+
+    def write(name, model, tokenizer):
+        loaded = LoadedModel(
+            model.config, model, tokenizer, name, model.embedding[...].dtype
+        )
+        save(loaded, folder / name)
+        return str(folder / name)
+
+    return Files(
+        target=write("target", target, tokenizer),
+        draft=write("draft", draft, tokenizer),
+        foreign=write("foreign", draft, other),
+        bare=write("bare", target, None),
+        tokenizer=str(folder / "tok.bin"),
+    )
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    """One for all runs, so that each program is compiled once."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield tmp_path_factory.mktemp("compiled")
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Exit code and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_script(capsys, monkeypatch, compilation_cache):
+    """Runs a script in this process with flags of its own."""
+    app.define_help_flags()
+
+    def run(name: str, *args: str) -> Result:
+        known = set(flags.FLAGS)
+        argv = [name, f"--compilation_cache={compilation_cache}", *args]
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as caught:
+                runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        finally:
+            for flag in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, flag)
+            flags.FLAGS.unparse_flags()
+        printed = capsys.readouterr()
+        return Result(caught.value.code or 0, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def refuses(run_script):
+    """Asserts one clear line and exit code 2."""
+
+    def check(expected: str, name: str, *args: str) -> None:
+        result = run_script(name, *args)
+        assert result.code == 2, result
+        assert result.out == ""
+        assert len(result.err.splitlines()) == 1, result.err
+        assert expected in result.err
+        assert "Traceback" not in result.err
+
+    return check

@@ -1,0 +1,297 @@
+"""scripts/generate.py: texts, the table, JSON, precedence of settings, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.scripts.conftest import SCRIPTS
+
+CONFIG = """
+from treespec_jax.experiments.settings import default_config
+
+def get_config():
+    config = default_config()
+    config.tree = "none"
+    config.sampling.max_tokens = 5
+    config.sampling.top_k = 7
+    config.sampling.seed = 1
+    return config
+"""
+
+
+@pytest.fixture
+def generate(run_script, files):
+    """Runs the script on the tiny pair, with a small chain and few tokens."""
+
+    def run(*args: str, tree: str = "chain:2"):
+        given = [f"--target={files.target}", f"--draft={files.draft}"]
+        given += ["--max_len=64", "--ignore_eos"]
+        if tree:
+            given.append(f"--tree={tree}")
+        result = run_script("generate.py", *given, *args)
+        assert result.code == 0, result.err
+        return result
+
+    return run
+
+
+def test_one_prompt(generate):
+    out = generate("--prompt=the cat", "--max_tokens=9").out
+    assert out.startswith("the cat")
+    for label in ("tokens per step", "acceptance by depth", "time to first token"):
+        assert label in out
+    assert [s.split() for s in out.splitlines() if s.startswith("tokens  ")] == [
+        ["tokens", "9"]
+    ]
+
+
+def test_json(generate):
+    out = generate("--prompt=a dog", "--max_tokens=6", "--json", "--logprobs").out
+    report = json.loads(out)
+    (completion,) = report["completions"]
+    assert completion["prompt"] == "a dog"
+    assert len(completion["token_ids"]) == len(completion["logprobs"]) == 6
+    assert completion["finish_reason"] == "length"
+    assert all(p <= 0 for p in completion["logprobs"])
+    assert report["settings"]["tree"] == "chain:2"
+    assert report["settings"]["dtype"] == "float32"
+    assert report["settings"]["engine"]["max_len"] == 64
+    assert report["settings"]["engine"]["max_batch"] == 1
+    assert report["stats"]["tokens"] == 6
+    assert len(report["stats"]["acceptance_by_depth"]) == 2
+    assert report["timing"]["first_token_seconds"] > 0
+    assert report["comparison"] is None
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_compare_is_identical(generate, temperature):
+    out = generate(
+        "--prompt=one day",
+        "--max_tokens=12",
+        "--compare",
+        "--json",
+        f"--temperature={temperature}",
+        "--seed=3",
+    ).out
+    comparison = json.loads(out)["comparison"]
+    assert comparison["identical"] and comparison["first_difference"] is None
+    assert comparison["tokens_per_second"] > 0
+    assert comparison["plain_tokens_per_second"] > 0
+
+
+def test_compare_in_words(generate):
+    out = generate("--prompt=one day", "--max_tokens=12", "--compare").out
+    assert "tokens are identical to plain decoding" in out
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_prompts_file(generate, tmp_path, name):
+    prompts = ["the cat", "a", "once upon a time"]
+    lines = [
+        json.dumps({"prompt": p}) if name.endswith("jsonl") else p for p in prompts
+    ]
+    (tmp_path / name).write_text("\n\n".join(lines) + "\n")
+    flags = [f"--prompts_file={tmp_path / name}", "--max_tokens=4", "--max_batch=2"]
+    report = json.loads(generate(*flags, "--json", tree="none").out)
+    assert [c["prompt"] for c in report["completions"]] == prompts
+    assert report["stats"]["requests"] == 3
+    alone = json.loads(
+        generate("--prompt=a", "--max_tokens=4", "--json", tree="none").out
+    )
+    assert report["completions"][1]["token_ids"] == alone["completions"][0]["token_ids"]
+    out = generate(*flags, tree="none").out
+    assert all(f"> {prompt}\n" in out for prompt in prompts)
+
+
+def test_flag_wins_over_override_wins_over_file(generate, tmp_path):
+    (tmp_path / "c.py").write_text(CONFIG)
+    out = generate(
+        f"--config={tmp_path / 'c.py'}",
+        "--config.sampling.seed=2",
+        "--config.sampling.top_k=8",
+        "--top_k=9",
+        "--prompt=a",
+        "--json",
+        tree="",
+    ).out
+    report = json.loads(out)
+    settings = report["settings"]
+    assert settings["tree"] == "none"
+    assert settings["sampling"]["max_tokens"] == 5 == report["stats"]["tokens"]
+    assert settings["sampling"]["seed"] == 2
+    assert settings["sampling"]["top_k"] == 9
+
+
+def test_plain_decoding_needs_no_drafter(run_script, files):
+    args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--max_len=64"]
+    result = run_script("generate.py", *args, "--max_tokens=3", "--ignore_eos")
+    assert result.code == 0
+    assert "acceptance by depth" in result.out
+
+
+def test_tokenizer_by_flag_and_stop(run_script, files):
+    args = [f"--target={files.bare}", "--tree=none", "--prompt=a", "--max_len=64"]
+    args += [f"--tokenizer={files.tokenizer}", "--max_tokens=20", "--ignore_eos"]
+    whole = json.loads(run_script("generate.py", *args, "--json").out)
+    text = whole["completions"][0]["text"]
+    stop = next(c for c in text[3:] if c.isprintable() and c != "\ufffd")
+    cut = json.loads(run_script("generate.py", *args, "--json", f"--stop={stop}").out)
+    assert cut["completions"][0]["text"] == text[: text.index(stop)]
+    assert cut["completions"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--max_tokens=0", "max_tokens"),
+        ("--temperature=-1", "temperature"),
+        ("--temperature=nan", "nan"),
+        ("--temperature=warm", "warm"),
+        ("--top_p=0", "top_p"),
+        ("--top_p=1.5", "1.5"),
+        ("--top_k=-1", "top_k"),
+        ("--min_p=2", "min_p"),
+        ("--seed=-1", "seed"),
+        ("--stop=", "stop"),
+        ("--max_batch=0", "max_batch"),
+        ("--page_size=7", "page_size"),
+        ("--steps_per_dispatch=0", "steps_per_dispatch"),
+        ("--max_len=1", "max_len"),
+        ("--max_len=4000", "max_len"),
+        ("--dtype=int8", "int8"),
+        ("--tree=regular:0", "regular:0"),
+        ("--tree=chain:-1", "chain:-1"),
+        ("--tree=chain:5000", "5000"),
+        ("--tree=dynamic:3@4", "dynamic:3@4"),
+        ("--prompt=", "empty"),
+        ("--prompts_file=x.txt", "both"),
+        ("--temprature=1", "temprature"),
+        ("--target=/no/such/folder", "/no/such/folder"),
+        ("--draft=/no/such/folder", "/no/such/folder"),
+        ("--tokenizer=/no/such/file", "/no/such/file"),
+        ("--config=/no/such/config.py", "/no/such/config.py"),
+        ("--config.tree=none", "config.tree"),
+        ("stray", "stray"),
+    ],
+)
+def test_bad_flags(refuses, files, flag, expected):
+    args = [f"--target={files.target}", f"--draft={files.draft}", "--prompt=the cat"]
+    refuses(expected, "generate.py", *args, flag)
+
+
+@pytest.mark.parametrize(
+    ("lines", "override", "expected"),
+    [
+        ("config.tree = 'bush:3'", "", "bush:3"),
+        ("config.forest = 1", "", "forest"),
+        ("config.sampling.warmth = 1", "", "warmth"),
+        ("config.sampling.top_p = 3.0", "", "top_p"),
+        ("", "--config.forest=1", "forest"),
+        ("", "--config.sampling.max_tokens=0", "max_tokens"),
+        ("", "--config.sampling.max_tokens=few", "few"),
+        ("config = 3", "", "ConfigDict"),
+        ("return {}[1]", "", "1"),
+        ("config = (", "", "config.py"),
+    ],
+)
+def test_bad_configuration(refuses, files, tmp_path, lines, override, expected):
+    source = CONFIG.replace('config.tree = "none"', lines or "pass")
+    (tmp_path / "config.py").write_text(source)
+    if lines == "config = 3":
+        (tmp_path / "config.py").write_text("def get_config():\n    return 3\n")
+    args = [f"--config={tmp_path / 'config.py'}", f"--target={files.target}"]
+    args += [f"--draft={files.draft}", "--prompt=a", *([override] if override else [])]
+    refuses(expected, "generate.py", *args)
+
+
+def test_unknown_keys_of_a_handmade_configuration(refuses, tmp_path):
+    (tmp_path / "c.py").write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    return ml_collections.ConfigDict({'engine': {'max_size': 3}})\n"
+    )
+    refuses("max_size", "generate.py", f"--config={tmp_path / 'c.py'}", "--prompt=a")
+
+
+def test_bad_files(refuses, files, tmp_path):
+    pair = [f"--target={files.target}", f"--draft={files.draft}"]
+    refuses("neither", "generate.py", *pair)
+    for name, text, expected in [
+        ("none.txt", None, "none.txt"),
+        ("empty.txt", " \n", "empty"),
+        ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "bad.jsonl:2"),
+    ]:
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        refuses(expected, "generate.py", *pair, f"--prompts_file={tmp_path / name}")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    refuses("UTF-8", "generate.py", *pair, f"--prompts_file={tmp_path / 'bytes.txt'}")
+
+
+def test_bad_checkpoints(refuses, files, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.bin").write_bytes(b"abc")
+    a = "--prompt=a"
+    for name in ("empty", "short.bin"):
+        target = f"--target={tmp_path / name}"
+        refuses(name, "generate.py", target, "--tree=none", a)
+    target = f"--target={files.target}"
+    refuses("--draft", "generate.py", target, a)
+    refuses("vocabular", "generate.py", target, f"--draft={files.foreign}", a)
+    bare = f"--target={files.bare}"
+    refuses("--tokenizer", "generate.py", bare, "--tree=none", a)
+
+
+def test_prompt_longer_than_max_len(refuses, files):
+    args = [f"--target={files.target}", "--tree=none", "--max_len=16"]
+    refuses("max_len", "generate.py", *args, f"--prompt={'a' * 40}")
+
+
+def _run(*args: str):
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / "generate.py"), *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent)},
+    )
+
+
+def test_own_process_answers_a_bad_flag(files):
+    result = _run(f"--target={files.target}", "--prompt=a", "--tree=regular:0")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_own_process_generates(run_script, files, compilation_cache):
+    args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--max_len=64"]
+    args += ["--max_tokens=3", "--ignore_eos", "--json"]
+    here = run_script("generate.py", *args)
+    result = _run(*args, f"--compilation_cache={compilation_cache}")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    ours, theirs = json.loads(here.out), json.loads(result.stdout)
+    assert theirs["completions"][0]["token_ids"] == ours["completions"][0]["token_ids"]
+
+
+def test_flags_are_checked_before_jax_starts():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['generate.py', '--prompt=a', '--max_tokens=0']\n"
+        "try:\n"
+        f"    runpy.run_path({str(SCRIPTS / 'generate.py')!r}, run_name='__main__')\n"
+        "except SystemExit as e:\n"
+        "    print(e.code, 'jax' in sys.modules, 'flax' in sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent)},
+    )
+    assert result.stdout.split() == ["2", "False", "False"], result.stderr

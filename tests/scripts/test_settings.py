@@ -1,0 +1,188 @@
+"""Settings of experiments, and the parts of the benchmark that need no model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from treespec_jax.acceptance.policy import Sampling
+from treespec_jax.drafting import growth
+from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.errors import UserError
+from treespec_jax.experiments import costs, output, prompts, runtime, settings, table
+from treespec_jax.trees import shapes
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in CONFIGS if not p.name.startswith("train_")],
+    ids=lambda path: path.stem,
+)
+def test_every_configuration_is_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings.build(module.get_config())
+
+
+def test_defaults_survive_a_round_trip():
+    plain = settings.Experiment()
+    assert settings.build(settings.default_config()) == plain
+    assert settings.build(json.loads(json.dumps(plain.as_dict()))) == plain
+
+
+def test_overrides_win_and_none_is_not_given():
+    built = settings.build(
+        {"tree": "chain:2", "sampling": {"top_k": 3, "seed": 4}},
+        {"tree": None, "sampling.seed": 5, "engine.max_batch": 2},
+    )
+    assert built.tree == "chain:2"
+    assert (built.sampling.top_k, built.sampling.seed) == (3, 5)
+    assert built.engine.max_batch == 2 and built.engine.max_len is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"leaf": 1}, "leaf"),
+        ({"sampling": {"leaf": 1}}, "leaf"),
+        ({"sampling": 3}, "sampling"),
+        ({"engine": {"prefill_chunks": 16}}, "engine"),
+        ({"tree": 5}, "tree"),
+        ({"tau": 0}, "tau"),
+        ({"tree": "chain:9", "engine": {"max_len": 8}}, "max_len=8"),
+        ({"benchmark": {"repeat": 0}}, "repeat"),
+        ({"benchmark": {"shapes": ()}}, "--shapes"),
+        ({"benchmark": {"shapes": ("chain:0",)}}, "chain:0"),
+    ],
+)
+def test_bad_values_are_named(values, expected):
+    with pytest.raises(UserError, match=expected):
+        settings.build(values)
+
+
+def test_benchmark_always_has_plain_decoding():
+    section = settings.BenchmarkSettings(shapes=("chain:2", "chain:2"))
+    assert section.shapes == ("none", "chain:2")
+
+
+def test_bundled_pair_is_the_default(monkeypatch, tmp_path):
+    monkeypatch.setattr(settings, "BUNDLED", tmp_path)
+    with pytest.raises(UserError, match="no target"):
+        settings.Experiment().with_paths(needs_drafter=True)
+    for name in ("target", "draft"):
+        (tmp_path / name).mkdir()
+    found = settings.Experiment().with_paths(needs_drafter=True)
+    assert found.target == str(tmp_path / "target")
+    assert found.draft == str(tmp_path / "draft")
+    assert settings.Experiment().with_paths(needs_drafter=False).draft == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["none", "chain:1", "chain:4", "regular:3x2x1", "dynamic:5@3", "dynamic:1@1"],
+)
+def test_timed_passes_are_those_of_the_drafter(name):
+    """The benchmark's share of drafting counts the rows that drafting really runs."""
+    shape, vocab = shapes.parse(name), 11
+    widths = []
+
+    def expand(tokens_BW, depth, mask_BWU, scratch):
+        widths.append(tokens_BW.shape[1])
+        assert depth == len(widths)
+        assert mask_BWU.shape[2] == sum(widths)
+        shape_BWV = (*tokens_BW.shape, vocab)
+        return jnp.arange(vocab, dtype=jnp.float32) + jnp.zeros(shape_BWV), ()
+
+    zero = jnp.zeros(1, jnp.int32)
+    context = DraftContext(
+        active=jnp.ones(1, bool),
+        root=zero,
+        lengths=zero,
+        page_table=jnp.zeros((1, 1), jnp.int32),
+        sampling=Sampling(
+            temperature=jnp.zeros(1),
+            top_k=zero,
+            top_p=jnp.ones(1),
+            min_p=jnp.zeros(1),
+            seed=jnp.zeros(1, jnp.uint32),
+        ),
+        noise=jnp.zeros((1, shape.depth + 1, vocab)),
+    )
+    # Traced only: that is where passes are laid out.
+    jax.eval_shape(
+        lambda context: growth.grow(
+            shape, context, jnp.zeros((1, 1, vocab)), expand, tau=0.5
+        ),
+        context,
+    )
+    assert widths == costs.level_widths(shape, vocab)
+
+
+def test_in_turn_rotates_and_keeps_pairs():
+    order = []
+
+    def program(name):
+        def run():
+            order.append(name)
+            return float(len(order))
+
+        return run
+
+    seconds = costs.in_turn({n: program(n) for n in "abc"}, rounds=3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert seconds == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
+
+
+def test_output_is_whole_or_absent(tmp_path):
+    final = tmp_path / "deep" / "results"
+    with pytest.raises(RuntimeError), output.folder(str(final)) as work:
+        (work / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for text in ("first", "second"):
+        with output.folder(str(final)) as work:
+            (work / "whole").write_text(text)
+        assert [p.name for p in final.iterdir()] == ["whole"]
+        assert (final / "whole").read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["deep"]
+
+
+@pytest.mark.parametrize("path", ["", "/dev/null", "/dev/null/results"])
+def test_unwritable_output(path):
+    with pytest.raises(UserError, match="output"), output.folder(path):
+        pass
+
+
+def test_built_in_prompts_are_short_lower_case_stories():
+    assert len(prompts.STORIES) == 8
+    assert all(p == p.lower() and len(p) < 80 for p in prompts.STORIES)
+
+
+def test_tables_line_up():
+    rows = [("shape", "tok/s"), ("none", "1"), ("chain:3", "20.5")]
+    lengths = {len(line) for line in table.markdown(rows).splitlines()}
+    assert len(lengths) == 1
+    assert table.aligned(rows).splitlines()[1] == "none         1"
+    assert table.percents([0.5, 0.254]) == "50 25 %"
+
+
+def test_cache_folder_follows_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.default_cache_folder() == tmp_path / "treespec-jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runtime.default_cache_folder() == tmp_path / ".cache" / "treespec-jax"
+
+
+def test_unwritable_cache_folder_is_left_alone(compilation_cache):
+    before = jax.config.jax_compilation_cache_dir
+    runtime.set_up("/dev/null/cache")
+    assert jax.config.jax_compilation_cache_dir == before
