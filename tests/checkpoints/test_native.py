@@ -226,26 +226,32 @@ def test_weights_of_another_configuration(stored, changes, message):
 def test_missing_parameters(stored):
     for path in sorted((stored / "params").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    with pytest.raises(UserError, match="params cannot be read"):
+    with pytest.raises(UserError, match=r"params/.* cannot be read \(No such file"):
         load(stored)
-    (stored / "params").rmdir()
-    with pytest.raises(UserError, match="params cannot be read"):
+    change_metadata(stored, files={})
+    with pytest.raises(UserError, match=r"params cannot be read \(its list of tensors"):
         load(stored)
 
 
-def test_any_damaged_file_is_one_line(stored):
-    """Cuts every file of the weights in half, one at a time."""
-    answers = 0
+def test_every_damaged_file_is_named(stored):
     for path in sorted((stored / "params").rglob("*")):
-        if not path.is_file() or not path.stat().st_size:
+        if not path.is_file():
             continue
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
-        try:
+        with pytest.raises(UserError, match=f"{path} .* bytes instead of {len(data)}"):
             load(stored)
-        except UserError as error:
-            answers += 1
-            assert "\n" not in str(error)
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        with pytest.raises(UserError, match=f"{path} .*its checksum is not that"):
+            load(stored)
         path.write_bytes(data)
-    assert answers >= 3
     load(stored)
+
+
+def test_whatever_orbax_raises_is_one_line(stored, monkeypatch):
+    def fail(*_):
+        raise Exception("first\nsecond") from ValueError("the cause\n" + "x" * 500)
+
+    monkeypatch.setattr(native, "_restore", fail)
+    with pytest.raises(UserError, match=r"params cannot be read \(the cause\); it is"):
+        load(stored)

@@ -1,20 +1,19 @@
 """The package's own folders: `metadata.json`, `params/` (orbax) and the tokenizer.
 
-A folder is written beside its destination and renamed at the end, so that one that is
-there is whole.
+`metadata.json` holds the configuration, and size and checksum of every file of
+`params/`. A folder is written beside its destination and renamed at the end, so that
+one that is there is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
-import logging
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,9 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
             _write_params(arrays, partial / PARAMS)
             if loaded.tokenizer is not None:
                 loaded.tokenizer.save(partial)
-            text = json.dumps(_metadata(loaded, wanted), indent=2)
+            about = _metadata(loaded, wanted)
+            about["files"] = _checksums(partial / PARAMS)
+            text = json.dumps(about, indent=2)
             (partial / METADATA).write_text(text + "\n", encoding="utf-8")
             _move_into_place(partial, path)
     finally:
@@ -104,6 +105,7 @@ def read(
         tokenizer = load_tokenizer(
             path / about["file"], about.get("bos_id"), tuple(about.get("eos_ids", ()))
         )
+    _check_files(path / PARAMS, values.get("files", {}))
     model = _read_params(path / PARAMS, config, wanted, progress)
     return config, model, tokenizer, path.name, wanted
 
@@ -218,30 +220,18 @@ def _read_params(
         for path, leaf in flat.items()
     }
     arrays: dict[str, jax.Array] = {}
-    failure = None
-    with _silent_library():
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                stored = checkpointer.metadata(folder).item_metadata
-                if stored is None:
-                    raise ValueError("its list of tensors is missing")
-                _check_stored(folder, _flat(stored.tree), wanted)
-                for batch in progress(_batches(wanted)):
-                    arrays.update(_restore(checkpointer, folder, batch))
-        except UserError:
-            raise
-        # A damaged file surfaces as anything down to a bare Exception.
-        except Exception as error:
-            failure = _root_cause(error)
-        if failure:
-            gc.collect()  # makes Python report abandoned reads while nobody listens
-    if failure:
-        if not isinstance(sys.unraisablehook, _LateReads):
-            sys.unraisablehook = _LateReads(sys.unraisablehook)
-        raise UserError(
-            f"{folder} cannot be read ({failure}); it is damaged or incomplete, "
-            "convert or copy it again"
-        )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata
+            if stored is None:
+                raise ValueError("its list of tensors is missing")
+            _check_stored(folder, _flat(stored.tree), wanted)
+            for batch in progress(_batches(wanted)):
+                arrays.update(_restore(checkpointer, folder, batch))
+    except UserError:
+        raise
+    except Exception as error:  # orbax raises down to a bare Exception
+        raise _damaged(folder, _root_cause(error)) from None
     return concrete(graph, state, arrays)
 
 
@@ -259,41 +249,56 @@ def _restore(
     return arrays
 
 
+def _damaged(where: Path, reason: str) -> UserError:
+    return UserError(
+        f"{where} cannot be read ({reason}); it is damaged or incomplete, convert or "
+        "copy it again"
+    )
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below `folder`, by relative name."""
+    return {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _crc(path)]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _crc(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def _check_files(folder: Path, written: Mapping[str, Any]) -> None:
+    """Compares the files with what was written.
+
+    Orbax reads many at once and answers a damaged one with pages of text, some of it
+    from threads that nobody waits for; it also loads bytes that changed silently.
+
+    Raises:
+      UserError: names the first file that is missing, of another size, or changed.
+    """
+    for name, (size, crc) in written.items():
+        path = folder / name
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise _damaged(path, f"{found} bytes instead of {size}")
+            if _crc(path) != crc:
+                raise _damaged(path, "its checksum is not that of the file written")
+        except OSError as error:
+            raise _damaged(path, str(error.strerror)) from None
+
+
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     line = first_line(error)
     return line if len(line) <= 160 else line[:157] + "..."
-
-
-@contextlib.contextmanager
-def _silent_library() -> Iterator[None]:
-    """Keeps orbax quiet about a damaged folder, which becomes one line of ours.
-
-    It logs, and abandons the reads beside the one that failed; those that end later
-    find their event loop closed, which `_LateReads` knows.
-    """
-    logger = logging.getLogger("absl")
-    level, hook = logger.level, sys.unraisablehook
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
-
-
-class _LateReads:
-    """An unraisable hook that drops the report of a read nobody waits for."""
-
-    def __init__(self, otherwise: Callable[[Any], Any]):
-        self._otherwise = otherwise
-
-    def __call__(self, report: Any) -> None:
-        late = report.object is None and "loop is closed" in str(report.exc_value)
-        if not late:
-            self._otherwise(report)
 
 
 def _batches(wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
