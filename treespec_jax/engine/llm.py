@@ -27,6 +27,7 @@ from treespec_jax.drafting.none import NoDrafter
 from treespec_jax.engine.engine import Engine, Request
 from treespec_jax.engine.stats import Stats, total
 from treespec_jax.errors import UserError
+from treespec_jax.models.memory import use_huge_pages
 from treespec_jax.trees import shapes
 
 Prompt = str | Sequence[int]
@@ -137,8 +138,10 @@ class LLM:
         target = _loaded(model, dtype)
         draft = None if plain else _loaded(spec.model, target.dtype)
         longest = target.config.max_positions
+        use_huge_pages(target.model)
         if draft is not None:
             _check_pair(target, draft)
+            use_huge_pages(draft.model)
             longest = min(longest, draft.config.max_positions)
         if max_len is None:
             max_len = min(longest, 4096)
