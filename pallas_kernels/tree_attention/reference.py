@@ -10,9 +10,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-# Prefix rows per block: one block covers a short prompt, and the scores of a block
-# stay in a CPU's second-level cache.
-BLOCK_ROWS = 128
+# Prefix rows per block: one page of the usual size, which needs no copy to join it to
+# others, and whose scores stay in a CPU's second-level cache.
+BLOCK_ROWS = 64
 # Up to here pages are copied one by one, which is a memcpy each; a gather is compiled
 # once whatever the batch, but computes an index per element on a CPU.
 MAX_SLICES = 16
