@@ -47,12 +47,12 @@ def full_logits(model: Transformer, ids: list[int], size: int = 256) -> np.ndarr
 
 def perturbed_scores(model, ids, params: SamplingParams) -> np.ndarray:
     """Scores [V] whose argmax is the token after `ids`."""
-    logits = jnp.asarray(full_logits(model, ids)[-1])[None, None]
+    logits = jnp.asarray(full_logits(model, ids)[-1])[:, None]
     settings = sampling(params)
     at = jnp.full((1, 1), len(ids))
-    noise = policy.gumbel_noise(settings.seed, at, logits.shape[-1])
+    noise = policy.gumbel_noise(settings.seed, at, logits.shape[0])
     depth = jnp.zeros((1, 1), jnp.int32)
-    return np.asarray(policy.perturbed(logits, depth, noise, settings))[0, 0]
+    return np.asarray(policy.perturbed(logits, depth, noise, settings))[:, 0]
 
 
 class Ties:

@@ -89,54 +89,54 @@ class DraftModel:
         B, window = state.pending.shape
         held = jnp.where(context.active, state.lengths, 0)
         view = CacheView(state.pages, context.page_table, held)
-        chain = jnp.tril(jnp.ones((window, window), bool))
+        at_C = jnp.arange(window)
+        is_pending_BC = at_C < state.pending_count[:, None]
         with jax.named_scope("draft_root"):
-            hidden_DR, kv = self.model(
+            hidden_DR, pending_kv = self.model(
                 state.pending,
-                held[:, None] + jnp.arange(window),
-                jnp.broadcast_to(chain, (B, window, window)),
+                held[:, None] + at_C,
+                jnp.broadcast_to(at_C[:, None] >= at_C, (B, window, window)),
                 view,
             )
             # Only the root's row needs the head.
-            hidden_DBW = hidden_DR.reshape(-1, B, window)
+            hidden_DBC = hidden_DR.reshape(-1, B, window)
             last_B = jnp.maximum(state.pending_count - 1, 0)
-            root_DB = jnp.take_along_axis(hidden_DBW, last_B[None, :, None], axis=2)
-            logits_BV = self.model.logits(root_DB[:, :, 0])
-            pages = paging.commit(
-                state.pages,
-                context.page_table,
-                held,
-                kv,
-                jnp.broadcast_to(jnp.arange(window), (B, window)),
-                state.pending_count,
-            )
-        lengths = held + state.pending_count
-        view = CacheView(pages, context.page_table, lengths)
+            root_DB1 = jnp.take_along_axis(hidden_DBC, last_B[None, :, None], axis=2)
+            logits_VB = self.model.logit_columns(root_DB1[:, :, 0])
 
         def expand(tokens_BW, depth, mask_BWU, scratch):
-            positions = context.lengths[:, None] + depth
+            # The waiting tokens are not in the cache yet: they are the first rows of
+            # the tree, so that a step only reads the cache until all its passes are
+            # done. (A CPU copies a cache that is written between two reads.)
+            W = tokens_BW.shape[1]
+            pending = jnp.broadcast_to(is_pending_BC[:, None], (B, W, window))
+            scratch = pending_kv if scratch is None else scratch
+            positions = jnp.broadcast_to(context.lengths[:, None] + depth, (B, W))
             hidden_DR, kv = self.model(
                 tokens_BW,
-                jnp.broadcast_to(positions, tokens_BW.shape),
-                mask_BWU,
+                positions,
+                jnp.concatenate([pending, mask_BWU], axis=2),
                 view,
                 scratch,
             )
-            logits = self.model.logits(hidden_DR).reshape(*tokens_BW.shape, -1)
-            if scratch is not None:
-                kv = tuple(
-                    jnp.concatenate(pair, axis=3)
-                    for pair in zip(scratch, kv, strict=True)
-                )
-            return logits, kv
+            scratch = tuple(
+                jnp.concatenate(pair, axis=3) for pair in zip(scratch, kv, strict=True)
+            )
+            return self.model.logit_columns(hidden_DR), scratch
 
-        tree = growth.grow(
-            self.shape, context, logits_BV[:, None], expand, tau=self.tau
+        tree = growth.grow(self.shape, context, logits_VB, expand, tau=self.tau)
+        pages = paging.commit(
+            state.pages,
+            context.page_table,
+            held,
+            pending_kv,
+            jnp.broadcast_to(at_C, (B, window)),
+            state.pending_count,
         )
         state = dataclasses.replace(
             state,
             pages=pages,
-            lengths=lengths,
+            lengths=held + state.pending_count,
             pending_count=jnp.zeros_like(state.pending_count),
         )
         return tree, state

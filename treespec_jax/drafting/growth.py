@@ -19,19 +19,23 @@ import numpy as np
 from jax import lax
 
 from treespec_jax.acceptance import policy
-from treespec_jax.acceptance.select import top_k
+from treespec_jax.acceptance.select import top_k, top_k_rows
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.trees.shapes import DynamicShape, StaticShape, TreeShape
 from treespec_jax.trees.token_tree import TokenTree, ancestors_of, static_tree
 
-# expand(tokens [B, W], depth, mask [B, W, E + W], scratch) -> logits [B, W, V], scratch
+# expand(tokens [B, W], depth, mask [B, W, E + W], scratch) -> logits [V, B·W], scratch;
+# E counts the nodes expanded before, whose rows are in the scratch.
+# Best tokens of a node over which its children's chances are normalised.
+NORMALISED = 8
+
 Expand = Callable[[jax.Array, int, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def grow(
     shape: TreeShape,
     context: DraftContext,
-    root_logits_B1V: jax.Array,
+    root_logits_VB: jax.Array,
     expand: Expand,
     tau: float,
 ) -> TokenTree:
@@ -40,40 +44,47 @@ def grow(
     Args:
       shape: static or dynamic.
       context: root, sampling settings and noise.
-      root_logits_B1V: float32, the drafter's logits after the root.
+      root_logits_VB: float32, the drafter's logits after the root.
       expand: runs one level of nodes through the drafter.
       tau: temperature of the estimated chance.
     """
     with jax.named_scope("grow"):
         if isinstance(shape, StaticShape):
-            return _grow_static(shape, context, root_logits_B1V, expand, tau)
-        return _grow_dynamic(shape, context, root_logits_B1V, expand, tau)
+            return _grow_static(shape, context, root_logits_VB, expand, tau)
+        return _grow_dynamic(shape, context, root_logits_VB, expand, tau)
 
 
-def best_children(logits_BWV, depth, count, context: DraftContext, tau):
+def best_children(logits_VR, depth, count, context: DraftContext, tau):
     """The `count` best next tokens of nodes at `depth`, best first.
+
+    The chance is normalised over the NORMALISED best tokens, not the vocabulary: at
+    the usual tau the rest weighs next to nothing, and a sum over it would cost a good
+    part of the drafter's pass.
 
     Returns:
       tokens int32 [B, W, count] and log chances float32 [B, W, count]; -inf where the
       policy allows fewer tokens.
     """
+    V, R = logits_VR.shape
+    B = context.root.shape[0]
+    seen = min(max(count, NORMALISED), V)
 
-    def pick(scores_BWV):
-        values, tokens = top_k(scores_BWV, count)
-        total = jax.nn.logsumexp(scores_BWV / tau, axis=-1, keepdims=True)
-        return tokens, jnp.minimum(values / tau - total, 0.0)
+    def perturbed():
+        depth_BW = jnp.full((B, R // B), depth, jnp.int32)
+        return policy.perturbed(logits_VR, depth_BW, context.noise, context.sampling)
 
-    depth_BW = jnp.full(logits_BWV.shape[:2], depth, jnp.int32)
-    return lax.cond(
+    values, tokens = lax.cond(
         jnp.all(context.sampling.greedy),
-        lambda: pick(logits_BWV),
-        lambda: pick(
-            policy.perturbed(logits_BWV, depth_BW, context.noise, context.sampling)
-        ),
+        lambda: top_k(logits_VR, seen),
+        lambda: top_k(perturbed(), seen),
     )
+    logprob = jax.nn.log_softmax(values / tau, axis=-1)
+    logprob = jnp.where(values > -jnp.inf, logprob, -jnp.inf)
+    shape = B, R // B, count
+    return tokens[:, :count].reshape(shape), logprob[:, :count].reshape(shape)
 
 
-def _grow_static(shape: StaticShape, context, logits_BWV, expand, tau):
+def _grow_static(shape: StaticShape, context, logits_VR, expand, tau):
     topology = shape.topology
     B = context.root.shape[0]
     tokens = [context.root[:, None]]
@@ -85,7 +96,7 @@ def _grow_static(shape: StaticShape, context, logits_BWV, expand, tau):
             rows = np.concatenate([rows, parents])
             mask = topology.ancestors[np.ix_(parents, rows)]
             column = parents - topology.level(depth)[0]
-            logits_BWV, scratch = expand(
+            logits_VR, scratch = expand(
                 tokens[depth][:, column],
                 depth,
                 jnp.broadcast_to(mask, (B, *mask.shape)),
@@ -95,7 +106,7 @@ def _grow_static(shape: StaticShape, context, logits_BWV, expand, tau):
         slot = np.searchsorted(parents, np.asarray(topology.parents)[below])
         rank = topology.ranks[below]
         drawn_BWJ, chance_BWJ = best_children(
-            logits_BWV, depth, int(rank.max()) + 1, context, tau
+            logits_VR, depth, int(rank.max()) + 1, context, tau
         )
         tokens.append(drawn_BWJ[:, slot, rank])
         logprob.append(chance_BWJ[:, slot, rank])
@@ -123,7 +134,7 @@ class _Candidates:
         return self.tokens.shape[1]
 
 
-def _grow_dynamic(shape: DynamicShape, context, logits_BWV, expand, tau):
+def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand, tau):
     """Best-first within a beam of `width` expanded nodes per level.
 
     All children seen are candidates; the tree is the best of them by path chance. A
@@ -131,19 +142,19 @@ def _grow_dynamic(shape: DynamicShape, context, logits_BWV, expand, tau):
     ones always form a tree.
     """
     B = context.root.shape[0]
-    vocab = logits_BWV.shape[-1]
+    vocab = logits_VR.shape[0]
     frontier_BW = jnp.full((B, 1), -1, jnp.int32)
     path_BW = jnp.zeros((B, 1), jnp.float32)
     width = min(shape.width, vocab)
     levels = [
-        _children(logits_BWV, 0, width, frontier_BW, path_BW, context=context, tau=tau)
+        _children(logits_VR, 0, width, frontier_BW, path_BW, context=context, tau=tau)
     ]
     mask_BWU = scratch = None
     for depth in range(1, shape.depth):
         above = levels[-1]
         before = sum(level.count for level in levels[:-1])
         width = min(shape.width, above.count)
-        path_BW, at_BW = top_k(above.path, width)
+        path_BW, at_BW = top_k_rows(above.path, width)
         own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (B, width, width))
         if mask_BWU is not None:
             # A frontier node sees what the expanded node it came from sees.
@@ -152,11 +163,11 @@ def _grow_dynamic(shape: DynamicShape, context, logits_BWV, expand, tau):
             own = jnp.concatenate([seen, own], axis=2)
         mask_BWU = own
         tokens_BW = jnp.take_along_axis(above.tokens, at_BW, axis=1)
-        logits_BWV, scratch = expand(tokens_BW, depth, mask_BWU, scratch)
+        logits_VR, scratch = expand(tokens_BW, depth, mask_BWU, scratch)
         count = min(shape.children, vocab)
         levels.append(
             _children(
-                logits_BWV,
+                logits_VR,
                 depth,
                 count,
                 at_BW + before,
@@ -168,9 +179,9 @@ def _grow_dynamic(shape: DynamicShape, context, logits_BWV, expand, tau):
     return _select(shape, context, levels)
 
 
-def _children(logits_BWV, depth, count, frontier_BW, path_BW, *, context, tau):
-    B, W, _ = logits_BWV.shape
-    tokens, chance = best_children(logits_BWV, depth, count, context, tau)
+def _children(logits_VR, depth, count, frontier_BW, path_BW, *, context, tau):
+    B, W = frontier_BW.shape
+    tokens, chance = best_children(logits_VR, depth, count, context, tau)
     slot_WJ = jnp.arange(W, dtype=jnp.int32)[:, None]
     return _Candidates(
         tokens=tokens.reshape(B, -1),
@@ -190,7 +201,7 @@ def _select(shape: DynamicShape, context, levels: list[_Candidates]) -> TokenTre
     path = joined("path")
     B, seen = path.shape
     nodes = min(shape.nodes, seen)
-    _, best_BN = top_k(path, nodes)
+    _, best_BN = top_k_rows(path, nodes)
     kept_BN = jnp.sort(best_BN, axis=1)
     # Node number of every candidate; those that were not kept are never asked.
     number = jnp.zeros((B, seen), jnp.int32)

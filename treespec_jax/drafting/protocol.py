@@ -23,7 +23,7 @@ class DraftContext:
       lengths: int32 [B], tokens before the root; the root's absolute position.
       page_table: int32 [B, max_pages], shared with the target.
       sampling: the requests' settings.
-      noise: float32 [B, C + 1, V], the noise the target will use after depth 0..C.
+      noise: float32 [V, B, C + 1], the noise the target will use after depth 0..C.
     """
 
     active: jax.Array

@@ -25,7 +25,7 @@ def verify(target: Transformer, tree, pages, page_table, lengths):
     """One forward pass of the target over all nodes.
 
     Returns:
-      logits float32 [B, T, V], hidden [D, B·T], new rows per layer [B, K, 2, T, H].
+      logits float32 [V, B·T], hidden [D, B·T], new rows per layer [B, K, 2, T, H].
     """
     with jax.named_scope("verify"):
         hidden_DR, kv = target(
@@ -34,8 +34,7 @@ def verify(target: Transformer, tree, pages, page_table, lengths):
             tree.ancestors,
             CacheView(pages, page_table, lengths),
         )
-        logits = target.logits(hidden_DR).reshape(*tree.tokens.shape, -1)
-    return logits, hidden_DR, kv
+        return target.logit_columns(hidden_DR), hidden_DR, kv
 
 
 def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Control):
@@ -61,15 +60,15 @@ def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Con
     )
     with jax.named_scope("draft"):
         tree, draft = drafter.propose(state.draft, context)
-    logits_BTV, hidden_DR, kv = verify(
+    logits_VR, hidden_DR, kv = verify(
         target, tree, state.pages, control.page_table, lengths
     )
     with jax.named_scope("accept"):
-        choice_BT = policy.choose(logits_BTV, tree.depth, noise, control.sampling)
+        choice_BT = policy.choose(logits_VR, tree.depth, noise, control.sampling)
         verdict = exact_match(tree, choice_BT, depth)
         count_B, ended_B = _cut(verdict, control)
         count_B = jnp.where(active_B, count_B, 0)
-        logprobs_BC = _logprobs(logits_BTV, verdict, control)
+        logprobs_BC = _logprobs(logits_VR, verdict, control)
     pages = paging.commit(
         state.pages, control.page_table, lengths, kv, verdict.path, count_B
     )
@@ -103,14 +102,21 @@ def _cut(verdict, control: Control):
     return jnp.where(ended_B, first_B + 1, count_B), ended_B
 
 
-def _logprobs(logits_BTV, verdict, control: Control):
+def _logprobs(logits_VR, verdict, control: Control):
     """Log p of the emitted tokens [B, C + 1]; computed only when somebody asked."""
 
     def compute():
-        rows = jnp.take_along_axis(logits_BTV, verdict.path[:, :, None], axis=1)
-        total = jax.nn.logsumexp(rows, axis=-1)
-        own = jnp.take_along_axis(rows, verdict.emitted[:, :, None], axis=2)[..., 0]
-        return own - total
+        slots, nodes = (
+            verdict.path.shape[0],
+            logits_VR.shape[1] // verdict.path.shape[0],
+        )
+        column_BC = verdict.path + nodes * jnp.arange(slots)[:, None]
+        rows_BCV = logits_VR.T[column_BC]
+        total = jax.nn.logsumexp(rows_BCV, axis=-1)
+        return (
+            jnp.take_along_axis(rows_BCV, verdict.emitted[:, :, None], axis=2)[..., 0]
+            - total
+        )
 
     return lax.cond(
         jnp.any(control.want_logprobs),

@@ -82,13 +82,19 @@ class Transformer(nnx.Module):
             new.append(kv)
         return x_DR, tuple(new)
 
-    def logits(self, hidden_DR: jax.Array) -> jax.Array:
-        """float32 logits [R, V] of hidden rows [D, R]: a row per token from here on."""
+    def logit_columns(self, hidden_DR: jax.Array) -> jax.Array:
+        """float32 logits [V, R] of hidden rows [D, R], a column per token.
+
+        Nothing of this size is transposed on the way from here to the chosen tokens.
+        """
         with jax.named_scope("head"):
             table = self.embedding if self.config.tied_embeddings else self.head
-            logits_VR = linear(table[...], self.norm(hidden_DR), jnp.float32)
-            # Without the barrier a CPU computes the transposed product, slowly.
-            return lax.optimization_barrier(logits_VR).T
+            return linear(table[...], self.norm(hidden_DR), jnp.float32)
+
+    def logits(self, hidden_DR: jax.Array) -> jax.Array:
+        """float32 logits [R, V] of hidden rows [D, R]."""
+        # Without the barrier a CPU computes the transposed product, slowly.
+        return lax.optimization_barrier(self.logit_columns(hidden_DR)).T
 
 
 def parameter_count(config: ModelConfig) -> int:
