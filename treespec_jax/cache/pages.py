@@ -32,6 +32,7 @@ def commit(
     kv: tuple[jax.Array, ...],
     path_BC: jax.Array,
     count_B: jax.Array,
+    after: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Writes the first `count` rows of `path` after each slot's prefix.
 
@@ -42,6 +43,9 @@ def commit(
       kv: per layer [B, K, 2, T, H], a forward's own rows.
       path_BC: int32 [B, C], which of the T rows to write, in order.
       count_B: int32 [B], how many of them; the rest go to the trash page.
+      after: bool [], always true, but known only once every read of these pages is
+        done. Without such a dependency XLA may order the write first, and then copies
+        the whole cache for the reads.
 
     Returns:
       The pages with the rows written.
@@ -52,7 +56,8 @@ def commit(
     at_BC = lengths[:, None] + offset_C
     slot_BC = jnp.minimum(at_BC // page, page_table.shape[1] - 1)
     ids_BC = jnp.take_along_axis(page_table, slot_BC, axis=1)
-    ids_BC = jnp.where(offset_C < count_B[:, None], ids_BC, TRASH_PAGE)
+    kept_BC = (offset_C < count_B[:, None]) & after
+    ids_BC = jnp.where(kept_BC, ids_BC, TRASH_PAGE)
     row_BC = at_BC % page
 
     def write(layer_pages, layer_kv):

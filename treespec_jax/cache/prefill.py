@@ -43,4 +43,7 @@ def run_chunk(
         jnp.tril(jnp.ones((1, T, T), bool)),
         CacheView(pages, page_table_1P, lengths),
     )
-    return commit(pages, page_table_1P, lengths, kv, at_1T, jnp.reshape(count, (1,)))
+    # The last layer's keys come after every read: its own attention is not computed.
+    after = kv[-1][0, 0, 0, 0, 0] < jnp.inf
+    counts = jnp.reshape(count, (1,))
+    return commit(pages, page_table_1P, lengths, kv, at_1T, counts, after)

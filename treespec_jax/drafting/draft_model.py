@@ -132,6 +132,7 @@ class DraftModel:
             pending_kv,
             jnp.broadcast_to(at_C, (B, window)),
             state.pending_count,
+            after=jnp.all(tree.tokens >= 0),
         )
         state = dataclasses.replace(
             state,

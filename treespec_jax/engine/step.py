@@ -70,7 +70,13 @@ def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Con
         count_B = jnp.where(active_B, count_B, 0)
         logprobs_BC = _logprobs(logits_VR, verdict, control)
     pages = paging.commit(
-        state.pages, control.page_table, lengths, kv, verdict.path, count_B
+        state.pages,
+        control.page_table,
+        lengths,
+        kv,
+        verdict.path,
+        count_B,
+        after=jnp.all(choice_BT >= 0),
     )
     last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
     newest_B = jnp.take_along_axis(verdict.emitted, last_B1, axis=1)[:, 0]
