@@ -98,8 +98,8 @@ def test_timed_passes_are_those_of_the_drafter(name):
         widths.append(tokens_BW.shape[1])
         assert depth == len(widths)
         assert mask_BWU.shape[2] == sum(widths)
-        shape_BWV = (*tokens_BW.shape, vocab)
-        return jnp.arange(vocab, dtype=jnp.float32) + jnp.zeros(shape_BWV), ()
+        scores = jnp.arange(vocab, dtype=jnp.float32)[:, None]
+        return scores + jnp.zeros((vocab, tokens_BW.size)), ()
 
     zero = jnp.zeros(1, jnp.int32)
     context = DraftContext(
@@ -114,12 +114,12 @@ def test_timed_passes_are_those_of_the_drafter(name):
             min_p=jnp.zeros(1),
             seed=jnp.zeros(1, jnp.uint32),
         ),
-        noise=jnp.zeros((1, shape.depth + 1, vocab)),
+        noise=jnp.zeros((vocab, 1, shape.depth + 1)),
     )
     # Traced only: that is where passes are laid out.
     jax.eval_shape(
         lambda context: growth.grow(
-            shape, context, jnp.zeros((1, 1, vocab)), expand, tau=0.5
+            shape, context, jnp.zeros((vocab, 1)), expand, tau=0.5
         ),
         context,
     )

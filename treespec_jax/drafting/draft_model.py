@@ -85,7 +85,8 @@ class DraftModel:
             pending_count=state.pending_count.at[slot].set(1),
         )
 
-    def propose(self, state, context: DraftContext):
+    def propose(self, state, context: DraftContext, grow=growth.grow):
+        """See `protocol.Drafter`; `grow` decides which nodes to expand."""
         B, window = state.pending.shape
         held = jnp.where(context.active, state.lengths, 0)
         view = CacheView(state.pages, context.page_table, held)
@@ -124,7 +125,7 @@ class DraftModel:
             )
             return self.model.logit_columns(hidden_DR), scratch
 
-        tree = growth.grow(self.shape, context, logits_VB, expand, tau=self.tau)
+        tree = grow(self.shape, context, logits_VB, expand, tau=self.tau)
         pages = paging.commit(
             state.pages,
             context.page_table,

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from treespec_jax.acceptance import policy
+from treespec_jax.acceptance import select
 from treespec_jax.cache import pages as paging
 from treespec_jax.config import EngineConfig, SamplingParams
+from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
+from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.engine import step as stepping
 from treespec_jax.engine.engine import Engine, Request
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.models.views import CacheView
 from treespec_jax.trees.shapes import StaticShape, TreeShape
 from treespec_jax.trees.token_tree import static_tree
 from treespec_jax.trees.topology import Topology, chain
@@ -114,9 +115,7 @@ def step_cost(
         "target": target_passes(target, shape, config, length, steps),
     }
     if engine.drafter.module is not None:
-        programs["draft"] = draft_passes(
-            engine.drafter.module, shape, config, length, steps
-        )
+        programs["draft"] = draft_passes(engine.drafter, config, length, steps)
     seconds = in_turn(programs, rounds)
     draft = seconds.get("draft", [0.0] * rounds)
     target_shares = [
@@ -190,10 +189,11 @@ def target_passes(
 
         def body(turn, tokens_BT):
             now = dataclasses.replace(tree, tokens=tokens_BT)
-            logits_BTV, _, _ = stepping.verify(model, now, pages, table, lengths)
-            if choose:
-                return policy.argmax(logits_BTV)
-            return _next_tokens(logits_BTV, turn)
+            logits_VR, _, _ = stepping.verify(model, now, pages, table, lengths)
+            chosen_R = (
+                select.argmax(logits_VR) if choose else _next_tokens(logits_VR, turn)
+            )
+            return chosen_R.reshape(tokens_BT.shape)
 
         return lax.fori_loop(0, steps, body, tree.tokens)
 
@@ -201,59 +201,66 @@ def target_passes(
 
 
 def draft_passes(
-    model: Transformer, shape: TreeShape, config: EngineConfig, length: int, steps: int
+    drafter: DraftModel, config: EngineConfig, length: int, steps: int
 ) -> Callable[[], float]:
     """A program of the drafter's forward passes for `steps` trees, and nothing else.
 
-    The rows of every pass are those of `drafting.draft_model`; children are whatever
-    falls out, so that choosing them takes no time. Arguments as `target_passes`.
+    It is the drafter's own `propose` with children that are whatever falls out, so
+    that choosing them takes no time, and without what nobody looks at (the tree, the
+    write to the cache). Arguments as `target_passes`.
     """
+    model, shape = drafter.model, drafter.shape
     B, window = config.max_batch, shape.depth + 1
     flat = FlatModule(model)
     pages, table, lengths = _cache(model, config, length)
     widths = level_widths(shape, model.config.vocab_size)
 
-    @jax.jit
-    def passes(leaves, pages, table, lengths, pending_BW, steps):
-        model = flat.bind(leaves)
-        view = CacheView(pages, table, lengths)
+    def passes(leaves, state, context, steps):
+        bound = drafter.with_module(flat.bind(leaves))
 
         def body(turn, pending_BW):
-            chain_WW = jnp.tril(jnp.ones((window, window), bool))
-            hidden_DR, _ = model(
-                pending_BW,
-                lengths[:, None] + jnp.arange(window),
-                jnp.broadcast_to(chain_WW, (B, window, window)),
-                view,
-            )
-            logits_BV = model.logits(hidden_DR.reshape(-1, B, window)[:, :, -1])
-            token_B1 = _next_tokens(logits_BV[:, None], turn)
-            scratch, held = None, 0
-            for depth, width in enumerate(widths, 1):
-                own = np.eye(width, dtype=bool)
-                mask = np.concatenate([np.ones((width, held), bool), own], axis=1)
-                tokens_BW = jnp.broadcast_to(token_B1, (B, width))
-                hidden_DR, kv = model(
-                    tokens_BW,
-                    jnp.broadcast_to(lengths[:, None] + depth, (B, width)),
-                    jnp.broadcast_to(mask, (B, *mask.shape)),
-                    view,
-                    scratch,
-                )
-                logits = model.logits(hidden_DR).reshape(B, width, -1)
-                token_B1 = _next_tokens(logits, turn)[:, :1]
-                if scratch is not None:
-                    kv = tuple(
-                        jnp.concatenate(pair, axis=3)
-                        for pair in zip(scratch, kv, strict=True)
+            def grow(shape, context, logits_VB, expand, tau):
+                tokens_B = _next_tokens(logits_VB, turn)
+                scratch, held = None, 0
+                for depth, width in enumerate(widths, 1):
+                    own = np.eye(width, dtype=bool)
+                    mask = np.concatenate([np.ones((width, held), bool), own], axis=1)
+                    logits_VR, scratch = expand(
+                        jnp.broadcast_to(tokens_B[:, None], (B, width)),
+                        depth,
+                        jnp.broadcast_to(mask, (B, *mask.shape)),
+                        scratch,
                     )
-                scratch, held = kv, held + width
-            return jnp.broadcast_to(token_B1, (B, window))
+                    tokens_B = _next_tokens(logits_VR, turn)[::width]
+                    held += width
+                tokens_BT = jnp.broadcast_to(tokens_B[:, None], (B, 1))
+                return static_tree(
+                    _root().topology, tokens_BT, jnp.zeros((B, 1), jnp.float32)
+                )
 
-        return lax.fori_loop(0, steps, body, pending_BW)
+            now = dataclasses.replace(state, pending=pending_BW)
+            tree, _ = bound.propose(now, context, grow)
+            return jnp.broadcast_to(tree.tokens, (B, window))
 
-    pending = jnp.ones((B, window), jnp.int32)
-    return _timed(passes, (flat.leaves, pages, table, lengths, pending), steps)
+        return lax.fori_loop(0, steps, body, state.pending)
+
+    state = DraftModelState(
+        pages=pages,
+        lengths=lengths,
+        pending=jnp.ones((B, window), jnp.int32),
+        pending_count=jnp.full(B, window, jnp.int32),
+    )
+    ones = jnp.ones(B, jnp.int32)
+    context = DraftContext(
+        active=ones > 0,
+        root=ones,
+        lengths=lengths + window - 1,
+        page_table=table,
+        # Neither is looked at without a choice to make.
+        sampling=None,
+        noise=None,
+    )
+    return _timed(jax.jit(passes), (flat.leaves, state, context), steps)
 
 
 def level_widths(shape: TreeShape, vocab: int) -> list[int]:
@@ -287,14 +294,14 @@ def _cache(model: Transformer, config: EngineConfig, length: int):
     return pages, table, jnp.full(B, length, jnp.int32)
 
 
-def _next_tokens(logits_BTV, turn):
-    """Tokens for the next pass that depend on every row at next to no cost.
+def _next_tokens(logits_VR, turn):
+    """Tokens [R] for the next pass that depend on every row at next to no cost.
 
-    The column is known at run time only: the product with the whole head stays.
+    The row is known at run time only: the product with the whole head stays.
     """
-    column = turn % logits_BTV.shape[-1]
-    score_BT = lax.dynamic_index_in_dim(logits_BTV, column, axis=2, keepdims=False)
-    return 1 + (score_BT > 1e30).astype(jnp.int32)
+    row = turn % logits_VR.shape[0]
+    score_R = lax.dynamic_index_in_dim(logits_VR, row, axis=0, keepdims=False)
+    return 1 + (score_R > 1e30).astype(jnp.int32)
 
 
 def _timed(passes, args, steps: int) -> Callable[[], float]:
