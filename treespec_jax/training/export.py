@@ -23,7 +23,8 @@ def save_model(
         config=config,
         model=model,
         tokenizer=checkpoints.load_tokenizer(tokenizer_path),
-        source=str(path),
+        # Not the path: a checkpoint travels.
+        source=path.parent.name,
         dtype=jnp.float32,
     )
     checkpoints.save(loaded, path, dtype=jnp.dtype(dtype))
