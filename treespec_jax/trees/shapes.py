@@ -73,34 +73,47 @@ def parse(text: str) -> TreeShape:
     if text == "none":
         return StaticShape(Topology((-1,)))
     if kind == "chain" and re.fullmatch(r"[1-9]\d*", rest):
-        _check_size(text, int(rest))
-        return StaticShape(chain(int(rest)))
+        length = _number(rest)
+        _check_size(text, length)
+        return StaticShape(chain(length))
     if kind == "regular" and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest):
-        branching = tuple(int(part) for part in rest.split("x"))
-        if len(branching) > MAX_NODES:
-            _check_size(text, len(branching))
-        _check_size(
-            text, sum(math.prod(branching[: i + 1]) for i in range(len(branching)))
-        )
+        branching = tuple(_number(part) for part in rest.split("x"))
+        nodes, level = 0, 1
+        for children in branching:
+            level *= children
+            nodes += level
+            _check_size(text, nodes)
         return StaticShape(regular(branching))
     match = re.fullmatch(r"([1-9]\d*)@([1-9]\d*)", rest)
     if kind == "dynamic" and match:
-        nodes, depth = int(match[1]), int(match[2])
+        nodes, depth = _number(match[1]), _number(match[2])
         _check_size(text, nodes)
         if depth > nodes:
             raise UserError(
-                f"tree {text!r}: {nodes} nodes cannot be {depth} deep; "
+                f"tree {_quoted(text)}: {nodes} nodes cannot be {depth} deep; "
                 f"lower the depth to {nodes} at most"
             )
         # Half the nodes per level, and few children of each, lose next to nothing
         # against a full best-first search, and keep the drafter's passes thin.
         width = max(1, min(8, math.ceil(nodes / 2)))
         return DynamicShape(nodes, depth, width, children=min(4, width) or 1)
-    raise UserError(f"tree {text!r} is malformed; write {_GRAMMAR}, all of them >= 1")
+    raise UserError(
+        f"tree {_quoted(text)} is malformed; write {_GRAMMAR}, all of them >= 1"
+    )
 
 
 def _check_size(text: str, nodes: int) -> None:
     if nodes + 1 > MAX_NODES:
         raise UserError(
-            f"tree {text!r} has {nodes} drafted nodes; at most {MAX_NODES - 1} fit"
+            f"tree {_quoted(text)} has too many drafted nodes; at most "
+            f"{MAX_NODES - 1} fit"
         )
+
+
+def _number(digits: str) -> int:
+    """Of any length: Python itself reads 4300 digits at most, and slowly."""
+    return int(digits) if len(digits) < 10 else 10**9
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
