@@ -57,8 +57,12 @@ def tree_attention(
             f"{', '.join(IMPLEMENTATIONS)}"
         )
     _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask)
-    if window is not None and tree_depth is None:
-        raise ValueError(f"window={window} needs tree_depth [B, U]")
+    if window is not None:
+        if tree_depth is None:
+            raise ValueError(f"window={window} needs tree_depth [B, U]")
+        want = q.shape[0], tree_kv.shape[3]
+        if tree_depth.shape != want:
+            raise ValueError(f"tree_depth is {tree_depth.shape}, want {want}")
     return reference.tree_attention(
         q,
         kv_pages,
@@ -74,8 +78,10 @@ def tree_attention(
 
 
 def _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask):
+    if q.ndim != 4:
+        raise ValueError(f"q is {q.shape}, want [B, T, N, H]")
     B, T, N, H = q.shape
-    _, K, _, U, _ = tree_kv.shape
+    K, U = (tree_kv.shape[1], tree_kv.shape[3]) if tree_kv.ndim == 5 else (1, 0)
     if tree_kv.shape != (B, K, 2, U, H) or N % K or U < T:
         raise ValueError(
             f"tree_kv {tree_kv.shape} does not fit q {q.shape}: want "
@@ -87,8 +93,9 @@ def _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask):
         return
     if kv_pages.ndim != 5 or kv_pages.shape[1:3] != (K, 2) or kv_pages.shape[4] != H:
         raise ValueError(f"kv_pages is {kv_pages.shape}, want [P, {K}, 2, page, {H}]")
-    if page_table.ndim != 2 or page_table.shape[0] != B or lengths.shape != (B,):
+    table, length = (x if x is None else x.shape for x in (page_table, lengths))
+    if table is None or len(table) != 2 or table[0] != B or length != (B,):
         raise ValueError(
-            f"page_table {page_table.shape} and lengths {lengths.shape} must be "
+            f"page_table {table} and lengths {length} must be "
             f"[{B}, max_pages] and [{B}]"
         )
