@@ -63,7 +63,7 @@ def best_children(logits_VR, depth, count, context: DraftContext, tau):
 
     Returns:
       tokens int32 [B, W, count] and log chances float32 [B, W, count]; -inf where the
-      policy allows fewer tokens.
+      policy allows, or the vocabulary holds, fewer tokens.
     """
     V, R = logits_VR.shape
     B = context.root.shape[0]
@@ -80,8 +80,12 @@ def best_children(logits_VR, depth, count, context: DraftContext, tau):
     )
     logprob = jax.nn.log_softmax(values / tau, axis=-1)
     logprob = jnp.where(values > -jnp.inf, logprob, -jnp.inf)
+    # A tiny vocabulary may not hold that many.
+    lacking = (0, 0), (0, max(0, count - seen))
+    tokens = jnp.pad(tokens[:, :count], lacking)
+    logprob = jnp.pad(logprob[:, :count], lacking, constant_values=-jnp.inf)
     shape = B, R // B, count
-    return tokens[:, :count].reshape(shape), logprob[:, :count].reshape(shape)
+    return tokens.reshape(shape), logprob.reshape(shape)
 
 
 def _grow_static(shape: StaticShape, context, logits_VR, expand, tau):
