@@ -4,9 +4,8 @@ from absl import flags
 
 from treespec_jax import cli
 from treespec_jax.experiments import settings
-from treespec_jax.experiments.flags import define_config
 
-_CONFIG = define_config()
+_CONFIG = cli.define_config()
 _TARGET = flags.DEFINE_string("target", None, "target's checkpoint; else the bundled")
 _DRAFT = flags.DEFINE_string("draft", None, "drafter's checkpoint")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer file, if not the own")

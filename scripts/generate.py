@@ -8,9 +8,8 @@ from absl import flags  # noqa: E402
 
 from treespec_jax import cli  # noqa: E402
 from treespec_jax.experiments import prompts, settings  # noqa: E402
-from treespec_jax.experiments.flags import define_config  # noqa: E402
 
-_CONFIG = define_config()
+_CONFIG = cli.define_config()
 _TARGET = flags.DEFINE_string(
     "target", None, "target's checkpoint; else the bundled one"
 )

@@ -14,9 +14,7 @@ from treespec_jax import cli
 from treespec_jax.training import command
 
 _TINY = pathlib.Path(__file__).parents[1] / "configs" / "train_tiny.py"
-_CONFIG = cli.define_config(
-    "config", str(_TINY), "Settings of the run; --config.data.seed=1 changes one"
-)
+_CONFIG = cli.define_config(str(_TINY))
 _TEXT = flags.DEFINE_multi_string(
     "text",
     [],

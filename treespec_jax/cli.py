@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from treespec_jax.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
-
-# Names of the flags that `define_config` made.
-_config_flags: list[str] = []
 
 
 def run(
@@ -23,9 +21,10 @@ def run(
 ) -> NoReturn:
     """Parses the flags, calls `main(argv)` and exits.
 
-    Unlike `absl.app.run` it answers a mistake on the command line, a `UserError` and a
-    file that cannot be read or written with one line on stderr and exit code 2, and an
-    interrupt with exit code 130. Any other exception is a bug and keeps its traceback.
+    Unlike `absl.app.run` it answers a mistake on the command line, a `UserError` and
+    what the system refuses (a file that cannot be read, a full disk) with one line on
+    stderr and exit code 2, and an interrupt with exit code 130. Any other exception is
+    a bug and keeps its traceback.
 
     Args:
       main: gets the program name alone, as positional arguments are refused; what it
@@ -43,34 +42,55 @@ def run(
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:
-        # The reader of our output left, as `head` does; nothing is wrong. The
-        # interpreter would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output left, as `head` does; nothing is wrong.
+        _drop_output()
         sys.exit(0)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            fail(f"{error.filename}: {error.strerror}; check the path")
+        if error.errno is None:  # raised by some library, not by the system
             raise
-        fail(f"{error.filename}: {error.strerror}; check the path")
+        # Reads and writes of open files do not say which.
+        _drop_output()
+        fail(f"{error.strerror}; check the disk, and where the output goes")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def define_config(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
-    """Defines a flag that names a ml_collections file: --config=x.py --config.key=1.
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """Defines --config=FILE with overrides --config.NAME=VALUE.
 
-    ml_collections reads the command line while such a flag is being defined, before
-    any `main` can catch what goes wrong, and keeps a failure to load the file for the
-    first use of the value. Here both become the usual line and exit code 2.
+    The file is a program and its overrides are read by reflection, so that about any
+    exception may come out of parsing; all of them become one line that names the file.
+    A value that is there is a ConfigDict.
+
+    Args:
+      default: the file in force when none is named; its mistakes end the program here.
     """
     from ml_collections import config_flags
 
-    try:
-        holder = config_flags.DEFINE_config_file(name, default, help_text)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(_about_config(error))
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "settings, a file of configs/; --config.NAME=VALUE changes one of them, and "
+        "the flags below win over both",
+    )
+    flag = flags.FLAGS["config"]
+    flag.parser = _ConfigParser(flag.parser)
+    parse = flag.parse
 
-    _config_flags.append(name)
+    def parse_with_overrides(argument: str) -> None:
+        with _config_errors(argument):
+            parse(argument)
+
+    flag.parse = parse_with_overrides
+    if default is not None:
+        try:
+            with _config_errors(default):
+                flags.set_default(holder, default)
+        except flags.Error as error:
+            fail(str(error))
     return holder
 
 
@@ -87,20 +107,14 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except SystemExit:  # --help, which absl ends with 1
         sys.exit(0)
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        hint = "--help lists the flags"
+        if name.startswith("config."):
+            hint = f"--{name} changes a setting of the file named by --config=FILE"
+        raise UserError(f"{str(error).rstrip(' ?')}; {hint}") from None
     except flags.Error as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
-    # What a configuration file named by a flag, or an override of it, runs into.
-    except (
-        AttributeError,
-        ImportError,
-        KeyError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise UserError(_about_config(error)) from None
-    for name in _config_flags:
-        _check_loaded(name)
+        raise UserError(str(error)) from None
     if len(rest) > 1:
         raise UserError(
             f"argument {rest[1]!r} is not a flag; give --name=value (--help lists them)"
@@ -108,28 +122,74 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _check_loaded(name: str) -> None:
-    from ml_collections import config_flags
+def _drop_output() -> None:
+    """Lets what is still buffered go nowhere: flushing it at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    config = flags.FLAGS[name].value
+
+class _ConfigParser(flags.ArgumentParser):
+    """Loads a configuration file; what goes wrong is raised at once.
+
+    ml_collections keeps a file that cannot be read for the first look at its value,
+    and takes whatever `get_config` returns.
+    """
+
+    def __init__(self, inner: flags.ArgumentParser):
+        self._inner = inner
+
+    def parse(self, argument: str) -> Any:
+        # A file loaded earlier would lend its names to this one.
+        sys.modules.pop("config_config", None)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # it warns of None, refused below
+        try:
+            config = self._inner.parse(argument)
+        finally:
+            logging.set_verbosity(verbosity)
+        if not hasattr(config, "to_dict"):  # an unreadable file raises OSError here
+            raise flags.IllegalFlagValueError(
+                f"--config={argument}: get_config() must return a ConfigDict, not "
+                f"{config!r:.40}"
+            )
+        return config
+
+    def flag_type(self) -> str:
+        return self._inner.flag_type()
+
+
+@contextlib.contextmanager
+def _config_errors(argument: str) -> Iterator[None]:
+    """Turns any exception into a flag error of one line that names the file."""
     try:
-        if config is not None:
-            config.keys()
-    except OSError:
-        path = config_flags.get_config_filename(flags.FLAGS[name])
-        raise UserError(
-            f"--{name}={path} is not a file to read settings from"
-        ) from None
+        yield
+    except OSError as error:
+        # Of the file itself ml_collections says where it looked, not what is wrong.
+        cause = error.__cause__
+        reason = "the file cannot be read; check the path"
+        if isinstance(cause, OSError) and cause.filename:
+            reason = f"{cause.filename}: {cause.strerror}; check the path"
+    except Exception as error:
+        reason = _reason(error)
+    else:
+        return
+    if not reason.startswith("--config"):
+        reason = f"--config={argument}: {reason}"
+    raise flags.IllegalFlagValueError(reason)
 
 
-def _about_config(error: BaseException) -> str:
-    """ml_collections raises an AttributeError around a KeyError: key and hint."""
-    while error.args and isinstance(error.args[0], BaseException):
-        error = error.args[0]
-    reason = str(error.args[0]) if error.args else type(error).__name__
-    if isinstance(error, SyntaxError):
-        reason = str(error)
-    key, _, hint = reason.partition("\n")
-    if key.strip("\"'").isidentifier():
-        return f"the configuration has no key {key} {hint}"
-    return f"configuration: {reason}"
+def _reason(error: Exception) -> str:
+    """The telling part of what is often a page of text."""
+    # ml_collections hands on reprs of reprs.
+    text = str(error).replace("\\n", "\n").replace("\\'", "'")
+    if text[:1] in ("'", '"') and text[-1] == text[0]:
+        text = text[1:-1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if "Traceback" in text:
+        return lines[-1]
+    if isinstance(error, (AttributeError, KeyError)):
+        # An unknown key; all the known ones follow.
+        text = " ".join(lines).split(" Other fields present")[0].replace("'", "")
+        return text if " " in lines[0] else f"unknown key {text}"
+    return lines[0]
