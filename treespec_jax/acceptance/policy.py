@@ -116,18 +116,23 @@ def _rank_threshold(scaled_VR, best_R, sampling):
     def from_list(length):
         """Threshold [R], and whether the `length` best scores decide it."""
         sorted_RJ, _ = select.top_k(scaled_VR, length)
-        kept = jnp.arange(length) < top_k
+        last_k = jnp.minimum(top_k, length) - 1
+        least = jnp.take_along_axis(sorted_RJ, last_k, axis=1)
+        # What ties with the k-th is kept by top-k, and so counts for top-p.
+        kept = sorted_RJ >= least
         mass = jnp.cumsum(jnp.where(kept, jnp.exp(sorted_RJ - best), 0.0), axis=1)
-        complete = top_k <= length
+        ends = (length == vocab) | (sorted_RJ[:, -1:] < least)
+        complete = (top_k <= length) & ends
         total = jnp.where(complete, mass[:, -1:], whole)
         enough = mass >= top_p * total
         reached = jnp.any(enough, axis=1, keepdims=True)
+        reached &= complete | (top_k >= vocab)
         first = jnp.argmax(enough, axis=1, keepdims=True)
         by_p = jnp.where(reached & (top_p < 1.0), first, length - 1)
-        last = jnp.minimum(jnp.minimum(by_p, top_k - 1), length - 1)
+        last = jnp.minimum(by_p, last_k)
         threshold = jnp.take_along_axis(sorted_RJ, last, axis=1)
         nothing = (top_k >= vocab) & (top_p >= 1.0)
-        decided = nothing | jnp.where(top_p < 1.0, reached, complete)
+        decided = nothing | jnp.where(top_p < 1.0, reached, top_k <= length)
         return jnp.where(nothing, -jnp.inf, threshold)[:, 0], jnp.all(decided)
 
     if vocab <= SHORT_LIST:
