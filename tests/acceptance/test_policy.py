@@ -1,0 +1,231 @@
+"""Truncation against plain numpy; noise that is a function of seed and position."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treespec_jax.acceptance import policy
+from treespec_jax.acceptance.policy import SHORT_LIST, Sampling
+from treespec_jax.config import SamplingParams
+
+truncate = jax.jit(policy.truncate)
+choose = jax.jit(policy.choose)
+noise_of = jax.jit(policy.gumbel_noise, static_argnums=2)
+
+
+def settings(*params: SamplingParams) -> Sampling:
+    """One slot per request."""
+    fields = {f.name: f.name for f in dataclasses.fields(Sampling)}
+    dtypes = {"top_k": np.int32, "seed": np.uint32}
+    return Sampling(
+        **{
+            name: jnp.array(
+                [getattr(p, name) for p in params], dtypes.get(name, np.float32)
+            )
+            for name in fields
+        }
+    )
+
+
+def kept_by_hand(logits, params: SamplingParams) -> np.ndarray:
+    """bool [V]: temperature, top-k, top-p, min-p one after the other, ties kept."""
+    scaled = logits.astype(np.float64) / params.temperature
+    kept = np.ones(len(scaled), bool)
+    if params.top_k:
+        kept &= scaled >= np.sort(scaled)[::-1][min(params.top_k, len(scaled)) - 1]
+    p = np.where(kept, np.exp(scaled - scaled.max()), 0.0)
+    p /= p.sum()
+    if params.top_p < 1:
+        falling = np.sort(p)[::-1]
+        needed = np.argmax(np.cumsum(falling) >= params.top_p)
+        kept &= p >= falling[needed]
+    return kept & (p >= params.min_p * p.max())
+
+
+SETTINGS = [
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.3),
+    SamplingParams(temperature=0.7, top_k=5),
+    SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=1.0, top_k=10_000),
+    SamplingParams(temperature=1.0, top_p=0.9),
+    SamplingParams(temperature=2.0, top_p=0.05),
+    SamplingParams(temperature=1.0, min_p=0.1),
+    SamplingParams(temperature=1.0, min_p=1.0),
+    SamplingParams(temperature=0.8, top_k=40, top_p=0.8, min_p=0.02),
+    SamplingParams(temperature=1.3, top_k=300, top_p=0.97),
+    SamplingParams(temperature=1.0, top_k=200, top_p=0.5, min_p=0.001),
+]
+
+
+def check(logits, params) -> None:
+    """Columns go slot by slot; each slot follows its own settings."""
+    got = np.asarray(truncate(jnp.asarray(logits), settings(*params)))
+    nodes = logits.shape[1] // len(params)
+    for column in range(logits.shape[1]):
+        own = params[column // nodes]
+        want = kept_by_hand(logits[:, column], own)
+        np.testing.assert_array_equal(got[:, column] > -np.inf, want, err_msg=str(own))
+        np.testing.assert_allclose(
+            got[want, column], logits[want, column] / own.temperature, rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("vocab", [97, 2048])
+@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
+def test_truncation_equals_numpy(vocab, spread):
+    """All settings in one batch: a flat one sends all past the short list."""
+    rng = np.random.default_rng(vocab)
+    logits = spread * rng.normal(size=(vocab, 2 * len(SETTINGS)))
+    check(logits.astype(np.float32), SETTINGS)
+
+
+@pytest.mark.parametrize("params", SETTINGS[2:], ids=lambda p: f"{p.top_k}-{p.top_p}")
+def test_each_setting_alone_equals_numpy(params):
+    """So that no other slot chooses the slow path for it."""
+    logits = 2.5 * np.random.default_rng(1).normal(size=(600, 2)).astype(np.float32)
+    check(logits, [params])
+
+
+def test_the_short_list_and_the_whole_vocabulary_agree():
+    """Just decided by the short list, and just not."""
+    for peaked in range(SHORT_LIST - 2, SHORT_LIST + 3):
+        logits = np.full((600, 1), -4.0, np.float32)
+        logits[:, 0] -= np.arange(600) * 1e-3
+        logits[:peaked] += 4.0
+        p = np.exp(logits[:, 0].astype(np.float64))
+        top_p = float(p[:peaked].sum() / p.sum()) - 1e-4
+        check(logits, [SamplingParams(temperature=1.0, top_p=top_p)])
+        check(logits, [SamplingParams(temperature=1.0, top_k=peaked)])
+
+
+def test_top_p_counts_the_mass_that_a_long_top_k_left():
+    """Top-k past the short list: the rest of the vocabulary must not count."""
+    logits = -1e-3 * np.arange(600, dtype=np.float32)[:, None]
+    check(logits, [SamplingParams(temperature=1.0, top_k=300, top_p=0.4)])
+
+
+@pytest.mark.parametrize("top_k", [2, SHORT_LIST])
+def test_tokens_tied_with_the_last_kept_are_kept(top_k):
+    """Coarse logits, as bfloat16 gives them, tie at the threshold all the time."""
+    for vocab in (40, 400):
+        logits = np.random.default_rng(vocab).integers(0, 3, (vocab, 2)) / 2.0
+        logits[0], logits[1:] = 3.0, np.minimum(logits[1:], 0.5)
+        for top_p in (1.0, 0.5, 0.9):
+            params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p)
+            check(logits.astype(np.float32), [params])
+
+
+def test_a_greedy_slot_is_not_cut():
+    """Its other settings mean nothing; its column comes back as it was."""
+    logits = np.random.default_rng(2).normal(size=(97, 4)).astype(np.float32)
+    greedy = SamplingParams(temperature=0.0, top_k=2, top_p=0.1, min_p=0.5)
+    sampled = SamplingParams(temperature=0.7, top_k=2)
+    got = np.asarray(truncate(jnp.asarray(logits), settings(greedy, sampled)))
+    np.testing.assert_array_equal(got[:, :2], logits[:, :2])
+    assert ((got[:, 2:] > -np.inf).sum(axis=0) == 2).all()
+
+
+def test_noise_depends_on_seed_and_position_alone():
+    """Not on the slot, the neighbours, or how many positions are asked for."""
+    vocab = 37
+    whole = np.asarray(
+        noise_of(jnp.array([7, 9, 7], jnp.uint32), jnp.arange(12).reshape(3, 4), vocab)
+    )
+    assert whole.shape == (vocab, 3, 4) and whole.dtype == np.float32
+    alone = np.asarray(noise_of(jnp.array([7], jnp.uint32), jnp.array([[9]]), vocab))
+    np.testing.assert_array_equal(alone[:, 0, 0], whole[:, 2, 1])
+    moved = np.asarray(
+        noise_of(jnp.array([5, 9], jnp.uint32), jnp.array([[9, 5], [5, 4]]), vocab)
+    )
+    np.testing.assert_array_equal(moved[:, 1], whole[:, 1, [1, 0]])
+    # Neither the same position of another seed nor a neighbour is alike.
+    everything = np.concatenate([whole.reshape(vocab, -1), moved[:, 0]], axis=1).T
+    near = np.abs(everything[:, None] - everything[None]).max(axis=-1) < 0.5
+    assert near.sum() == len(everything)
+
+
+def test_step_noise_is_that_of_the_next_positions():
+    """Position p + d after depth d; nothing is drawn for an all greedy batch."""
+    params = SamplingParams(temperature=1.0, seed=3), SamplingParams(seed=4)
+    got = policy.step_noise(settings(*params), jnp.array([5, 0]), 3, 11)
+    want = noise_of(
+        jnp.array([3, 4], jnp.uint32), jnp.array([[5, 6, 7], [0, 1, 2]]), 11
+    )
+    np.testing.assert_array_equal(got, want)
+    quiet = policy.step_noise(settings(params[1]), jnp.array([5]), 3, 11)
+    assert not np.asarray(quiet).any()
+
+
+P = np.array([0.35, 0.25, 0.15, 0.1, 0.06, 0.05, 0.03, 0.01])
+DRAWS = 4000
+# Quantile 0.999 of chi-square with 7 degrees of freedom.
+CRITICAL = 24.32
+
+
+def chi_square(noise) -> float:
+    """Of argmax(log p + g) over the draws against P."""
+    token = np.argmax(np.log(P)[:, None] + noise, axis=0)
+    seen, expected = np.bincount(token, minlength=len(P)), DRAWS * P
+    return float(((seen - expected) ** 2 / expected).sum())
+
+
+def test_choices_follow_the_distribution_over_positions():
+    """Chi-square over 4000 positions of one seed, at level 0.001.
+
+    Power: noise 15 % too wide, and noise shared by two neighbouring tokens (each
+    shifts the law by about 0.03 in total variation), must both be refused.
+    """
+    positions = jnp.arange(DRAWS)[None]
+    g = np.asarray(noise_of(jnp.array([5], jnp.uint32), positions, len(P)))[:, 0]
+    assert chi_square(g) < CRITICAL
+    assert chi_square(1.15 * g) > CRITICAL
+    shared = g.copy()
+    shared[1] = g[0]
+    assert chi_square(shared) > CRITICAL
+
+
+def test_choices_follow_the_distribution_over_seeds():
+    seeds = jnp.arange(DRAWS, dtype=jnp.uint32)
+    g = np.asarray(noise_of(seeds, jnp.full((DRAWS, 1), 17), len(P)))[:, :, 0]
+    assert chi_square(g) < CRITICAL
+
+
+def test_neighbouring_positions_are_independent():
+    """Chi-square of pairs of tokens, 63 degrees of freedom, level 0.001 (103.4)."""
+    positions = jnp.arange(2 * DRAWS)[None]
+    g = np.asarray(noise_of(jnp.array([8], jnp.uint32), positions, len(P)))[:, 0]
+    token = np.argmax(np.log(np.full(8, 1 / 8))[:, None] + g, axis=0)
+    pairs = np.bincount(8 * token[::2] + token[1::2], minlength=64)
+    expected = DRAWS / 64
+    assert ((pairs - expected) ** 2 / expected).sum() < 103.4
+
+
+def test_a_greedy_slot_in_a_mixed_batch_ignores_noise():
+    """It takes the first maximum of its logits; its neighbour does not."""
+    rng = np.random.default_rng(3)
+    V, T = 97, 4
+    logits = rng.normal(size=(V, 2 * T)).astype(np.float32)
+    depth = jnp.array([[0, 1, 1, 2]] * 2)
+    noise = 20 * rng.gumbel(size=(V, 2, 3)).astype(np.float32)
+    mixed = settings(SamplingParams(), SamplingParams(temperature=1.0))
+    got = np.asarray(choose(jnp.asarray(logits), depth, jnp.asarray(noise), mixed))
+    np.testing.assert_array_equal(got[0], logits[:, :T].argmax(axis=0))
+    # The other one takes the noise of each node's own depth.
+    scores = logits[:, T:] + noise[:, 1][:, [0, 1, 1, 2]]
+    np.testing.assert_array_equal(got[1], scores.argmax(axis=0))
+    assert (got[1] != logits[:, T:].argmax(axis=0)).any()
+
+
+def test_a_nearly_zero_temperature_is_greedy():
+    logits = np.random.default_rng(4).normal(size=(97, 1)).astype(np.float32)
+    noise = jnp.full((97, 1, 1), 1e6).at[5].set(2e6)
+    for temperature in (0.0, 1e-6, 1e-30):
+        params = settings(SamplingParams(temperature=temperature))
+        got = choose(jnp.asarray(logits), jnp.zeros((1, 1), jnp.int32), noise, params)
+        assert int(got[0, 0]) == logits[:, 0].argmax()
