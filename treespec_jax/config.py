@@ -188,7 +188,7 @@ class SpeculativeConfig:
     method: str = "draft_model"
     model: Any = None
     tree: str = "chain:5"
-    tau: float = 0.5
+    tau: float = 0.7
 
     METHODS = ("none", "draft_model")
 

@@ -149,9 +149,9 @@ def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand, tau):
     vocab = logits_VR.shape[0]
     frontier_BW = jnp.full((B, 1), -1, jnp.int32)
     path_BW = jnp.zeros((B, 1), jnp.float32)
-    width = min(shape.width, vocab)
+    count = min(shape.root_children, vocab)
     levels = [
-        _children(logits_VR, 0, width, frontier_BW, path_BW, context=context, tau=tau)
+        _children(logits_VR, 0, count, frontier_BW, path_BW, context=context, tau=tau)
     ]
     mask_BWU = scratch = None
     for depth in range(1, shape.depth):

@@ -51,6 +51,11 @@ class DynamicShape:
         """T, the root included."""
         return self.nodes + 1
 
+    @property
+    def root_children(self) -> int:
+        """Children of the root looked at: one row, so that more of them cost little."""
+        return self.nodes if self.depth == 1 else min(self.nodes, max(8, self.children))
+
 
 TreeShape = StaticShape | DynamicShape
 
@@ -93,10 +98,10 @@ def parse(text: str) -> TreeShape:
                 f"tree {_quoted(text)}: {nodes} nodes cannot be {depth} deep; "
                 f"lower the depth to {nodes} at most"
             )
-        # Half the nodes per level, and few children of each, lose next to nothing
-        # against a full best-first search, and keep the drafter's passes thin.
-        width = max(1, min(8, math.ceil(nodes / 2)))
-        return DynamicShape(nodes, depth, width, children=min(4, width) or 1)
+        # A quarter of the nodes per level and few children of each lose next to
+        # nothing against a full search, and keep the drafter's passes thin.
+        width = min(8, math.ceil(nodes / 4))
+        return DynamicShape(nodes, depth, width, max(4, math.ceil(nodes / width)))
     raise UserError(
         f"tree {_quoted(text)} is malformed; write {_GRAMMAR}, all of them >= 1"
     )
