@@ -1,8 +1,7 @@
-"""The command line: convert_checkpoint.py and the runner that scripts share."""
+"""The command line of convert_checkpoint.py."""
 
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -70,103 +69,8 @@ def test_help_is_no_mistake():
     assert "--dtype" in done.stdout
 
 
-PROGRAM = """
-import sys
-from absl import flags
-from treespec_jax import cli
-from treespec_jax.errors import UserError
-
-config = cli.define_config("config", DEFAULT, "settings")
-
-def main(argv):
-    BODY
-
-cli.run(main)
-"""
-CONFIG = """
-import ml_collections
-
-def get_config():
-    return ml_collections.ConfigDict({"depth": 1, "inner": {"rate": 0.5}})
-"""
-
-
-@pytest.fixture
-def program(tmp_path):
-    (tmp_path / "settings.py").write_text(CONFIG)
-    (tmp_path / "broken.py").write_text("def (")
-
-    def go(*arguments, body="print(config.value.to_dict())", default=None):
-        text = PROGRAM.replace("BODY", body)
-        (tmp_path / "program.py").write_text(text.replace("DEFAULT", repr(default)))
-        return start("program.py", *arguments, cwd=tmp_path)
-
-    return go
-
-
-def test_runner_reads_configurations(program):
-    done = program("--config=settings.py", "--config.inner.rate=2")
-    assert done.stdout == "{'depth': 1, 'inner': {'rate': 2.0}}\n"
-    assert done.returncode == 0
-
-
-@pytest.mark.parametrize("default", [None, "settings.py"])
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config=nowhere.py"], "--config=nowhere.py is not a file"),
-        (["--config=broken.py"], "configuration: invalid syntax"),
-        (["--config=settings.py", "--config.dept=2"], "has no key 'dept'"),
-        (["--config=settings.py", "--config.inner.x=2"], "has no key 'x'"),
-        (["--config=settings.py", "--config.depth=deep"], "--config.depth=deep"),
-    ],
-)
-def test_runner_explains_configurations(program, default, arguments, message):
-    one_line(program(*arguments, default=default), message)
-
-
 def test_damaged_checkpoint_is_one_line(tmp_path):
     save(load(GOLDEN / "llama_tied"), tmp_path / "in")
     (tmp_path / "in" / "params" / "_METADATA").unlink()
     done = start(SCRIPT, f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}")
     one_line(done, "params/_METADATA cannot be read (No such file or directory)")
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("raise UserError('a\\n  b')", "a b"),
-        ("open('/nowhere/x', 'w')", "/nowhere/x: No such file or directory"),
-    ],
-)
-def test_runner_explains_mistakes(program, body, message):
-    one_line(program(body=body), message)
-
-
-@pytest.mark.parametrize("body", ["1 / 0", "raise ValueError('x')", "raise OSError(5)"])
-def test_runner_keeps_the_traceback_of_a_bug(program, body):
-    done = program(body=body)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-
-
-def test_runner_ends_an_interruption_quietly(program):
-    done = program(body=f"import os; os.kill(os.getpid(), {int(signal.SIGINT)})")
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
-
-
-def test_runner_passes_the_exit_code_on(program):
-    assert program(body="return 3").returncode == 3
-
-
-def test_runner_is_quiet_when_its_reader_leaves(tmp_path, program):
-    program(body="[print('x' * 1000) for _ in range(1000)]")
-    command = f"{sys.executable} program.py | head -n 1 > /dev/null"
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert (done.returncode, done.stderr) == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +164,13 @@ def test_overrides_that_do_not_fit(refuses, tmp_path):
         + "    config = base()\n    config.trea = 'none'\n    return config\n"
     )
     refuses('Key "trea" does not exist', *given)
+
+
+def test_interruption_and_exit_codes_of_a_process():
+    code = "from treespec_jax import cli\ncli.run(lambda _: BODY, ['program'])"
+    kill = f"__import__('os').kill(__import__('os').getpid(), {int(signal.SIGINT)})"
+    result = python(code.replace("BODY", kill), subprocess.PIPE)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+    assert python(code.replace("BODY", "3"), subprocess.PIPE).returncode == 3
+    result = python(code.replace("BODY", "1 / 0"), subprocess.PIPE)
+    assert result.returncode == 1 and "Traceback" in result.stderr

@@ -1,7 +1,10 @@
 """Checkpoints and tokenizers: read three formats, write one."""
 
-from treespec_jax.checkpoints.loading import LoadedModel, load
-from treespec_jax.checkpoints.native import check_output, save
+from __future__ import annotations
+
+import importlib
+
+from treespec_jax.checkpoints.description import Description, describe
 from treespec_jax.checkpoints.tokenizers import (
     TextStream,
     Tokenizer,
@@ -9,13 +12,29 @@ from treespec_jax.checkpoints.tokenizers import (
     same_vocabulary,
 )
 
+# Loaded on first use: a checkpoint can be described without starting jax.
+_WITH_JAX = {
+    "LoadedModel": "treespec_jax.checkpoints.loading",
+    "check_output": "treespec_jax.checkpoints.native",
+    "load": "treespec_jax.checkpoints.loading",
+    "save": "treespec_jax.checkpoints.native",
+}
+
 __all__ = [
+    "Description",
     "LoadedModel",
     "TextStream",
     "Tokenizer",
     "check_output",
+    "describe",
     "load",
     "load_tokenizer",
     "same_vocabulary",
     "save",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _WITH_JAX:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WITH_JAX[name]), name)

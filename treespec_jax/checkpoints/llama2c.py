@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from treespec_jax.checkpoints.placement import Piece
+from treespec_jax.checkpoints.pieces import Piece
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 

@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 
 from treespec_jax.checkpoints import huggingface, llama2c, native
+from treespec_jax.checkpoints.description import HUGGINGFACE, NATIVE, describe
 from treespec_jax.checkpoints.placement import Progress, build, check_dtype
-from treespec_jax.checkpoints.tokenizers import (
-    Tokenizer,
-    find_tokenizer,
-    load_tokenizer,
-)
+from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
-from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer
 
 
@@ -61,62 +57,20 @@ def load(
         missing, unread, of the wrong shape or not finite; a setting is not supported;
         the tokenizer has more pieces than the model has embeddings.
     """
-    path = Path(path).expanduser()
     wanted = None if dtype is None else check_dtype(dtype)
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}; check the path")
-    if native.is_native(path):
-        return _finish(*native.read(path, wanted, progress), tokenizer, path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"{path} holds no checkpoint: neither {native.METADATA} (written by "
-                "convert_checkpoint.py) nor config.json (Hugging Face)"
-            )
-        config = huggingface.llama_config(path / "config.json")
-        source = huggingface.SafetensorsSource(path)
-        table = huggingface.llama_table(config)
-        ignored = huggingface.llama_ignored(config)
-        found = find_tokenizer(path)
-    elif path.suffix == ".bin":
-        source = llama2c.Llama2cSource(path)
-        config = source.config
-        table, ignored = llama2c.name_table(config), llama2c.IGNORED
-        found = _beside(path)
+    about = describe(path, tokenizer)
+    path, config = about.path, about.config
+    if about.kind == NATIVE:
+        wanted = wanted or check_dtype(about.dtype)
+        model = native.read(path, config, wanted, progress)
     else:
-        raise UserError(
-            f"{path} is of an unknown kind; give a folder, or a llama2.c .bin file"
-        )
-    reader = None
-    if tokenizer is None and found is not None:
-        # Read before the weights: cheap, and the likelier of the two to fail.
-        own_eos = () if path.suffix == ".bin" else config.eos_ids
-        reader = load_tokenizer(found, eos_ids=own_eos)
-    wanted = check_dtype(wanted or source.dtype)
-    model = build(config, wanted, table, source, ignored, progress)
-    return _finish(config, model, reader, path.name, wanted, tokenizer, path)
-
-
-def _finish(config, model, found, source, dtype, chosen, path) -> LoadedModel:
-    tokenizer = found if chosen is None else load_tokenizer(chosen)
-    if tokenizer is not None:
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model at "
-                f"{path} only {config.vocab_size} embeddings; give the tokenizer that "
-                "belongs to it"
-            )
-        ends = dict.fromkeys([*config.eos_ids, *tokenizer.eos_ids])
-        config = dataclasses.replace(
-            config, bos_id=tokenizer.bos_id, eos_ids=tuple(ends)
-        )
-    return LoadedModel(config, model, tokenizer, source, dtype)
-
-
-def _beside(path: Path) -> Path | None:
-    """The tokenizer of a llama2.c file: of the same stem, or the folder's only one."""
-    for suffix in (".model", ".json"):
-        if path.with_suffix(suffix).is_file():
-            return path.with_suffix(suffix)
-    found = find_tokenizer(path.parent)
-    return None if found == path else found
+        if about.kind == HUGGINGFACE:
+            source = huggingface.SafetensorsSource(path)
+            table = huggingface.llama_table(config)
+            ignored = huggingface.llama_ignored(config)
+        else:
+            source = llama2c.Llama2cSource(path)
+            table, ignored = llama2c.name_table(config), llama2c.IGNORED
+        wanted = wanted or check_dtype(source.dtype)
+        model = build(config, wanted, table, source, ignored, progress)
+    return LoadedModel(config, model, about.tokenizer, path.name, wanted)

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from treespec_jax.checkpoints.huggingface import first_line, read_json
+from treespec_jax.checkpoints.metadata import FORMAT, METADATA, VERSION
 from treespec_jax.checkpoints.placement import (
     Progress,
     abstract_parameters,
@@ -31,24 +32,15 @@ from treespec_jax.checkpoints.placement import (
     concrete,
     dotted,
 )
-from treespec_jax.checkpoints.tokenizers import Tokenizer, load_tokenizer
-from treespec_jax.config import ModelConfig, from_mapping
+from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer
 
 if TYPE_CHECKING:
     from treespec_jax.checkpoints.loading import LoadedModel
 
-METADATA = "metadata.json"
 PARAMS = "params"
-FORMAT = "treespec-jax"
-VERSION = 1
 _BATCH = 32 << 20
-
-
-def is_native(path: Path) -> bool:
-    """Whether `path` is, or claims to be, a folder that `save` wrote."""
-    return (path / METADATA).is_file()
 
 
 def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
@@ -86,28 +78,16 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
 
 
 def read(
-    path: Path, dtype: np.dtype | None, progress: Progress = iter
-) -> tuple[ModelConfig, Transformer, Tokenizer | None, str, np.dtype]:
-    """Reads a folder that `save` wrote: config, model, tokenizer, source name, dtype.
+    path: Path, config: ModelConfig, dtype: np.dtype, progress: Progress = iter
+) -> Transformer:
+    """The model in a folder that `save` wrote; `config` is that of its metadata.
 
     Raises:
-      UserError: written by a later version, damaged, or names and shapes of the
-        parameters are not those that its configuration asks for.
+      UserError: damaged, or names and shapes of the parameters are not those that the
+        configuration asks for.
     """
-    values = read_json(path / METADATA)
-    _check_format(path, values)
-    fields = values["model"]
-    config = from_mapping(ModelConfig, fields, f"{path / METADATA}: model")
-    wanted = dtype or check_dtype(values.get("dtype"))
-    tokenizer = None
-    if values.get("tokenizer"):
-        about = values["tokenizer"]
-        tokenizer = load_tokenizer(
-            path / about["file"], about.get("bos_id"), tuple(about.get("eos_ids", ()))
-        )
-    _check_files(path / PARAMS, values.get("files", {}))
-    model = _read_params(path / PARAMS, config, wanted, progress)
-    return config, model, tokenizer, path.name, wanted
+    _check_files(path / PARAMS, read_json(path / METADATA).get("files", {}))
+    return _read_params(path / PARAMS, config, dtype, progress)
 
 
 def _metadata(loaded: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
@@ -126,23 +106,6 @@ def _metadata(loaded: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
             "eos_ids": tokenizer.eos_ids,
         },
     }
-
-
-def _check_format(path: Path, values: Mapping[str, Any]) -> None:
-    where = path / METADATA
-    if values.get("format") != FORMAT:
-        raise UserError(f"{where} was not written by {FORMAT}; check the path")
-    if values.get("version") != VERSION or values.get("family") != "llama":
-        raise UserError(
-            f"{where}: version {values.get('version')!r} of family "
-            f"{values.get('family')!r} is not known here; update {FORMAT}, or convert "
-            "the original again"
-        )
-    if not isinstance(values.get("model"), dict):
-        raise UserError(f"{where} lacks 'model'; convert the original again")
-    tokenizer = values.get("tokenizer")
-    if tokenizer and not (isinstance(tokenizer, dict) and "file" in tokenizer):
-        raise UserError(f"{where}: tokenizer lacks 'file'; convert the original again")
 
 
 def check_output(path: str | Path) -> None:

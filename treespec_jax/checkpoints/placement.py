@@ -6,11 +6,9 @@ Tables are data: a new family or format adds a table and a source, nothing else.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
 
+from treespec_jax.checkpoints.pieces import Piece, TensorSource
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer
@@ -30,45 +29,6 @@ Progress = Callable[[Sequence[Any]], Iterable[Any]]
 # Checks of large tensors run in blocks of this many elements, which stay in cache.
 _BLOCK = 1 << 18
 _BROKEN = "holds NaN or infinity; the file is damaged, or training went wrong"
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Where one tensor of a checkpoint goes.
-
-    Attributes:
-      name: of the tensor in the checkpoint.
-      shape: that it must have there.
-      path: of the parameter, dotted: "layers.0.attention.qkv".
-      index: of the part of the parameter that it fills; () is all of it. The tensor is
-        reshaped to that part.
-      interleaved: the rows of each head are rotary pairs (0, 1), (2, 3), …; they become
-        (0, H/2), (1, H/2 + 1), …. The part is then [..., H, D].
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    path: str
-    index: tuple[Any, ...] = ()
-    interleaved: bool = False
-
-
-class TensorSource(Protocol):
-    """Reads one tensor at a time, and keeps none.
-
-    Attributes:
-      path: what to call the checkpoint in messages.
-      dtype: the name of the dtype that most of it is in.
-    """
-
-    path: Path
-    dtype: str
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of all tensors, without reading them."""
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in an array of its own. Raises UserError if it is damaged."""
 
 
 def check_dtype(dtype: Any) -> np.dtype:
@@ -192,7 +152,7 @@ def _check_names(pieces, source: TensorSource, ignored: set[str]) -> None:
         )
 
 
-def _place(tensor: np.ndarray, piece: Piece, buffer: np.ndarray, where: Path) -> None:
+def _place(tensor: np.ndarray, piece: Piece, buffer: np.ndarray, where) -> None:
     name = tensor.dtype.name
     if name not in DTYPES and name != "float64":
         raise UserError(

@@ -1,0 +1,112 @@
+"""What a checkpoint says about itself before its weights are read; free of jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from treespec_jax.checkpoints import huggingface, llama2c
+from treespec_jax.checkpoints.metadata import METADATA, is_native, read_metadata
+from treespec_jax.checkpoints.tokenizers import (
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
+from treespec_jax.config import ModelConfig
+from treespec_jax.errors import UserError
+
+NATIVE, HUGGINGFACE, LLAMA2C = "native", "huggingface", "llama2c"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A checkpoint without its weights.
+
+    Attributes:
+      config: shape and constants; `bos_id` is the tokenizer's if there is one, and
+        `eos_ids` holds its ends of text too.
+      tokenizer: or None if the checkpoint has none.
+      path: of the file or folder.
+      kind: NATIVE, HUGGINGFACE or LLAMA2C.
+      dtype: name of the stored parameters' dtype, where it is known without them.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    path: Path
+    kind: str
+    dtype: str | None
+
+
+def describe(path: str | Path, tokenizer: str | Path | None = None) -> Description:
+    """Looks at a checkpoint; takes milliseconds.
+
+    Args:
+      path: as for `load`.
+      tokenizer: a file to use instead of the one found with the weights.
+
+    Raises:
+      UserError: the path is missing, unreadable or of no known kind; a setting is not
+        supported; the tokenizer has more pieces than the model has embeddings.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}; check the path")
+    dtype, found, own = None, None, {}
+    if is_native(path):
+        kind = NATIVE
+        config, values = read_metadata(path)
+        dtype = values.get("dtype")
+        about = values.get("tokenizer")
+        if about:
+            found = path / about["file"]
+            own = {
+                "bos_id": about.get("bos_id"),
+                "eos_ids": tuple(about.get("eos_ids", ())),
+            }
+    elif path.is_dir():
+        kind = HUGGINGFACE
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{path} holds no checkpoint: neither {METADATA} (written by "
+                "convert_checkpoint.py) nor config.json (Hugging Face)"
+            )
+        config = huggingface.llama_config(path / "config.json")
+        found, own = find_tokenizer(path), {"eos_ids": config.eos_ids}
+    elif path.suffix == ".bin":
+        kind = LLAMA2C
+        config = llama2c.Llama2cSource(path).config
+        found = _beside(path)
+    else:
+        raise UserError(
+            f"{path} is of an unknown kind; give a folder, or a llama2.c .bin file"
+        )
+    reader = None
+    if tokenizer is not None:
+        reader = load_tokenizer(tokenizer)
+    elif found is not None:
+        reader = load_tokenizer(found, **own)
+    return Description(_with_tokens(config, reader, path), reader, path, kind, dtype)
+
+
+def _with_tokens(config: ModelConfig, tokenizer: Any, path: Path) -> ModelConfig:
+    if tokenizer is None:
+        return config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model at "
+            f"{path} only {config.vocab_size} embeddings; give the tokenizer that "
+            "belongs to it"
+        )
+    ends = dict.fromkeys([*config.eos_ids, *tokenizer.eos_ids])
+    return dataclasses.replace(config, bos_id=tokenizer.bos_id, eos_ids=tuple(ends))
+
+
+def _beside(path: Path) -> Path | None:
+    """The tokenizer of a llama2.c file: of the same stem, or the folder's only one."""
+    for suffix in (".model", ".json"):
+        if path.with_suffix(suffix).is_file():
+            return path.with_suffix(suffix)
+    found = find_tokenizer(path.parent)
+    return None if found == path else found

@@ -1,0 +1,49 @@
+"""What a name table is made of, and where its tensors come from; free of jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where one tensor of a checkpoint goes.
+
+    Attributes:
+      name: of the tensor in the checkpoint.
+      shape: that it must have there.
+      path: of the parameter, dotted: "layers.0.attention.qkv".
+      index: of the part of the parameter that it fills; () is all of it. The tensor is
+        reshaped to that part.
+      interleaved: the rows of each head are rotary pairs (0, 1), (2, 3), …; they become
+        (0, H/2), (1, H/2 + 1), …. The part is then [..., H, D].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    index: tuple[Any, ...] = ()
+    interleaved: bool = False
+
+
+class TensorSource(Protocol):
+    """Reads one tensor at a time, and keeps none.
+
+    Attributes:
+      path: what to call the checkpoint in messages.
+      dtype: the name of the dtype that most of it is in.
+    """
+
+    path: Path
+    dtype: str
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of all tensors, without reading them."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in an array of its own. Raises UserError if it is damaged."""
