@@ -1,0 +1,104 @@
+"""The one product: any rank of weight, one row or several, and where weights lie."""
+
+from __future__ import annotations
+
+import mmap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from treespec_jax.models import memory
+from treespec_jax.models.linear import linear
+
+apply = jax.jit(linear, static_argnums=2)
+
+
+@pytest.mark.parametrize(
+    "shape, equation",
+    [
+        ((6, 24), "od,dr->or"),
+        ((2, 5, 24), "pod,dr->por"),
+        ((2, 3, 5, 24), "pqod,dr->pqor"),
+        ((6, 4, 6), "ohd,hdr->or"),
+        ((6, 2, 3, 4), "oxhd,xhdr->or"),
+    ],
+)
+def test_any_rank_equals_einsum(shape, equation):
+    """Trailing axes are contracted as far as the activations reach."""
+    rng = np.random.default_rng(0)
+    weight, x = rng.normal(size=shape), rng.normal(size=(24, 3))
+    inner = shape[1:] if "->or" in equation else shape[-1:]
+    want = np.einsum(equation, weight, x.reshape(*inner, 3))
+    got = apply(weight.astype(np.float32), x.astype(np.float32))
+    assert got.shape == want.shape and got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_one_bfloat16_row_equals_the_same_row_of_two():
+    """The padded row changes nothing, whatever the dtype asked for."""
+    rng = np.random.default_rng(1)
+    weight = jnp.asarray(rng.normal(size=(3, 40, 64)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(64, 2)), jnp.bfloat16)
+    for dtype in (None, jnp.float32):
+        both = apply(weight, x, dtype)
+        assert both.dtype == (dtype or jnp.bfloat16)
+        for row in (0, 1):
+            one = apply(weight, x[:, row : row + 1], dtype)
+            assert one.shape == (3, 40, 1) and one.dtype == both.dtype
+            np.testing.assert_array_equal(
+                np.asarray(one[..., 0], np.float32),
+                np.asarray(both[..., row], np.float32),
+            )
+
+
+def test_bfloat16_sums_in_float32():
+    """1024 ones and a thousandth each: lost at once if summed in bfloat16."""
+    weight = jnp.ones((2, 2048), jnp.bfloat16)
+    x = jnp.where(jnp.arange(2048)[:, None] % 2 == 0, 1.0, 2**-9).astype(jnp.bfloat16)
+    np.testing.assert_allclose(apply(weight, x, jnp.float32), 1026.0)
+
+
+class Weights(nnx.Module):
+    """A large, a small and a bfloat16 parameter."""
+
+    def __init__(self):
+        rng = np.random.default_rng(2)
+        # Copied by jax, so that they lie where jax puts them.
+        self.large = nnx.Param(jnp.asarray(rng.normal(size=(700, 1024)), jnp.float32))
+        self.small = nnx.Param(jnp.arange(8.0))
+        self.half = nnx.Param(jnp.ones((1200, 1024), jnp.bfloat16))
+
+
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages"
+)
+def test_huge_pages_keep_values():
+    """Large parameters begin at a huge page; all keep value, shape and dtype."""
+    weights = Weights()
+    names = "large", "small", "half"
+    before = {name: np.array(getattr(weights, name)[...]) for name in names}
+    memory.use_huge_pages(weights)
+    for name, want in before.items():
+        value = getattr(weights, name)[...]
+        assert value.dtype == want.dtype
+        np.testing.assert_array_equal(np.asarray(value), want)
+    where = weights.large[...].unsafe_buffer_pointer()
+    assert where % memory.HUGE_PAGE == 0
+    memory.use_huge_pages(weights)
+    assert weights.large[...].unsafe_buffer_pointer() == where
+    # Still an ordinary array for a compiled program, after the module is gone.
+    value = weights.large[...]
+    del weights
+    total = jax.jit(jnp.sum)(value)
+    np.testing.assert_allclose(total, before["large"].sum(), rtol=1e-4)
+
+
+def test_without_huge_pages_nothing_happens(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    weights = Weights()
+    value = weights.large[...]
+    memory.use_huge_pages(weights)
+    assert weights.large[...] is value
