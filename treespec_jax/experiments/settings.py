@@ -90,7 +90,7 @@ class Experiment:
     draft: str = ""
     tokenizer: str = ""
     tree: str = "chain:5"
-    tau: float = 0.5
+    tau: float = 0.7
     dtype: str = ""
     sampling: SamplingParams = SamplingParams()
     engine: EngineSettings = EngineSettings()
