@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
                 tied_embeddings=True,
             ),
             optimizer=dict(
-                steps=1200,
+                steps=1600,
                 peak=2e-3,
                 warmup=150,
                 floor=0.05,

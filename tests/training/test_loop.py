@@ -58,6 +58,7 @@ def test_learns(finished, values, build, tmp_path_factory):
     held_out = [float(row["held_out_loss"]) for row in curve if row["held_out_loss"]]
     assert len(held_out) == 3
     assert result.held_out == pytest.approx(min(held_out), abs=1e-4)
+    assert result.sample.startswith("anna")
     assert (folder / "loss.png").stat().st_size > 1000
     loaded = checkpoints.load(result.model_path)
     assert loaded.config.vocab_size == 320

@@ -85,4 +85,4 @@ def train(config: Mapping[str, Any], **overrides) -> None:
         print(f"agreement       {a.top1:.1%} greedy, {a.top4:.1%} in the best four")
         print(f"KL to teacher   {a.kl:.4f} nats over {a.positions} held-out tokens")
     print(f"model           {result.model_path}")
-    print(f"sample          {checked.run.sample}{result.sample}")
+    print(f"sample          {result.sample}")

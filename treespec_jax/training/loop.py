@@ -40,7 +40,7 @@ class Result:
       best_step: where it was reached; these parameters are exported.
       model_path: the exported model, if finished.
       agreement: with the teacher, if there is one and the run is finished.
-      sample: text after the sample prompt, if finished.
+      sample: the sample prompt and its continuation, if finished.
     """
 
     finished: bool
@@ -99,11 +99,10 @@ def train(config: TrainConfig) -> Result:
     best_notes = best.notes()
     leaves = best.restore(flat.leaves)
     final = FlatModule(flat.bind(leaves))
-    sample = measure.continue_greedily(
-        final,
-        [vocabulary.BOS, *tokenizer.encode(run.sample)],
-        config.data.row_tokens // 2,
-        vocabulary.EOS,
+    prompt = [vocabulary.BOS, *tokenizer.encode(run.sample)]
+    prompt = prompt[: config.data.row_tokens // 2]
+    sample = prompt + measure.continue_greedily(
+        final, prompt, config.data.row_tokens // 2, vocabulary.EOS
     )
     micro_rows = config.data.micro_rows
     path = export.save_model(
