@@ -7,7 +7,7 @@ _STARTED = time.perf_counter()
 from absl import flags  # noqa: E402
 
 from treespec_jax import cli  # noqa: E402
-from treespec_jax.experiments import prompts, settings  # noqa: E402
+from treespec_jax.experiments import generate, prompts, settings  # noqa: E402
 
 _CONFIG = cli.define_config()
 _TARGET = flags.DEFINE_string(
@@ -68,12 +68,16 @@ def main(_):
     )
     experiment = experiment.with_paths(needs_drafter=not experiment.plain)
 
-    # Heavy imports only now, so that a bad flag answers at once.
-    from treespec_jax.experiments import generate, runtime
-
-    runtime.set_up(_CACHE.value)
-    job = generate.Job(experiment, texts, _COMPARE.value, _JSON.value, _STARTED)
-    generate.run(job)
+    generate.run(
+        generate.Job(
+            experiment,
+            texts,
+            compare=_COMPARE.value,
+            as_json=_JSON.value,
+            compilation_cache=_CACHE.value,
+            started=_STARTED,
+        )
+    )
 
 
 if __name__ == "__main__":

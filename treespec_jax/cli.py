@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -114,6 +115,9 @@ def _parse(argv: list[str]) -> list[str]:
             hint = f"--{name} changes a setting of the file named by --config=FILE"
         raise UserError(f"{str(error).rstrip(' ?')}; {hint}") from None
     except flags.Error as error:
+        missing = re.match(r"flag --(\w+)=None: .* other than None", str(error))
+        if missing:
+            raise UserError(f"--{missing[1]} is missing; give it a value") from None
         raise UserError(str(error)) from None
     if len(rest) > 1:
         raise UserError(

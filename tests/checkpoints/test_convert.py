@@ -51,12 +51,14 @@ def test_converts(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Flag --input must have a value"),
+        ([], "--input is missing"),
         (["--input=a", "--output=b", "--inptu=c"], "Unknown command line flag 'inptu'"),
         (["--input=a", "--output=b", "--dtype=int8"], "one of <float32|bfloat16|floa"),
         (["--input=a", "--output=b", "c"], "argument 'c' is not a flag"),
         (["--input=/nowhere", "--output=b"], "no checkpoint at /nowhere"),
         (["--input=tests", "--output=LICENSE"], "LICENSE is a file"),
+        (["--input=tests", "--output=LICENSE/a"], "choose another"),
+        (["--input=tests"], "--output is missing"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):

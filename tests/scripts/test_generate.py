@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from tests.scripts.conftest import SCRIPTS
+from treespec_jax.experiments import runtime
 
 CONFIG = """
 from treespec_jax.experiments.settings import default_config
@@ -247,9 +249,19 @@ def test_bad_checkpoints(refuses, files, tmp_path):
     refuses("--tokenizer", "generate.py", bare, "--tree=none", a)
 
 
-def test_prompt_longer_than_max_len(refuses, files):
-    args = [f"--target={files.target}", "--tree=none", "--max_len=16"]
-    refuses("max_len", "generate.py", *args, f"--prompt={'a' * 40}")
+def test_mistakes_are_found_before_jax_starts(refuses, files, monkeypatch):
+    """Everything that configuration and tokenizer can tell."""
+    monkeypatch.setattr(runtime, "set_up", lambda _: pytest.fail("jax starts"))
+    plain = [f"--target={files.target}", "--tree=none", "--prompt=the cat"]
+    pair = [f"--target={files.target}", f"--draft={files.draft}", "--prompt=the cat"]
+    refuses(
+        "max_len is 16", "generate.py", *plain, "--max_len=16", f"--prompt={'a' * 40}"
+    )
+    refuses("positions", "generate.py", *plain, "--max_len=4000")
+    refuses("chain:300", "generate.py", *pair, "--tree=chain:300", "--max_len=300")
+    refuses("depth 300", "generate.py", *pair, "--tree=chain:300")
+    refuses("token 259", "generate.py", *pair, f"--draft={files.foreign}")
+    refuses("--tokenizer", "generate.py", *plain, f"--target={files.bare}")
 
 
 def _run(*args: str):
@@ -277,6 +289,23 @@ def test_own_process_generates(run_script, files, compilation_cache):
     assert result.stderr == ""
     ours, theirs = json.loads(here.out), json.loads(result.stdout)
     assert theirs["completions"][0]["token_ids"] == ours["completions"][0]["token_ids"]
+
+
+def test_interruption_ends_the_text(files, compilation_cache):
+    args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--ignore_eos"]
+    args += ["--max_tokens=200", f"--compilation_cache={compilation_cache}"]
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "generate.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent)},
+    ) as process:
+        process.stdout.read(3)  # the prompt and a piece of its continuation
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == b"interrupted\n"
+    assert out.endswith(b"\n") and b"tokens per step" not in out
 
 
 def test_flags_are_checked_before_jax_starts():

@@ -112,9 +112,15 @@ def check_output(path: str | Path) -> None:
     """Checks that `save` may write to `path`, to fail before a long run, not after.
 
     Raises:
-      UserError: `path` holds something that `save` did not write.
+      UserError: `path` holds something that `save` did not write, or is in a folder
+        that cannot be written.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
+    beside = next(parent for parent in path.parents if parent.exists())
+    if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output {path}: {beside} is no folder that can be written; choose another"
+        )
     if path.is_dir():
         if not any(path.iterdir()):
             return

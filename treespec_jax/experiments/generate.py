@@ -25,6 +25,7 @@ class Job:
       prompts: texts.
       compare: also decode plainly and compare.
       as_json: print one JSON object instead of text.
+      compilation_cache: see `runtime.set_up`.
       started: `time.perf_counter()` when the program began.
     """
 
@@ -32,6 +33,7 @@ class Job:
     prompts: Sequence[str]
     compare: bool = False
     as_json: bool = False
+    compilation_cache: str | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
 
@@ -44,10 +46,12 @@ def run(job: Job, out: TextIO | None = None) -> None:
     """
     out = out or sys.stdout
     settings, params = _without_idle_slots(job), job.settings.sampling
+    # Before jax starts and weights are read, so that a mistake is answered at once.
+    encoded = models.check(settings, job.prompts, [settings.tree])
+    runtime.set_up(job.compilation_cache)
     began = time.perf_counter()
     pair = models.load_pair(settings)
     llm = models.make_llm(settings, pair, settings.tree)
-    encoded = models.encode(llm, job.prompts, params)
     loaded = time.perf_counter()
     models.warm_up(llm, encoded)
     timing = {
@@ -62,8 +66,9 @@ def run(job: Job, out: TextIO | None = None) -> None:
         timing["first_token_seconds"] = first - job.started
         stats = completions[0].stats
     else:
-        generation = llm.generate(list(job.prompts), params)
-        completions, stats = list(generation), generation.stats
+        generation, seconds = models.decode(llm, list(job.prompts), params)
+        completions = list(generation)
+        stats = dataclasses.replace(generation.stats, decode_seconds=seconds)
         if not quiet:
             _print_texts(completions, out)
     comparison = None
@@ -99,12 +104,15 @@ def _stream(llm, prompt, params, out):
         print(prompt, end="", file=out, flush=True)
     first = None
     pieces = llm.stream(prompt, params)
-    for piece in pieces:
-        first = first or time.perf_counter()
+    try:
+        for piece in pieces:
+            first = first or time.perf_counter()
+            if out:
+                print(piece, end="", file=out, flush=True)
+    finally:
+        # An interrupted text ends its line too.
         if out:
-            print(piece, end="", file=out, flush=True)
-    if out:
-        print("\n", file=out, flush=True)
+            print("\n", file=out, flush=True)
     return [pieces.completion], first or time.perf_counter()
 
 

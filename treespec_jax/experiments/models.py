@@ -6,8 +6,11 @@ import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 
+from treespec_jax import limits
 from treespec_jax.config import SamplingParams
+from treespec_jax.errors import UserError
 from treespec_jax.experiments.settings import Experiment
+from treespec_jax.trees import shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +19,44 @@ class Pair:
 
     target: object
     draft: object | None
+
+
+def check(
+    settings: Experiment, prompts: Iterable[str], trees: Iterable[str]
+) -> list[list[int]]:
+    """Token ids of the prompts, once all that weights are not needed for is right.
+
+    Takes milliseconds and does not start jax.
+
+    Args:
+      settings: with their paths looked up.
+      prompts: texts.
+      trees: shapes that will be grown.
+
+    Raises:
+      UserError: a checkpoint whose configuration or tokenizer cannot be read, a pair
+        of different vocabularies, max_len past the models' positions, a tree that is
+        deeper than max_len, no tokenizer, or a prompt without room in max_len.
+    """
+    from treespec_jax.checkpoints import describe
+
+    tokenizer = settings.tokenizer or None
+    target = describe(settings.target, tokenizer)
+    draft = None
+    if settings.draft:
+        draft = describe(settings.draft, tokenizer)
+        limits.check_pair(target, draft)
+    max_len = limits.text_length(settings.engine.max_len, target, draft)
+    for tree in trees:
+        limits.check_tree(shapes.parse(tree).depth, max_len)
+    if target.tokenizer is None:
+        raise UserError(
+            "the target's checkpoint has no tokenizer; name one with --tokenizer=PATH"
+        )
+    encoded = [target.tokenizer.encode(prompt) for prompt in prompts]
+    for ids in encoded:
+        limits.check_prompt(ids, max_len)
+    return encoded
 
 
 def load_pair(settings: Experiment) -> Pair:
@@ -71,7 +112,6 @@ def encode(
       UserError: no tokenizer, an empty prompt, or one longer than max_len.
     """
     from treespec_jax.engine.engine import Request
-    from treespec_jax.errors import UserError
 
     if llm.tokenizer is None:
         raise UserError(

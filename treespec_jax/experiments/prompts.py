@@ -45,7 +45,9 @@ def read(file: str) -> list[str]:
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"prompts file {file}: {error.strerror}") from None
+        raise UserError(
+            f"prompts file {file}: {error.strerror}; check the path"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"prompts file {file} is not UTF-8 text; save it so") from None
     lines = [(n, s) for n, s in enumerate(text.split("\n"), 1) if s.strip()]
