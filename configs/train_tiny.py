@@ -30,8 +30,25 @@ def get_config() -> ConfigDict:
                 max_positions=256,
                 tied_embeddings=True,
             ),
-            optimizer=dict(steps=300, peak=5e-3, warmup=30),
+            optimizer=dict(
+                steps=300,
+                peak=5e-3,
+                warmup=30,
+                floor=0.05,
+                weight_decay=0.1,
+                clip=1.0,
+                beta2=0.98,
+            ),
             distill=dict(teacher="", weight=0.8),
-            run=dict(output="", save_minutes=1.0, eval_every=50, eval_rows=32),
+            run=dict(
+                output="",
+                save_minutes=1.0,
+                eval_every=50,
+                eval_rows=32,
+                stop_after=0,
+                progress=True,
+                export_dtype="bfloat16",
+                sample="once upon a time",
+            ),
         )
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import pytest
 
 from treespec_jax.errors import UserError
-from treespec_jax.training import command
+from treespec_jax.training import command, settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -60,3 +62,13 @@ def test_mistakes_get_one_line(arguments, words, tmp_path):
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("train_*.py")))
+def test_files_name_every_setting(path):
+    """A key that a file lacks cannot be given as --config.KEY either."""
+    values = runpy.run_path(str(path))["get_config"]()
+    built = settings.build(command.with_flags(values, output="out"))
+    for part in ("data", "vocabulary", "optimizer", "distill", "run"):
+        fields = dataclasses.fields(getattr(built, part))
+        assert {field.name for field in fields} == set(values[part])
