@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from treespec_jax.checkpoints import LoadedModel, load
 from treespec_jax.checkpoints.tokenizers import (
@@ -181,7 +184,7 @@ class LLM:
         if isinstance(prompts, str):
             prompts = [prompts]
         prompts = list(prompts)
-        if prompts and all(isinstance(p, int) for p in prompts):
+        if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
             prompts = [prompts]
         params = params if params is not None else SamplingParams()
         if isinstance(params, SamplingParams):
@@ -237,7 +240,7 @@ class LLM:
                 raise UserError("the prompt is empty; give at least one character")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = [int(token) for token in prompt]
+            ids = _token_ids(prompt)
             for token in ids:
                 if not 0 <= token < self.config.vocab_size:
                     raise UserError(
@@ -352,6 +355,15 @@ class Stream(Iterator[str]):
 
     def __del__(self):
         self.close()
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise UserError(
+            f"a prompt must be text or token ids, got {reprlib.repr(prompt)}"
+        ) from None
 
 
 def _overlap(text: str, stop: str) -> int:
