@@ -19,6 +19,7 @@ from flax import nnx
 from treespec_jax.checkpoints.pieces import Piece, TensorSource
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
+from treespec_jax.models import memory
 from treespec_jax.models.transformer import Transformer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,7 +103,7 @@ def build(
     arrays = {}
     order = sorted(flat, key=lambda path: -flat[path].size)
     for path in progress(order):
-        buffer = _aligned(flat[path].shape, dtype)
+        buffer = memory.empty(flat[path].shape, dtype)
         for piece in parts[path]:
             _place(source.read(piece.name), piece, buffer, source.path)
         arrays[path] = jax.device_put(buffer)
@@ -170,11 +171,3 @@ def _place(tensor: np.ndarray, piece: Piece, buffer: np.ndarray, where) -> None:
     if buffer.dtype.name == "float16" and name != "float16":
         reason = "holds values above float16's 65504; choose bfloat16 or float32"
         check_finite(np.ascontiguousarray(part), piece.name, where, reason)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array at a multiple of 64 bytes, which a CPU device adopts uncopied."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 HUGE_PAGE = 2 << 20
+_LINE = 64
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An unfilled array that a CPU device adopts uncopied (`jax.device_put`).
+
+    Large ones lie in 2 MiB pages where the system has them. A step reads every weight
+    once, in order; with 4 KiB pages a good part of that time goes into address
+    translation and into prefetches that stop at the page's end.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        raw, unit = np.frombuffer(pages, np.uint8), HUGE_PAGE
+    else:
+        raw, unit = np.empty(size + _LINE, np.uint8), _LINE
+    start = -raw.ctypes.data % unit
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def use_huge_pages(module: nnx.Module) -> None:
     """Moves a module's large parameters, one by one, into 2 MiB pages.
 
-    A step reads every weight once, in order; with 4 KiB pages a good part of that time
-    goes into address translation and into prefetches that stop at the page's end. Does
-    nothing on accelerators, or where the system has no such pages. The parameters are
-    replaced in place, so that no second copy of the model exists.
+    Does nothing for those that `empty` made, on accelerators, or where the system has
+    no such pages. The parameters are replaced in place, so that no second copy of the
+    model exists.
 
     Args:
       module: its `nnx.Param`s are moved.
@@ -29,27 +47,12 @@ def use_huge_pages(module: nnx.Module) -> None:
         nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable)
     ):
         value = variable[...]
-        if value.nbytes >= HUGE_PAGE and _can_move(value) and not _is_aligned(value):
-            variable[...] = _copy(value)
-
-
-def _can_move(value: jax.Array) -> bool:
-    # numpy hands its own types to JAX by reference; bfloat16 is not one of them.
-    plain = value.dtype in (jnp.float32, jnp.float16)
-    return plain and all(d.platform == "cpu" for d in value.devices())
+        on_cpu = all(d.platform == "cpu" for d in value.devices())
+        if value.nbytes >= HUGE_PAGE and on_cpu and not _is_aligned(value):
+            moved = empty(value.shape, value.dtype)
+            moved[...] = np.asarray(value)
+            variable[...] = jax.device_put(moved)
 
 
 def _is_aligned(value: jax.Array) -> bool:
     return value.unsafe_buffer_pointer() % HUGE_PAGE == 0
-
-
-def _copy(value: jax.Array) -> jax.Array:
-    pages = mmap.mmap(-1, value.nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    raw = np.frombuffer(pages, np.uint8)
-    start = -raw.ctypes.data % HUGE_PAGE
-    source = np.asarray(value)
-    target = raw[start : start + value.nbytes].view(source.dtype)
-    target = target.reshape(source.shape)
-    target[...] = source
-    return jnp.from_dlpack(target)
