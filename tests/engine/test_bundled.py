@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ SETTINGS = {
 }
 # A short, a long, and three ordinary prompts.
 PROMPTS = ["the", *STORIES[:3], " ".join(STORIES)]
+COMMON_WORDS = set(
+    re.findall(
+        r"\S+",
+        """the a and to was he she it they her his you i of in with that said had so is
+        day not for on were very but he's play saw big little wanted mom them then
+        happy at one there do all like be up me my we asked can""",
+    )
+)
 
 pytestmark = pytest.mark.slow
 
@@ -90,13 +99,8 @@ def test_tokens_equal_plain_decoding(pair, plain, tree, batch, page, steps, caps
 
 
 def test_it_writes_words(plain):
-    """Recognisable sentences: nearly all words are ones that the prompts' world uses."""
+    """Recognisable sentences: many words are those that any story uses."""
     text = " ".join(completion.text for completion in plain["greedy"])
     words = [word.strip(".,!?\"'") for word in text.lower().split()]
-    common = set(
-        "the a and to was he she it they her his you i of in with that said had so is "
-        "day not for on were very but he's play saw big little wanted mom them then "
-        "happy at one there do all like be up me my we asked can".split()
-    )
     assert len(words) > 100
-    assert sum(word in common for word in words) > 0.4 * len(words)
+    assert sum(word in COMMON_WORDS for word in words) > 0.4 * len(words)
