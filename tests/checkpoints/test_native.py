@@ -255,3 +255,9 @@ def test_whatever_orbax_raises_is_one_line(stored, monkeypatch):
     monkeypatch.setattr(native, "_restore", fail)
     with pytest.raises(UserError, match=r"params cannot be read \(the cause\); it is"):
         load(stored)
+
+
+def test_a_relative_path_reads(stored, monkeypatch):
+    """As typed on a command line: the folder's name, from where it lies."""
+    monkeypatch.chdir(stored.parent)
+    assert load(stored.name).config == load(stored).config

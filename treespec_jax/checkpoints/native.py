@@ -87,7 +87,8 @@ def read(
         configuration asks for.
     """
     _check_files(path / PARAMS, read_json(path / METADATA).get("files", {}))
-    return _read_params(path / PARAMS, config, dtype, progress)
+    # orbax takes absolute paths only.
+    return _read_params(path.absolute() / PARAMS, config, dtype, progress)
 
 
 def _metadata(loaded: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
