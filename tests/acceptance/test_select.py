@@ -79,3 +79,10 @@ def test_top_k_of_more_than_the_blocks_can_tell():
     values, indices = top_k(x, 300)
     np.testing.assert_array_equal(values, best(x, 300)[0])
     np.testing.assert_array_equal(indices, best(x, 300)[1])
+
+
+def test_ties_between_blocks_go_to_the_lower_index():
+    """A later block that holds the best entry must not come first in a tie."""
+    x = np.zeros((32000, 1), np.float32)
+    x[[9000, 20000, 20001], 0] = 8.0, 8.0, 9.0
+    assert top_k(x, 4)[1].tolist() == [[20001, 9000, 20000, 0]]

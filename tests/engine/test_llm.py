@@ -1,0 +1,361 @@
+"""What a user holds: texts in, texts out, over models whose text is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.checkpoints.support import train_sentencepiece
+from tests.engine.scripted import follow, scripted, write
+from treespec_jax.checkpoints.tokenizers import load_tokenizer
+from treespec_jax.config import SamplingParams
+from treespec_jax.engine.llm import LLM
+from treespec_jax.errors import UserError
+
+SIZES = dict(
+    max_batch=2, max_len=64, page_size=16, steps_per_dispatch=4, prefill_chunks=(16,)
+)
+PARAMS = SamplingParams(max_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("llm")))
+
+
+@pytest.fixture(scope="module")
+def script(tokenizer):
+    return write(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def target(tokenizer, script):
+    return scripted(tokenizer, follow([script.prompt_ids[-1], *script.ids]))
+
+
+@pytest.fixture(scope="module")
+def draft(tokenizer, script):
+    """Right but for three tokens, so that accepted paths end here and there."""
+    successors = follow([script.prompt_ids[-1], *script.ids])
+    for at in (2, 7, 11):
+        successors[script.ids[at]] = script.ids[0]
+    return scripted(tokenizer, successors)
+
+
+@pytest.fixture(scope="module")
+def llm(target, draft):
+    return LLM(target, speculative={"model": draft, "tree": "regular:2x1x1"}, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return LLM(target, **SIZES)
+
+
+@pytest.fixture(autouse=True)
+def _all_pages_come_back(request):
+    """Whatever a test does, afterwards nobody holds a page or a place in the queue."""
+    yield
+    if "llm" in request.fixturenames:
+        engine = request.getfixturevalue("llm").engine
+        assert not engine.busy and engine.free_pages == 2 * 64 // 16
+
+
+def completing(tokenizer, script, stop) -> int:
+    """How many tokens it takes until the text holds `stop`."""
+    start = len(tokenizer.decode(script.prompt_ids))
+    for count in range(1, len(script.ids) + 1):
+        if stop in tokenizer.decode([*script.prompt_ids, *script.ids[:count]])[start:]:
+            return count
+    raise AssertionError(f"{stop!r} is not in the text")
+
+
+@pytest.mark.slow
+def test_the_script_is_said_with_and_without_speculation(llm, plain, script):
+    """Up to the end-of-text token, which leaves no trace in the text."""
+    for model in (llm, plain):
+        (completion,) = model.generate(script.prompt, PARAMS)
+        assert completion.token_ids == script.ids
+        assert completion.text == script.text
+        assert completion.finish_reason == "stop"
+        assert completion.prompt == script.prompt and completion.logprobs is None
+    assert llm.generate(script.prompt, PARAMS).stats.tokens_per_step > 1.5
+
+
+@pytest.mark.slow
+def test_prompts_may_be_texts_or_tokens(llm, script):
+    """One text, several, token ids, lists of them, numpy arrays, more than slots."""
+    ids, text = script.prompt_ids, script.prompt
+    for prompts, count in [
+        (text, 1),
+        ([text], 1),
+        (ids, 1),
+        (np.array(ids), 1),
+        ([ids, text, tuple(ids)], 3),
+        ([], 0),
+    ]:
+        result = llm.generate(prompts, PARAMS)
+        assert len(result) == count and result.stats.requests == count
+        assert [c.text for c in result] == [script.text] * count
+        assert all(result[i].token_ids == script.ids for i in range(count))
+    assert llm.generate(text).completions[0].text == script.text
+
+
+@pytest.mark.slow
+def test_each_prompt_has_its_own_params(llm, plain, script):
+    params = [
+        SamplingParams(max_tokens=3),
+        SamplingParams(max_tokens=5, logprobs=True),
+        SamplingParams(max_tokens=45, ignore_eos=True),
+        SamplingParams(max_tokens=30, temperature=1.5, seed=3, ignore_eos=True),
+    ]
+    result = llm.generate([script.prompt] * 4, params)
+    assert [len(c.token_ids) for c in result] == [3, 5, 45, 30]
+    assert [c.finish_reason for c in result] == ["length"] * 4
+    assert [c.logprobs and len(c.logprobs) for c in result] == [None, 5, None, None]
+    assert result[2].token_ids[: len(script.ids)] == script.ids
+    assert result[3].token_ids[: len(script.ids)] != script.ids
+    for ours, theirs in zip(
+        result, plain.generate([script.prompt] * 4, params), strict=True
+    ):
+        assert ours.token_ids == theirs.token_ids and ours.text == theirs.text
+    assert result.stats.tokens == 3 + 5 + 45 + 30
+
+
+def stops(script):
+    """Within a token, over two and three tokens, at the start, behind a byte."""
+    text, at = script.text, script.text.index("\u20ac")
+    return [text[7:9], text[at - 2 : at + 3], text[2:12], text[:2], "\U0001f600"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", range(5))
+def test_a_stop_text_ends_the_output_before_it(llm, plain, tokenizer, script, which):
+    """The text is cut in front of it, the tokens at the one that completed it."""
+    stop = stops(script)[which]
+    want = script.text[: script.text.index(stop)]
+    count = completing(tokenizer, script, stop)
+    params = SamplingParams(max_tokens=40, stop=("never", stop), logprobs=True)
+    for model in (llm, plain):
+        (completion,) = model.generate(script.prompt, params)
+        assert completion.text == want
+        assert completion.token_ids == script.ids[:count]
+        assert len(completion.logprobs) == count
+        assert completion.finish_reason == "stop"
+    stream = llm.stream(script.prompt, params)
+    assert "".join(stream) == want
+    assert stream.completion.token_ids == script.ids[:count]
+
+
+@pytest.mark.slow
+def test_the_first_of_several_stops_counts(llm, script):
+    first, second = script.text[6:9], script.text[14:16]
+    params = SamplingParams(max_tokens=40, stop=(second, first))
+    assert llm.generate(script.prompt, params)[0].text == script.text[:6]
+
+
+@pytest.mark.slow
+def test_a_stop_text_that_never_ends_takes_nothing_away(llm, script):
+    """Its start is held back, and given out once it turns out to be plain text."""
+    stop = script.text[5:9] + "!"
+    params = SamplingParams(max_tokens=40, stop=(stop, script.text[-3:] + "x"))
+    stream = llm.stream(script.prompt, params)
+    assert "".join(stream) == script.text
+    assert stream.completion.text == script.text
+    assert stream.completion.finish_reason == "stop"
+
+
+@pytest.mark.slow
+def test_stream_pieces_never_split_a_character(llm, plain, script):
+    """They join to the text of generate, and come step by step."""
+    for model, least in ((llm, 4), (plain, 11)):
+        stream = model.stream(script.prompt, PARAMS)
+        assert stream.completion is None
+        pieces = list(stream)
+        assert len(pieces) >= least and all(pieces)
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert "".join(pieces) == script.text
+        assert stream.completion.token_ids == script.ids
+        assert next(stream, None) is None
+
+
+@pytest.mark.slow
+def test_a_character_cut_by_the_limit_is_shown_at_the_end_only(llm, script):
+    """Two of the four bytes were emitted: the text ends in U+FFFD, not before."""
+    smile = script.text.index("\U0001f600")
+    count = next(
+        n
+        for n in range(len(script.ids))
+        if llm.tokenizer.token_bytes(script.ids[n]) == b"\xf0"
+    )
+    params = SamplingParams(max_tokens=count + 2)
+    pieces = list(llm.stream(script.prompt, params))
+    text = "".join(pieces)
+    assert text[:smile] == script.text[:smile] and set(text[smile:]) == {"\ufffd"}
+    assert text == llm.generate(script.prompt, params)[0].text
+
+
+@pytest.mark.slow
+def test_closing_a_stream_frees_its_slot(llm, script):
+    for end in ("close", "forget"):
+        stream = llm.stream(script.prompt, PARAMS)
+        piece = next(stream)
+        assert script.text.startswith(piece)
+        assert llm.engine.free_pages < 8
+        if end == "close":
+            stream.close()
+            assert 0 < len(stream.completion.token_ids) < len(script.ids)
+            assert next(stream, None) is None
+            stream.close()
+        else:
+            del stream
+        assert not llm.engine.busy and llm.engine.free_pages == 8
+
+
+@pytest.mark.slow
+def test_streams_and_generate_share_the_engine(llm, script):
+    """Two streams in turn, and a generate call between their pieces."""
+    first = llm.stream(script.prompt, PARAMS)
+    second = llm.stream(script.prompt, SamplingParams(max_tokens=4))
+    pieces = [next(first)]
+    other = "".join(second)
+    assert llm.generate([script.prompt] * 3, PARAMS)[2].text == script.text
+    pieces += list(first)
+    assert "".join(pieces) == script.text and script.text.startswith(other)
+
+
+@pytest.mark.slow
+def test_an_interrupted_call_leaves_nothing_behind(llm, script, monkeypatch):
+    """Control-C in the middle of a batch: the slots and the queue are empty again."""
+    advance, calls = llm.engine.advance, []
+
+    def interrupted(*args, **options):
+        calls.append(advance(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([script.prompt] * 3, PARAMS)
+    monkeypatch.undo()
+    assert len(calls) == 1 and not llm.engine.busy
+    assert llm.generate(script.prompt, PARAMS)[0].text == script.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "prompts, params, message",
+    [
+        ("", None, "the prompt is empty"),
+        ([[]], None, "the prompt is empty"),
+        (["the cat", ""], None, "the prompt is empty"),
+        ([[5] * 64], None, "64 tokens, max_len is 64"),
+        ("the cat " * 40, None, "max_len is 64; shorten it"),
+        ([[5, 320]], None, "token id 320 is outside the vocabulary of 320"),
+        ([[-1]], None, "token id -1 is outside"),
+        ([["a"]], None, "text or token ids"),
+        ([3.5], None, "text or token ids"),
+        (["a", "b"], [PARAMS], "2 prompts but 1 sampling parameters"),
+        ("a", [], "1 prompts but 0"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_bad_prompts_are_refused(llm, prompts, params, message):
+    """In one line, before anything is queued."""
+    with pytest.raises(UserError, match=message) as caught:
+        llm.generate(prompts, params)
+    assert "\n" not in str(caught.value)
+    assert not llm.engine.busy
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_tokens": 0}, "max_tokens must be a whole number >= 1, got 0"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature must be a finite number >= 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature .* got nan"),
+        ({"temperature": float("inf")}, "temperature .* got inf"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, r"top_p .* in \(0, 1\], got 0.0"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"min_p": -0.5}, "min_p"),
+        ({"seed": 2**32}, "seed must be below"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ("a", "")}, "stop must hold non-empty texts"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_bad_sampling_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        SamplingParams(**settings)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"speculative": {"method": "draft_model"}}, "needs a model; give its path"),
+        ({"speculative": {"tree": "chain:3"}}, "needs a model"),
+        ({"speculative": {"modle": "x"}}, "unknown key 'modle'.*did you mean 'model'"),
+        ({"speculative": {"method": "magic"}}, "method 'magic' is unknown"),
+        ({"speculative": {"model": "x", "tree": "regular:0"}}, "'regular:0' is malf"),
+        ({"speculative": {"model": "x", "tree": "chain:-1"}}, "'chain:-1' is malf"),
+        ({"speculative": {"model": "x", "tree": "chain:1024"}}, "at most 1023 fit"),
+        ({"speculative": {"model": "x", "tau": 0}}, "tau"),
+        ({"speculative": {"model": "no/such/path"}}, "no checkpoint at no/such/path"),
+        ({"max_len": 97}, "max_len=97 is past the model's 96 positions"),
+        ({"max_len": 1}, "max_len must be a whole number >= 2"),
+        ({"page_size": 24}, "page_size must be a power of two"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"num_pages": 0}, "num_pages"),
+        ({"prefill_chunks": (16, 8)}, "prefill_chunks must ascend"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_bad_settings_are_refused(target, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        LLM(target, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_models_are_refused():
+    with pytest.raises(UserError, match="no checkpoint at no/such/path"):
+        LLM("no/such/path")
+    with pytest.raises(UserError, match="must be a path or a loaded model, got 7"):
+        LLM(7)
+
+
+def test_a_pair_needs_one_vocabulary(target, tokenizer, tmp_path_factory):
+    """Of one size, and token by token; and the tree must fit max_len."""
+    larger = scripted(None, {}, vocab_size=321)
+    with pytest.raises(UserError, match="the drafter has 321 tokens, the target 320"):
+        LLM(target, speculative={"model": larger})
+    other = load_tokenizer(
+        train_sentencepiece(
+            tmp_path_factory.mktemp("other"),
+            sentence_iterator=iter(["quite another text", "xylophone jazz"] * 8),
+            vocab_size=280,
+            hard_vocab_limit=False,
+        )
+    )
+    stranger = scripted(other, {}, vocab_size=320)
+    with pytest.raises(UserError, match="different vocabularies: token"):
+        LLM(target, speculative={"model": stranger})
+    with pytest.raises(UserError, match="depth 70 does not fit max_len=64"):
+        LLM(target, speculative={"model": target, "tree": "chain:70"}, max_len=64)
+    short = scripted(tokenizer, {}, max_positions=32)
+    with pytest.raises(UserError, match="past the model's 32 positions"):
+        LLM(target, speculative={"model": short, "tree": "chain:2"}, max_len=64)
+
+
+@pytest.mark.slow
+def test_without_a_tokenizer_tokens_still_work(script):
+    """Token ids in and out; text and stop texts are refused."""
+    bare = scripted(None, follow([script.prompt_ids[-1], *script.ids]))
+    model = LLM(bare, **SIZES)
+    (completion,) = model.generate(script.prompt_ids, PARAMS)
+    assert completion.token_ids == script.ids and completion.text == ""
+    with pytest.raises(UserError, match="has no tokenizer"):
+        model.generate("the cat")
+    with pytest.raises(UserError, match="stop texts need a tokenizer"):
+        model.generate([[5]], SamplingParams(stop="a"))
