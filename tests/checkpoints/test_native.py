@@ -143,7 +143,7 @@ def test_something_else_is_not_overwritten(small, tmp_path):
 
 def test_output_that_cannot_be_written(small, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*file/out: Not a directory"):
+    with pytest.raises(UserError, match="file is no folder that can be written"):
         save(small, tmp_path / "file" / "out")
 
 
