@@ -124,7 +124,10 @@ class Engine:
                 draft=drafter.begin(B, *sizes),
             )
 
-        self._state = begin("begin")
+        # Where the weights are: a state that is bound to no device becomes bound in
+        # its first call, and the second would compile again.
+        place = self._target.leaves[0].sharding
+        self._state = jax.device_put(begin("begin"), place)
         self._dispatch = jax.jit(self._traced_dispatch, donate_argnums=1)
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
 
