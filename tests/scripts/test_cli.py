@@ -167,7 +167,11 @@ def test_overrides_that_do_not_fit(refuses, tmp_path):
 
 
 def test_interruption_and_exit_codes_of_a_process():
-    code = "from treespec_jax import cli\ncli.run(lambda _: BODY, ['program'])"
+    # A program started in the background inherits that it ignores interrupts.
+    code = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from treespec_jax import cli\ncli.run(lambda _: BODY, ['program'])"
+    )
     kill = f"__import__('os').kill(__import__('os').getpid(), {int(signal.SIGINT)})"
     result = python(code.replace("BODY", kill), subprocess.PIPE)
     assert (result.returncode, result.stderr) == (130, "interrupted\n")

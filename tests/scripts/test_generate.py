@@ -291,11 +291,21 @@ def test_own_process_generates(run_script, files, compilation_cache):
     assert theirs["completions"][0]["token_ids"] == ours["completions"][0]["token_ids"]
 
 
+# A program started in the background inherits that it ignores interrupts.
+HEEDING_INTERRUPTS = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+]
+
+
 def test_interruption_ends_the_text(files, compilation_cache):
     args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--ignore_eos"]
     args += ["--max_tokens=200", f"--compilation_cache={compilation_cache}"]
     with subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "generate.py"), *args],
+        [*HEEDING_INTERRUPTS, str(SCRIPTS / "generate.py"), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent)},
