@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax.checkpoints import huggingface, llama2c, native
+from treespec_jax.checkpoints import families, llama2c, native
 from treespec_jax.checkpoints.description import HUGGINGFACE, NATIVE, describe
 from treespec_jax.checkpoints.placement import Progress, build, check_dtype
+from treespec_jax.checkpoints.safetensors_source import SafetensorsSource
 from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
 from treespec_jax.models.transformer import Transformer
@@ -65,9 +66,9 @@ def load(
         model = native.read(path, config, wanted, progress)
     else:
         if about.kind == HUGGINGFACE:
-            source = huggingface.SafetensorsSource(path)
-            table = huggingface.llama_table(config)
-            ignored = huggingface.llama_ignored(config)
+            source = SafetensorsSource(path)
+            table = families.llama_table(config)
+            ignored = families.llama_ignored(config)
         else:
             source = llama2c.Llama2cSource(path)
             table, ignored = llama2c.name_table(config), llama2c.IGNORED

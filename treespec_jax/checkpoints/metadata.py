@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.checkpoints.huggingface import read_json
+from treespec_jax.checkpoints.files import read_json
 from treespec_jax.config import ModelConfig, from_mapping
 from treespec_jax.errors import UserError
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from treespec_jax.checkpoints.huggingface import first_line, read_json
+from treespec_jax.checkpoints.files import first_line, read_json
 from treespec_jax.checkpoints.metadata import FORMAT, METADATA, VERSION
 from treespec_jax.checkpoints.placement import (
     Progress,

@@ -1,0 +1,27 @@
+"""Small files of a checkpoint, and what to say of damaged ones; free of jax."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from treespec_jax.errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}; repair it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, not {values!r:.40}")
+    return values
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, or the name of its class."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
