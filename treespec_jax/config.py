@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from treespec_jax.errors import UserError
 
@@ -68,6 +68,87 @@ def check_float(
         raise UserError(f"{name} must be a finite number {where}, got {value!r}")
 
 
+def check_optional(name: str, value: Any) -> None:
+    """Raises UserError unless `value` is None or a finite number above 0."""
+    if value is not None:
+        check_float(name, value, 0, open_low=True)
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises UserError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary positions (Su et al., 2104.09864) and how they are stretched.
+
+    Attributes:
+      theta: base of the angles.
+      scaling: "none"; "linear" divides every frequency by `factor` (Chen et al.,
+        2306.15595); "llama3" the low ones only (Llama 3.1, 2407.21783); "yarn" blends
+        by wavelength and scales cosines and sines (Peng et al., 2309.00071).
+      factor: how many times longer the text may be.
+      original_max_positions: of the model before stretching; llama3 and yarn need it.
+      low_freq_factor: llama3: rotations over the original length below which a
+        frequency is divided by `factor`.
+      high_freq_factor: llama3: rotations above which it stays.
+      beta_fast: yarn: rotations over the original length above which it stays.
+      beta_slow: yarn: rotations below which it is divided.
+      truncate: yarn: both ends of the blend are rounded to whole dimensions.
+      attention_factor: yarn: multiplies cosines and sines; None: 0.1 ln(factor) + 1,
+        or what `mscale` and `mscale_all_dim` give.
+      mscale: yarn: with `mscale_all_dim`, the factor is (0.1 mscale ln(factor) + 1) /
+        (0.1 mscale_all_dim ln(factor) + 1) (DeepSeek-V2, 2405.04434).
+      mscale_all_dim: see `mscale`.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    SCALINGS: ClassVar = ("none", "linear", "llama3", "yarn")
+
+    def __post_init__(self):
+        if self.scaling not in self.SCALINGS:
+            raise UserError(
+                f"rotary.scaling {self.scaling!r} is unknown; choose from "
+                f"{', '.join(self.SCALINGS)}"
+            )
+        least = 1 if self.scaling == "yarn" else 0
+        check_float("rotary.theta", self.theta, least, open_low=True)
+        check_float("rotary.factor", self.factor, 0, open_low=True)
+        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            check_float(f"rotary.{name}", getattr(self, name), 0, open_low=True)
+        check_optional("rotary.attention_factor", self.attention_factor)
+        for name in ("mscale", "mscale_all_dim"):
+            check_float(f"rotary.{name}", getattr(self, name) or 0, 0)
+        check_bool("rotary.truncate", self.truncate)
+        if self.scaling == "none" and self.factor != 1:
+            raise UserError(f"rotary.factor={self.factor} needs a rotary.scaling")
+        if self.original_max_positions is not None:
+            check_int("rotary.original_max_positions", self.original_max_positions, 1)
+        elif self.scaling in ("llama3", "yarn"):
+            raise UserError(
+                f"rotary.scaling {self.scaling!r} needs rotary.original_max_positions"
+            )
+        if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"rotary.low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and constants of one decoder (letters: see `treespec_jax`).
@@ -81,9 +162,22 @@ class ModelConfig:
       num_kv_heads: K; N must be a multiple of it.
       head_dim: H, even.
       max_positions: positions the model was trained for; longer input is refused.
-      rope_theta: base of the rotary angles.
+      rotary: positions of all layers but the local ones.
+      local_rotary: positions of the local layers; None: as `rotary`.
+      window: rows that a local layer sees, itself included.
+      local_layers: ascending indices of the layers that see only `window`.
       norm_eps: added to the mean square in RMSNorm.
       tied_embeddings: the output head is the embedding table.
+      scaled_embeddings: embeddings are multiplied by sqrt(D).
+      qkv_bias: queries, keys and values have a bias.
+      qk_norm: every query and key head is normalised over H before rotary.
+      post_norms: the outputs of attention and MLP are normalised too.
+      unit_offset_norms: norms multiply by 1 + w.
+      activation: of the MLP's gate, "silu" or "gelu_tanh".
+      attention_scale: multiplies attention scores; None: 1 / sqrt(H).
+      attention_soft_cap: scores become cap · tanh(score / cap).
+      logit_soft_cap: the same of the logits.
+      family: name of the table that named the weights; nothing hangs on it here.
       bos_id: token put before a prompt, or None.
       eos_ids: tokens that end a text.
     """
@@ -96,11 +190,26 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    rope_theta: float = 10000.0
+    rotary: RotaryConfig = RotaryConfig()
+    local_rotary: RotaryConfig | None = None
+    window: int | None = None
+    local_layers: tuple[int, ...] = ()
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
+    scaled_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    unit_offset_norms: bool = False
+    activation: str = "silu"
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    family: str = "llama"
     bos_id: int | None = 1
     eos_ids: tuple[int, ...] = (2,)
+
+    ACTIVATIONS: ClassVar = ("silu", "gelu_tanh")
 
     def __post_init__(self):
         for name in [
@@ -114,8 +223,23 @@ class ModelConfig:
             "max_positions",
         ]:
             check_int(f"model.{name}", getattr(self, name), 1)
-        check_float("model.rope_theta", self.rope_theta, 0, open_low=True)
         check_float("model.norm_eps", self.norm_eps, 0)
+        for name in [
+            "tied_embeddings",
+            "scaled_embeddings",
+            "qkv_bias",
+            "qk_norm",
+            "post_norms",
+            "unit_offset_norms",
+        ]:
+            check_bool(f"model.{name}", getattr(self, name))
+        for name in ("attention_scale", "attention_soft_cap", "logit_soft_cap"):
+            check_optional(f"model.{name}", getattr(self, name))
+        if self.activation not in self.ACTIVATIONS:
+            raise UserError(
+                f"model.activation {self.activation!r} is unknown; choose from "
+                f"{', '.join(self.ACTIVATIONS)}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} is not a multiple of "
@@ -123,7 +247,37 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim must be even, got {self.head_dim}")
+        for name in ("rotary", "local_rotary"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                value = from_mapping(RotaryConfig, value, f"model.{name}")
+                object.__setattr__(self, name, value)
+            elif not isinstance(value, RotaryConfig) and (value or name == "rotary"):
+                raise UserError(f"model.{name} must hold its settings, got {value!r}")
+        object.__setattr__(self, "local_layers", tuple(self.local_layers))
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+        self._check_layers()
+
+    def _check_layers(self):
+        local = self.local_layers
+        for index in local:
+            check_int("model.local_layers", index, 0)
+        if list(local) != sorted(set(local)) or (
+            local and local[-1] >= self.num_layers
+        ):
+            raise UserError(
+                "model.local_layers must ascend and lie below "
+                f"num_layers={self.num_layers}, got {list(local)}"
+            )
+        if self.window is not None:
+            check_int("model.window", self.window, 1)
+        if (self.window is None) == bool(local):
+            raise UserError(
+                f"model.window={self.window} and local_layers={list(local)} must be "
+                "given together"
+            )
+        if self.local_rotary is not None and not local:
+            raise UserError("model.local_rotary needs model.local_layers")
 
     @property
     def queries_per_kv(self) -> int:

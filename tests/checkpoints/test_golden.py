@@ -64,7 +64,7 @@ def test_configurations_are_read():
     assert grouped.norm_eps == 1e-5
     assert tied.tied_embeddings
     assert tied.head_dim == 8 != tied.embed_dim // tied.num_heads
-    assert theta.rope_theta == 500000.0
+    assert theta.rotary.theta == 500000.0
     assert theta.norm_eps == 1e-6
     assert theta.eos_ids == (2, 5)
 

@@ -89,10 +89,10 @@ def test_defaults_of_old_configurations(folder, good):
     change_config(folder, rope_parameters="DELETE", rope_theta=500.0, head_dim=None)
     change_config(folder, rope_scaling=None, architectures="DELETE")
     config = load(folder).config
-    assert config.rope_theta == 500.0
+    assert config.rotary.theta == 500.0
     assert config.head_dim == good.config.head_dim
     change_config(folder, rope_scaling={"type": "default"})
-    assert load(folder).config.rope_theta == 500.0
+    assert load(folder).config.rotary.theta == 500.0
 
 
 def test_chat_ends_come_from_the_generation_settings(folder):

@@ -133,9 +133,7 @@ def test_rows_of_earlier_calls_are_tree_rows(tiny_target, prefix):
     top, scratch = forward(
         tiny_target, TOKENS[:3], 13 + depth[:3], mask[:3, :3], prefix
     )
-    rest, own = forward(
-        tiny_target, TOKENS[3:], 13 + depth[3:], mask[3:], prefix, scratch
-    )
+    rest, own = forward(tiny_target, TOKENS[3:], 13 + depth, mask[3:], prefix, scratch)
     np.testing.assert_allclose(np.concatenate([top, rest]), whole, atol=2e-5)
     np.testing.assert_allclose(own[1], kv[1][:, :, :, 3:], atol=2e-5)
 

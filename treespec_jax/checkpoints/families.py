@@ -9,7 +9,7 @@ from typing import Any
 
 from treespec_jax.checkpoints.files import read_json
 from treespec_jax.checkpoints.pieces import Piece
-from treespec_jax.config import ModelConfig
+from treespec_jax.config import ModelConfig, RotaryConfig
 from treespec_jax.errors import UserError
 
 
@@ -70,7 +70,9 @@ def llama_config(path: Path) -> ModelConfig:
         num_kv_heads=size("num_key_value_heads", heads),
         head_dim=size("head_dim", width // heads),
         max_positions=size("max_position_embeddings", 2048),
-        rope_theta=rotary.get("rope_theta", values.get("rope_theta", 10000.0)),
+        rotary=RotaryConfig(
+            rotary.get("rope_theta", values.get("rope_theta", 10000.0))
+        ),
         norm_eps=values.get("rms_norm_eps", 1e-6),
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         bos_id=bos[0] if bos else None,

@@ -12,7 +12,7 @@ from treespec_jax.errors import UserError
 
 METADATA = "metadata.json"
 FORMAT = "treespec-jax"
-VERSION = 1
+VERSION = 2
 
 
 def is_native(path: Path) -> bool:
@@ -36,11 +36,10 @@ def _check(path: Path, values: Mapping[str, Any]) -> None:
     where = path / METADATA
     if values.get("format") != FORMAT:
         raise UserError(f"{where} was not written by {FORMAT}; check the path")
-    if values.get("version") != VERSION or values.get("family") != "llama":
+    if values.get("version") != VERSION:
         raise UserError(
-            f"{where}: version {values.get('version')!r} of family "
-            f"{values.get('family')!r} is not known here; update {FORMAT}, or convert "
-            "the original again"
+            f"{where}: version {values.get('version')!r} is not known here, only "
+            f"{VERSION}; update {FORMAT}, or convert the original again"
         )
     if not isinstance(values.get("model"), dict):
         raise UserError(f"{where} lacks 'model'; convert the original again")

@@ -96,7 +96,6 @@ def _metadata(loaded: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "family": "llama",
         "source": loaded.source,
         "dtype": dtype.name,
         "model": dataclasses.asdict(loaded.config),

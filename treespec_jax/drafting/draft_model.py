@@ -92,10 +92,11 @@ class DraftModel:
         view = CacheView(state.pages, context.page_table, held)
         at_C = jnp.arange(window)
         is_pending_BC = at_C < state.pending_count[:, None]
+        pending_at_BC = held[:, None] + at_C
         with jax.named_scope("draft_root"):
             hidden_DR, pending_kv = self.model(
                 state.pending,
-                held[:, None] + at_C,
+                pending_at_BC,
                 jnp.broadcast_to(at_C[:, None] >= at_C, (B, window, window)),
                 view,
             )
@@ -111,19 +112,20 @@ class DraftModel:
             # done. (A CPU copies a cache that is written between two reads.)
             W = tokens_BW.shape[1]
             pending = jnp.broadcast_to(is_pending_BC[:, None], (B, W, window))
-            scratch = pending_kv if scratch is None else scratch
-            positions = jnp.broadcast_to(context.lengths[:, None] + depth, (B, W))
+            at_BE, rows = (pending_at_BC, pending_kv) if scratch is None else scratch
+            at_BW = jnp.broadcast_to(context.lengths[:, None] + depth, (B, W))
+            at_BU = jnp.concatenate([at_BE, at_BW], axis=1)
             hidden_DR, kv = self.model(
                 tokens_BW,
-                positions,
+                at_BU,
                 jnp.concatenate([pending, mask_BWU], axis=2),
                 view,
-                scratch,
+                rows,
             )
-            scratch = tuple(
-                jnp.concatenate(pair, axis=3) for pair in zip(scratch, kv, strict=True)
+            rows = tuple(
+                jnp.concatenate(pair, axis=3) for pair in zip(rows, kv, strict=True)
             )
-            return self.model.logit_columns(hidden_DR), scratch
+            return self.model.logit_columns(hidden_DR), (at_BU, rows)
 
         tree = grow(self.shape, context, logits_VB, expand, tau=self.tau)
         pages = paging.commit(

@@ -1,10 +1,12 @@
-"""Building blocks of the decoder: norm, rotary positions, attention, gated MLP.
+"""Building blocks of the decoder: norm, attention, gated MLP.
 
 Every parameter is declared once, with shape, logical axes and initialiser; abstract
 values, shardings and random parameters all derive from that declaration.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,60 +15,67 @@ from flax import nnx
 from pallas_kernels.tree_attention import tree_attention
 from treespec_jax.config import ModelConfig
 from treespec_jax.models.linear import linear
+from treespec_jax.models.rotary import apply_rotary
 from treespec_jax.models.views import CacheView
 
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
-def param(rngs: nnx.Rngs, dtype, axes: tuple[str, ...], shape, scale: float | None):
-    """A parameter with logical axis names: normal with `scale`, or ones if None."""
+
+def param(
+    rngs: nnx.Rngs, dtype, axes: tuple[str, ...], shape, scale=None, fill: float = 1.0
+):
+    """A parameter with logical axis names: normal with `scale`, or `fill` if None."""
     if scale is None:
-        value = jnp.ones(shape, dtype)
+        value = jnp.full(shape, fill, dtype)
     else:
         value = (jax.random.normal(rngs.params(), shape) * scale).astype(dtype)
     return nnx.Param(value, logical_axes=axes)
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) · scale, in float32 (Zhang & Sennrich, 1910.07467)."""
+    """x / sqrt(mean(x²) + eps) · scale, in float32 (Zhang & Sennrich, 1910.07467).
 
-    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
+    The axis before the last is normalised: the features of [D, R], or the width of
+    every head of [..., H, R]. With `unit_offset_norms` 1 + scale multiplies.
+
+    Args:
+      config: of the model.
+      dtype: of the scale.
+      rngs: unused; a scale begins where it changes nothing.
+      axis: logical name of the axis.
+      size: of the axis.
+    """
+
+    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs, axis: str, size):
         self.eps = config.norm_eps
-        self.scale = param(rngs, dtype, ("embed",), (config.embed_dim,), None)
+        self.offset = 1.0 if config.unit_offset_norms else 0.0
+        self.scale = param(rngs, dtype, (axis,), (size,), fill=1 - self.offset)
 
-    def __call__(self, x_DR: jax.Array) -> jax.Array:
-        x = x_DR.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=0, keepdims=True) + self.eps)
+    def __call__(self, x_xDR: jax.Array) -> jax.Array:
+        x = x_xDR.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-2, keepdims=True) + self.eps)
         scale_D1 = self.scale[...].astype(jnp.float32)[:, None]
-        return (x * inverse * scale_D1).astype(x_DR.dtype)
-
-
-def rotary_angles(config: ModelConfig, positions_R: jax.Array):
-    """cos and sin, float32 [H/2, R] each (rotary, Su et al., 2104.09864)."""
-    half = config.head_dim // 2
-    exponents = jnp.arange(half, dtype=jnp.float32) / half
-    inverse_H2 = config.rope_theta**-exponents
-    angles = inverse_H2[:, None] * positions_R.astype(jnp.float32)[None, :]
-    # The result of a conditional is not fused into its users: a CPU would compute
-    # sines and cosines again for every head of every layer.
-    return jax.lax.cond(
-        positions_R[0] >= 0,
-        lambda: (jnp.cos(angles), jnp.sin(angles)),
-        lambda: (angles, angles),
-    )
-
-
-def apply_rotary(x_xHR: jax.Array, cos_sin) -> jax.Array:
-    """Rotates the pairs (i, i + H/2) of the axis before the last."""
-    cos, sin = cos_sin
-    first, second = jnp.split(x_xHR.astype(jnp.float32), 2, axis=-2)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-2).astype(x_xHR.dtype)
+        if self.offset:
+            scale_D1 += self.offset
+        return (x * inverse * scale_D1).astype(x_xDR.dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over a paged prefix and a token tree."""
+    """Grouped-query attention over a paged prefix and a token tree.
 
-    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
+    Args:
+      config: of the model.
+      dtype: of the parameters.
+      rngs: for random parameters.
+      local: whether this layer sees only the `window` of the configuration.
+    """
+
+    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs, local: bool):
         self.config = config
+        self.window = config.window if local else None
         D, N, K, G, H = (
             config.embed_dim,
             config.num_heads,
@@ -82,6 +91,12 @@ class Attention(nnx.Module):
             (K, G + 2, H, D),
             D**-0.5,
         )
+        if config.qkv_bias:
+            axes = ("kv_heads", "qkv", "head_dim")
+            self.qkv_bias = param(rngs, dtype, axes, (K, G + 2, H), fill=0.0)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, dtype, rngs, "head_dim", H)
+            self.k_norm = RMSNorm(config, dtype, rngs, "head_dim", H)
         self.out = param(
             rngs,
             dtype,
@@ -90,13 +105,19 @@ class Attention(nnx.Module):
             (N * H * 2 * config.num_layers) ** -0.5,
         )
 
-    def __call__(self, x_DR, cos_sin, tree_mask_BTU, pages, view, scratch):
+    def __call__(self, x_DR, cos_sin, tree_mask_BTU, depth_BU, pages, view, scratch):
         """Returns the [D, R] output and this call's own rows [B, K, 2, T, H]."""
         cfg = self.config
         B, T, _ = tree_mask_BTU.shape
         K, G, H = cfg.num_kv_heads, cfg.queries_per_kv, cfg.head_dim
         qkv_KxHR = linear(self.qkv[...], x_DR)
-        qk_KxHR = apply_rotary(qkv_KxHR[:, : G + 1], cos_sin)
+        if cfg.qkv_bias:
+            qkv_KxHR += self.qkv_bias[...][..., None]
+        qk_KxHR = qkv_KxHR[:, : G + 1]
+        if cfg.qk_norm:
+            normed = self.q_norm(qk_KxHR[:, :G]), self.k_norm(qk_KxHR[:, G:])
+            qk_KxHR = jnp.concatenate(normed, axis=1)
+        qk_KxHR = apply_rotary(qk_KxHR, cos_sin)
         q_BTNH = qk_KxHR[:, :G].reshape(K * G, H, B, T).transpose(2, 3, 0, 1)
         kv_K2HR = jnp.stack([qk_KxHR[:, G], qkv_KxHR[:, G + 1]], axis=1)
         kv_BK2TH = kv_K2HR.reshape(K, 2, H, B, T).transpose(3, 0, 1, 4, 2)
@@ -110,17 +131,21 @@ class Attention(nnx.Module):
             view.lengths if view is not None else None,
             tree_kv,
             tree_mask_BTU,
-            scale=H**-0.5,
+            scale=cfg.attention_scale or H**-0.5,
+            window=self.window,
+            soft_cap=cfg.attention_soft_cap,
+            tree_depth=None if self.window is None else depth_BU,
         )
         out_ER = out_BTNH.transpose(2, 3, 0, 1).reshape(K * G * H, B * T)
         return linear(self.out[...], out_ER), kv_BK2TH
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate x) · up x) (Shazeer, 2002.05202)."""
+    """down(activation(gate x) · up x) (Shazeer, 2002.05202)."""
 
     def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
+        self.activation = config.activation
         self.gate_up = param(
             rngs, dtype, ("gate_up", "mlp", "embed"), (2, F, D), D**-0.5
         )
@@ -134,25 +159,50 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_DR: jax.Array) -> jax.Array:
         gate_FR, up_FR = linear(self.gate_up[...], x_DR)
-        return linear(self.down[...], jax.nn.silu(gate_FR) * up_FR)
+        return linear(self.down[...], ACTIVATIONS[self.activation](gate_FR) * up_FR)
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer."""
+    """One decoder layer: norms before attention and MLP, and after where asked for."""
 
-    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config, dtype, rngs)
-        self.attention = Attention(config, dtype, rngs)
-        self.mlp_norm = RMSNorm(config, dtype, rngs)
+    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs, local: bool):
+        norm = functools.partial(
+            RMSNorm, config, dtype, rngs, "embed", config.embed_dim
+        )
+        self.post_norms = config.post_norms
+        self.attention_norm = norm()
+        self.attention = Attention(config, dtype, rngs, local)
+        self.mlp_norm = norm()
         self.mlp = GatedMLP(config, dtype, rngs)
+        if config.post_norms:
+            self.attention_post_norm = norm()
+            self.mlp_post_norm = norm()
 
     def __call__(
-        self, x_DR, cos_sin, tree_mask_BTU, pages, view: CacheView | None, scratch
+        self,
+        x_DR,
+        cos_sin,
+        tree_mask_BTU,
+        depth_BU,
+        pages,
+        view: CacheView | None,
+        scratch,
     ):
         with jax.named_scope("attention"):
             out_DR, kv = self.attention(
-                self.attention_norm(x_DR), cos_sin, tree_mask_BTU, pages, view, scratch
+                self.attention_norm(x_DR),
+                cos_sin,
+                tree_mask_BTU,
+                depth_BU,
+                pages,
+                view,
+                scratch,
             )
+            if self.post_norms:
+                out_DR = self.attention_post_norm(out_DR)
             x_DR = x_DR + out_DR
         with jax.named_scope("mlp"):
-            return x_DR + self.mlp(self.mlp_norm(x_DR)), kv
+            out_DR = self.mlp(self.mlp_norm(x_DR))
+            if self.post_norms:
+                out_DR = self.mlp_post_norm(out_DR)
+            return x_DR + out_DR, kv

@@ -1,4 +1,4 @@
-"""One decoder for the Llama family, and the one forward pass of the program.
+"""One decoder for all model families, and the one forward pass of the program.
 
 Prefill is a chain-shaped tree, plain decoding is a tree of one node, verification is a
 tree of T nodes, a drafter's level is W nodes on top of earlier levels. There is no
@@ -13,13 +13,17 @@ from flax import nnx
 from jax import lax
 
 from treespec_jax.config import ModelConfig
-from treespec_jax.models.layers import Block, RMSNorm, param, rotary_angles
+from treespec_jax.models.layers import Block, RMSNorm, param
 from treespec_jax.models.linear import linear
+from treespec_jax.models.rotary import rotary_angles
 from treespec_jax.models.views import CacheView
 
 
 class Transformer(nnx.Module):
     """Decoder-only transformer: RMSNorm, rotary, grouped queries, gated MLP.
+
+    What Llama, Qwen, Mistral and Gemma add to that is in the configuration; a feature
+    that is off leaves no operation behind.
 
     Args:
       config: the shape.
@@ -34,16 +38,19 @@ class Transformer(nnx.Module):
         axes = ("vocab", "embed")
         self.embedding = param(rngs, dtype, axes, table, config.embed_dim**-0.5)
         self.layers = nnx.List(
-            [Block(config, dtype, rngs) for _ in range(config.num_layers)]
+            [
+                Block(config, dtype, rngs, local=i in config.local_layers)
+                for i in range(config.num_layers)
+            ]
         )
-        self.norm = RMSNorm(config, dtype, rngs)
+        self.norm = RMSNorm(config, dtype, rngs, "embed", config.embed_dim)
         if not config.tied_embeddings:
             self.head = param(rngs, dtype, axes, table, config.embed_dim**-0.5)
 
     def __call__(
         self,
         tokens_BT: jax.Array,
-        positions_BT: jax.Array,
+        positions_BU: jax.Array,
         tree_mask_BTU: jax.Array,
         cache: CacheView | None = None,
         scratch: tuple[jax.Array, ...] | None = None,
@@ -55,9 +62,9 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BT: int32 token ids.
-          positions_BT: int32 rotary positions.
-          tree_mask_BTU: bool, which of the U = E + T tree rows each new row sees: E
-            rows of `scratch`, then the new rows themselves.
+          positions_BU: int32 positions of the U = E + T tree rows: E rows of
+            `scratch`, then the new rows themselves.
+          tree_mask_BTU: bool, which of the tree rows each new row sees.
           cache: the prefix; None is an empty one.
           scratch: per layer [B, K, 2, E, H], tree rows of earlier calls.
 
@@ -65,16 +72,30 @@ class Transformer(nnx.Module):
           hidden [D, R] before the final norm, R = B·T with B major, and per layer the
           new rows' keys and values [B, K, 2, T, H].
         """
+        cfg = self.config
         tokens_R = tokens_BT.reshape(-1)
         x_DR = self.embedding[...][tokens_R].T
-        cos_sin = rotary_angles(self.config, positions_BT.reshape(-1))
+        if cfg.scaled_embeddings:
+            # Gemma rounds the factor to the dtype of the embedding.
+            x_DR = x_DR * jnp.asarray(cfg.embed_dim**0.5, x_DR.dtype)
+        positions_R = positions_BU[:, -tokens_BT.shape[1] :].reshape(-1)
+        cos_sin = rotary_angles(cfg.rotary, cfg.head_dim, positions_R)
+        local_cos_sin, depth_BU = cos_sin, None
+        if cfg.local_layers:
+            start_B1 = cache.lengths[:, None] if cache is not None else 0
+            depth_BU = positions_BU - start_B1
+            if cfg.local_rotary not in (None, cfg.rotary):
+                local_cos_sin = rotary_angles(
+                    cfg.local_rotary, cfg.head_dim, positions_R
+                )
         new = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
                 x_DR, kv = layer(
                     x_DR,
-                    cos_sin,
+                    local_cos_sin if i in cfg.local_layers else cos_sin,
                     tree_mask_BTU,
+                    depth_BU,
                     cache.pages[i] if cache is not None else None,
                     cache,
                     scratch[i] if scratch is not None else None,
@@ -89,7 +110,9 @@ class Transformer(nnx.Module):
         """
         with jax.named_scope("head"):
             table = self.embedding if self.config.tied_embeddings else self.head
-            return linear(table[...], self.norm(hidden_DR), jnp.float32)
+            logits_VR = linear(table[...], self.norm(hidden_DR), jnp.float32)
+            cap = self.config.logit_soft_cap
+            return logits_VR if cap is None else cap * jnp.tanh(logits_VR / cap)
 
     def logits(self, hidden_DR: jax.Array) -> jax.Array:
         """float32 logits [R, V] of hidden rows [D, R]."""
