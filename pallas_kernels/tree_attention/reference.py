@@ -105,8 +105,15 @@ def tree_attention(
                 out * shrink + weigh(weights, values),
             )
 
-        blocks = (jnp.max(lengths) + block - 1) // block
-        carry = lax.fori_loop(0, blocks, body, carry)
+        first, end_B = 0, lengths
+        if window is not None:
+            # From the oldest row that the least deep node of any slot still sees.
+            oldest_B = lengths + jnp.min(depth_BT, axis=1) - window + 1
+            end_B = jnp.where(oldest_B < lengths, lengths, 0)
+            oldest_B = jnp.where(end_B > 0, oldest_B, jnp.iinfo(jnp.int32).max)
+            first = jnp.maximum(jnp.min(oldest_B), 0) // block
+        blocks = (jnp.max(end_B) + block - 1) // block
+        carry = lax.fori_loop(first, blocks, body, carry)
 
     _, total, out = carry
     out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
