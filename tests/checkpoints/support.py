@@ -17,19 +17,30 @@ SENTENCES = [
 ] * 4
 
 
-def forward(model, tokens_BT, start=0, view=None):
-    """Logits [B, T, V] of a chain behind `start` rows of prefix, and the new rows."""
+def forward(model, tokens_BT, start=0, view=None, depths=None, mask=None):
+    """Logits [B, T, V] of rows behind `start` rows of prefix; their keys and values.
+
+    The rows are a chain, or a tree: depths [T], and mask [T, T] of what each row sees.
+    """
+    B, T = np.shape(tokens_BT)
+    depths = np.arange(T) if depths is None else depths
+    mask = np.tril(np.ones((T, T), bool)) if mask is None else mask
     graph, state = nnx.split(model)
-    return _forward(graph, state, jnp.asarray(tokens_BT, jnp.int32), start, view)
+    return _forward(
+        graph,
+        state,
+        jnp.asarray(tokens_BT, jnp.int32),
+        jnp.broadcast_to(jnp.asarray(start + np.asarray(depths), jnp.int32), (B, T)),
+        jnp.broadcast_to(jnp.asarray(mask), (B, T, T)),
+        view,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(graph, state, tokens_BT, start, view):
-    model = nnx.merge(graph, state)
+def _forward(graph, state, tokens_BT, positions_BT, mask_BTU, view):
     B, T = tokens_BT.shape
-    positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-    hidden, kv = model(tokens_BT, positions, mask, view)
+    model = nnx.merge(graph, state)
+    hidden, kv = model(tokens_BT, positions_BT, mask_BTU, view)
     return model.logits(hidden).reshape(B, T, -1), kv
 
 

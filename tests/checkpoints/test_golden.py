@@ -1,4 +1,4 @@
-"""Logits of Hugging Face's Llama, from the files of tests/golden/make_llama.py."""
+"""Logits of `transformers`, from the files of tests/golden/make_golden.py."""
 
 import pathlib
 
@@ -12,61 +12,71 @@ from treespec_jax.checkpoints import load
 from treespec_jax.models.views import CacheView
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-NAMES = ["llama_grouped", "llama_tied", "llama_theta"]
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+CHUNK, PAGE, TOLERANCE = 7, 16, 1e-4
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(scope="module", params=NAMES)
 def golden(request):
     with np.load(GOLDEN / request.param / "golden.npz") as file:
-        return load(GOLDEN / request.param), file["tokens"], file["logits"]
+        return load(GOLDEN / request.param, "float32"), dict(file)
 
 
 def write_pages(pages, page_table, kv_BK2TH, start):
     """Puts rows start, start + 1, … of every slot where the page table says."""
-    page = pages.shape[3]
     for b in range(kv_BK2TH.shape[0]):
         for t in range(kv_BK2TH.shape[3]):
             at = start + t
-            pages[page_table[b, at // page], :, :, at % page] = kv_BK2TH[b, :, :, t]
+            pages[page_table[b, at // PAGE], :, :, at % PAGE] = kv_BK2TH[b, :, :, t]
+
+
+def check(name, found, expected):
+    error = np.abs(np.asarray(found) - expected).max()
+    print(f"largest error of {name}: {error:.1e}")
+    assert error < TOLERANCE
 
 
 def test_full_forward(golden):
-    loaded, tokens, expected = golden
-    found, _ = forward(loaded.model, tokens)
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    loaded, file = golden
+    found, _ = forward(loaded.model, file["tokens"])
+    check(loaded.source, found, file["logits"])
 
 
-def test_prefill_and_continuation_through_pages(golden):
-    loaded, tokens, expected = golden
-    config = loaded.config
+def test_prefill_and_a_tree_through_pages(golden):
+    """Chunks of a chain, then both ends of the text as a tree, all of one shape."""
+    loaded, file = golden
+    config, tokens, branch = loaded.config, file["tokens"], file["branch"]
+    rows, side = tokens.shape[1], branch.shape[1]
+    prefix = rows - side - 1
+    assert prefix % CHUNK == 0 and 1 + 2 * side == CHUNK
     # A page table with neither order nor neighbours, and one page that nobody owns.
-    table = np.array([[4, 1, 6], [2, 5, 0]], np.int32)
-    shape = (7, config.num_kv_heads, 2, 16, config.head_dim)
+    table = np.array([[4, 1], [2, 5]], np.int32)
+    shape = (6, config.num_kv_heads, 2, PAGE, config.head_dim)
     # Unused rows hold NaN, to show that nothing reads them.
     caches = [np.full(shape, np.nan, np.float32) for _ in range(config.num_layers)]
-    found, at = [], 0
-    for rows in (14, 24, 1, 1):
+
+    def run(ids, at, **tree):
         lengths = jnp.full((2,), at, jnp.int32)
-        view = CacheView(tuple(map(jnp.asarray, caches)), jnp.asarray(table), lengths)
-        logits, kv = forward(loaded.model, tokens[:, at : at + rows], at, view)
-        found.append(logits)
+        view = CacheView(tuple(map(jnp.array, caches)), jnp.asarray(table), lengths)
+        return forward(loaded.model, ids, at, view, **tree)
+
+    for at in range(0, prefix, CHUNK):
+        found, kv = run(tokens[:, at : at + CHUNK], at)
+        check(loaded.source, found, file["logits"][:, at : at + CHUNK])
         for pages, new in zip(caches, kv, strict=True):
             write_pages(pages, table, np.asarray(new), at)
-        at += rows
-    found = np.concatenate(found, axis=1)
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
-
-def test_configurations_are_read():
-    grouped, tied, theta = (load(GOLDEN / name).config for name in NAMES)
-    assert (grouped.num_kv_heads, grouped.queries_per_kv) == (2, 2)
-    assert not grouped.tied_embeddings
-    assert grouped.norm_eps == 1e-5
-    assert tied.tied_embeddings
-    assert tied.head_dim == 8 != tied.embed_dim // tied.num_heads
-    assert theta.rotary.theta == 500000.0
-    assert theta.norm_eps == 1e-6
-    assert theta.eos_ids == (2, 5)
+    # The root, then by turns a node of the text and one of the branch.
+    ends = np.stack([tokens[:, -side:], branch], axis=2).reshape(2, -1)
+    ids = np.concatenate([tokens[:, prefix : prefix + 1], ends], axis=1)
+    depths = [0] + [1 + i // 2 for i in range(2 * side)]
+    mask = np.eye(CHUNK, dtype=bool)
+    for node in range(1, CHUNK):
+        mask[node] |= mask[max(node - 2, 0)]
+    found, _ = run(ids, prefix, depths=depths, mask=mask)
+    check(loaded.source, found[:, 0], file["logits"][:, prefix])
+    check(loaded.source, found[:, 1::2], file["logits"][:, -side:])
+    check(loaded.source, found[:, 2::2], file["branch_logits"])
 
 
 def test_low_precision_stays_close():

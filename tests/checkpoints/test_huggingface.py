@@ -1,4 +1,4 @@
-"""Hugging Face folders: every layout that is read, and every message about the rest."""
+"""Hugging Face folders: layouts of their files, and messages about damaged ones."""
 
 import json
 import pathlib
@@ -85,22 +85,6 @@ def test_casting_is_that_of_the_tensors(good):
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
-def test_defaults_of_old_configurations(folder, good):
-    change_config(folder, rope_parameters="DELETE", rope_theta=500.0, head_dim=None)
-    change_config(folder, rope_scaling=None, architectures="DELETE")
-    config = load(folder).config
-    assert config.rotary.theta == 500.0
-    assert config.head_dim == good.config.head_dim
-    change_config(folder, rope_scaling={"type": "default"})
-    assert load(folder).config.rotary.theta == 500.0
-
-
-def test_chat_ends_come_from_the_generation_settings(folder):
-    values = {"eos_token_id": [2, 9, 11]}
-    (folder / "generation_config.json").write_text(json.dumps(values))
-    assert load(folder).config.eos_ids == (2, 9, 11)
-
-
 def test_useless_tensors_of_old_files(folder):
     angles = np.ones(8, np.float32)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -137,35 +121,6 @@ def test_tokenizer_of_the_folder(folder, tmp_path):
     assert chosen.tokenizer.path == other
     assert chosen.config.bos_id is None
     assert chosen.config.eos_ids == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("hidden_act", "gelu"),
-        ("quantization_config", {"quant_method": "gptq"}),
-        ("partial_rotary_factor", 0.5),
-    ],
-)
-def test_settings_that_are_not_supported(folder, key, value):
-    change_config(folder, **{key: value})
-    with pytest.raises(UserError) as error:
-        load(folder)
-    message = str(error.value)
-    assert f"{key}={json.dumps(value)}" in message
-    assert "is not supported" in message
-    assert "\n" not in message
-
-
-def test_other_families(folder):
-    change_config(folder, architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    with pytest.raises(UserError, match=r'\["GPT2LMHeadModel"\] model_type="gpt2"'):
-        load(folder)
 
 
 @pytest.mark.parametrize("value", ["DELETE", None, 0, "64", 6.5, True])

@@ -55,7 +55,7 @@ def stored(small, tmp_path):
     return tmp_path / "stored"
 
 
-@pytest.mark.parametrize("name", ["llama_grouped", "llama_tied", "llama_theta"])
+@pytest.mark.parametrize("name", ["llama_grouped", "qwen2", "gemma3_multimodal"])
 def test_hugging_face_round_trip(name, tmp_path):
     original = load(GOLDEN / name)
     save(original, tmp_path / "out")

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.checkpoints import families, llama2c
+from treespec_jax.checkpoints import huggingface, llama2c
 from treespec_jax.checkpoints.metadata import METADATA, is_native, read_metadata
 from treespec_jax.checkpoints.tokenizers import (
     Tokenizer,
@@ -72,7 +72,7 @@ def describe(path: str | Path, tokenizer: str | Path | None = None) -> Descripti
                 f"{path} holds no checkpoint: neither {METADATA} (written by "
                 "convert_checkpoint.py) nor config.json (Hugging Face)"
             )
-        config = families.llama_config(path / "config.json")
+        config = huggingface.read_config(path / "config.json")
         found, own = find_tokenizer(path), {"eos_ids": config.eos_ids}
     elif path.suffix == ".bin":
         kind = LLAMA2C

@@ -1,147 +1,289 @@
-"""Model families of Hugging Face: `config.json` and the names of tensors."""
+"""Model families of Hugging Face: the names of their tensors, as data; free of jax.
+
+A family is a row of `FAMILIES`. What its models compute is in `ModelConfig`, so that
+one name table, by configuration, serves all of them.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from treespec_jax.checkpoints.files import read_json
 from treespec_jax.checkpoints.pieces import Piece
-from treespec_jax.config import ModelConfig, RotaryConfig
-from treespec_jax.errors import UserError
+from treespec_jax.config import ModelConfig
+
+SILU = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def llama_config(path: Path) -> ModelConfig:
-    """Reads `config.json` of a Llama folder.
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What sets the models of one `model_type` apart.
 
-    Tokens that end a text are those of `config.json` and of `generation_config.json`,
-    where chat models name theirs.
-
-    Raises:
-      UserError: another architecture, a key missing, or a setting that this decoder
-        does not have; names key and value.
+    Attributes:
+      name: `ModelConfig.family`.
+      architectures: of `config.json` that are of this family.
+      model_types: the same of `model_type`.
+      fixed: fields of `ModelConfig` that all its models have in common.
+      defaults: of `config.json`, as transformers has them; sizes that are not here are
+        required.
+      windows: which layers are limited to `sliding_window` where `layer_types` does not
+        say: "never", "always", "later" (from `max_window_layers` on, if
+        `use_sliding_window`) or "pattern" (all but every `sliding_window_pattern`-th).
+      local_rotary: whether the limited layers have rotary settings of their own.
+      activation_key: of `config.json`.
+      activations: its values, and what `ModelConfig.activation` calls them.
+      refused: keys of `config.json` that must be missing, null or one of these values.
+      roots: prefixes that the decoder's tensors may have; the first that is there wins.
+      heads: prefixes of an output head of its own.
+      unused: prefixes of tensors that other parts of a model have, and what those are.
     """
-    values = read_json(path)
-    _check_family(path, values)
-    for key, wanted in {
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "rope_scaling": (None,),
-        "quantization_config": (None,),
-        "partial_rotary_factor": (None, 1.0),
-    }.items():
-        found = values.get(key, wanted[0])
-        harmless = key == "rope_scaling" and _plain_rotary(found)
-        if found not in wanted and not harmless:
-            raise UserError(
-                f"{path}: {key}={_short(found)} is not supported, only "
-                f"{' or '.join(_short(value) for value in wanted)}"
-            )
-    rotary = values.get("rope_parameters") or {}
-    if rotary and not _plain_rotary(rotary):
-        raise UserError(
-            f"{path}: rope_parameters={_short(rotary)} is not supported, only "
-            'rope_type "default"'
-        )
 
-    def size(key: str, default: int | None = None) -> int:
-        value = values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(
-                f"{path}: {key}={_short(value)} must be a whole number >= 1"
-            )
-        return value
-
-    heads, width = size("num_attention_heads"), size("hidden_size")
-    generation = path.parent / "generation_config.json"
-    more = read_json(generation) if generation.is_file() else {}
-    eos = _ids(values.get("eos_token_id", 2)) + _ids(more.get("eos_token_id"))
-    bos = _ids(values.get("bos_token_id", 1))
-    return ModelConfig(
-        vocab_size=size("vocab_size"),
-        embed_dim=width,
-        mlp_dim=size("intermediate_size"),
-        num_layers=size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", width // heads),
-        max_positions=size("max_position_embeddings", 2048),
-        rotary=RotaryConfig(
-            rotary.get("rope_theta", values.get("rope_theta", 10000.0))
-        ),
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-        bos_id=bos[0] if bos else None,
-        eos_ids=tuple(dict.fromkeys(eos)),
+    name: str
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windows: str = "never"
+    local_rotary: bool = False
+    activation_key: str = "hidden_act"
+    activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: SILU)
+    refused: Mapping[str, tuple] = dataclasses.field(
+        default_factory=lambda: {"attention_bias": (False,)}
     )
+    roots: tuple[str, ...] = ("model",)
+    heads: tuple[str, ...] = ("lm_head",)
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def llama_table(config: ModelConfig) -> list[Piece]:
-    """Every tensor's place. Weights are [out, in]; rotary pairs are half-split."""
-    c = config
-    D, F, G = c.embed_dim, c.mlp_dim, c.queries_per_kv
-    rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    every = slice(None)
-    pieces = [Piece("model.embed_tokens.weight", (c.vocab_size, D), "embedding")]
-    for i in range(c.num_layers):
-        here, at = f"model.layers.{i}", f"layers.{i}"
-        attention, mlp = f"{here}.self_attn", f"{here}.mlp"
-        qkv, gate_up = f"{at}.attention.qkv", f"{at}.mlp.gate_up"
-        norms = f"{here}.input_layernorm.weight", f"{here}.post_attention_layernorm"
-        pieces += [
-            Piece(norms[0], (D,), f"{at}.attention_norm.scale"),
-            Piece(f"{attention}.q_proj.weight", (rows, D), qkv, (every, slice(G))),
-            Piece(f"{attention}.k_proj.weight", (kv_rows, D), qkv, (every, G)),
-            Piece(f"{attention}.v_proj.weight", (kv_rows, D), qkv, (every, G + 1)),
-            Piece(f"{attention}.o_proj.weight", (D, rows), f"{at}.attention.out"),
-            Piece(f"{norms[1]}.weight", (D,), f"{at}.mlp_norm.scale"),
-            Piece(f"{mlp}.gate_proj.weight", (F, D), gate_up, (0,)),
-            Piece(f"{mlp}.up_proj.weight", (F, D), gate_up, (1,)),
-            Piece(f"{mlp}.down_proj.weight", (D, F), f"{at}.mlp.down"),
-        ]
-    pieces.append(Piece("model.norm.weight", (D,), "norm.scale"))
-    if not c.tied_embeddings:
-        pieces.append(Piece("lm_head.weight", (c.vocab_size, D), "head"))
-    return pieces
-
-
-def llama_ignored(config: ModelConfig) -> list[str]:
-    """Tensors that older files hold and nothing reads."""
-    names = [
-        f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
-        for i in range(config.num_layers)
+_GEMMA = dict(scaled_embeddings=True, unit_offset_norms=True)
+_GEMMA_DEFAULTS = dict(
+    tie_word_embeddings=True,
+    head_dim=256,
+    bos_token_id=2,
+    eos_token_id=1,
+    rms_norm_eps=1e-6,
+)
+_GEMMA_CAUSAL = {
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (False,),
+}
+_QWEN_DEFAULTS = dict(
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+)
+FAMILIES = {
+    family.name: family
+    for family in [
+        Family(
+            "llama",
+            ("LlamaForCausalLM",),
+            ("llama",),
+            defaults=dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
+        ),
+        Family(
+            "mistral",
+            ("MistralForCausalLM",),
+            ("mistral",),
+            defaults=dict(
+                max_position_embeddings=131072,
+                num_key_value_heads=8,
+                sliding_window=4096,
+                bos_token_id=1,
+                eos_token_id=2,
+            ),
+            windows="always",
+        ),
+        Family(
+            "qwen2",
+            ("Qwen2ForCausalLM",),
+            ("qwen2",),
+            fixed=dict(qkv_bias=True),
+            defaults=_QWEN_DEFAULTS,
+            windows="later",
+            refused={},
+        ),
+        Family(
+            "qwen3",
+            ("Qwen3ForCausalLM",),
+            ("qwen3",),
+            fixed=dict(qk_norm=True),
+            defaults=dict(_QWEN_DEFAULTS, head_dim=128),
+            windows="later",
+        ),
+        Family(
+            "gemma",
+            ("GemmaForCausalLM",),
+            ("gemma",),
+            fixed=_GEMMA,
+            defaults=dict(
+                _GEMMA_DEFAULTS,
+                max_position_embeddings=8192,
+                num_key_value_heads=16,
+                hidden_act="gelu_pytorch_tanh",
+            ),
+            # The first files say "gelu" and mean its approximation by tanh.
+            activations={"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+            refused=dict(_GEMMA_CAUSAL, hidden_activation=("gelu_pytorch_tanh",)),
+        ),
+        Family(
+            "gemma2",
+            ("Gemma2ForCausalLM",),
+            ("gemma2",),
+            fixed=dict(_GEMMA, post_norms=True),
+            defaults=dict(
+                _GEMMA_DEFAULTS,
+                max_position_embeddings=8192,
+                num_key_value_heads=4,
+                hidden_activation="gelu_pytorch_tanh",
+                query_pre_attn_scalar=256,
+                sliding_window=4096,
+                sliding_window_pattern=2,
+                attn_logit_softcapping=50.0,
+                final_logit_softcapping=30.0,
+            ),
+            windows="pattern",
+            activation_key="hidden_activation",
+            refused=_GEMMA_CAUSAL,
+        ),
+        Family(
+            "gemma3",
+            ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+            ("gemma3_text", "gemma3"),
+            fixed=dict(_GEMMA, post_norms=True, qk_norm=True),
+            defaults=dict(
+                _GEMMA_DEFAULTS,
+                # Published multimodal files leave out what equals these.
+                vocab_size=262208,
+                hidden_size=2304,
+                intermediate_size=9216,
+                num_hidden_layers=26,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                max_position_embeddings=131072,
+                hidden_activation="gelu_pytorch_tanh",
+                query_pre_attn_scalar=256,
+                sliding_window=4096,
+                sliding_window_pattern=6,
+                final_logit_softcapping=None,
+                rope_theta=1e6,
+                rope_local_base_freq=1e4,
+            ),
+            windows="pattern",
+            local_rotary=True,
+            activation_key="hidden_activation",
+            # transformers reads this cap for Gemma 3 and then does not use it.
+            refused=dict(_GEMMA_CAUSAL, attn_logit_softcapping=()),
+            roots=("model", "language_model.model", "model.language_model"),
+            heads=("lm_head", "language_model.lm_head"),
+            unused={
+                f"{at}{part}.": "images"
+                for at in ("", "model.")
+                for part in ("vision_tower", "multi_modal_projector")
+            },
+        ),
     ]
-    return names + ["lm_head.weight"] * config.tied_embeddings
+}
 
 
-def _check_family(path: Path, values: Mapping[str, Any]) -> None:
-    named = values.get("architectures") or []
-    family = values.get("model_type")
-    if family != "llama" and "LlamaForCausalLM" not in named:
-        raise UserError(
-            f"{path}: architectures={_short(named)} model_type={_short(family)} is not "
-            "supported, only LlamaForCausalLM"
-        )
+@dataclasses.dataclass(frozen=True)
+class NameTable:
+    """Where a checkpoint's tensors go.
+
+    Attributes:
+      pieces: every tensor's place; together they fill every parameter.
+      ignored: names of tensors that are there and of no use.
+      notes: what is lost by that, for the user; a line each.
+    """
+
+    pieces: list[Piece]
+    ignored: list[str]
+    notes: tuple[str, ...] = ()
 
 
-def _plain_rotary(value: Any) -> bool:
-    """Whether a rotary setting is a dictionary that asks for no scaling."""
-    if not isinstance(value, Mapping):
-        return False
-    kind = value.get("rope_type", value.get("type", "default"))
-    return kind == "default" and value.get("partial_rotary_factor", 1.0) == 1.0
+def name_table(config: ModelConfig, names: Collection[str]) -> NameTable:
+    """The table of a configuration's family.
+
+    Args:
+      config: as `read_config` made it.
+      names: of the tensors in the checkpoint; published files of one family may differ
+        in prefixes and in tensors of no use.
+    """
+    family = FAMILIES[config.family]
+    embedding = "embed_tokens.weight"
+    root = next(
+        (root for root in family.roots if f"{root}.{embedding}" in names),
+        family.roots[0],
+    )
+    heads = [f"{head}.weight" for head in family.heads]
+    pieces = [
+        Piece(
+            f"{root}.{embedding}", (config.vocab_size, config.embed_dim), "embedding"
+        ),
+        *(
+            piece
+            for i in range(config.num_layers)
+            for piece in _layer(config, f"{root}.layers.{i}", f"layers.{i}")
+        ),
+        Piece(f"{root}.norm.weight", (config.embed_dim,), "norm.scale"),
+    ]
+    useless = {
+        f"{root}.layers.{i}.self_attn.rotary_emb.inv_freq"
+        for i in range(config.num_layers)
+    }
+    if config.tied_embeddings:
+        useless.update(heads)
+    else:
+        head = next((head for head in heads if head in names), heads[0])
+        pieces.append(Piece(head, (config.vocab_size, config.embed_dim), "head"))
+    unused = {
+        name: what
+        for name in names
+        for prefix, what in family.unused.items()
+        if name.startswith(prefix)
+    }
+    notes = tuple(
+        f"{sum(held == what for held in unused.values())} tensors that read {what} "
+        "are left out: the model is run on text alone"
+        for what in dict.fromkeys(unused.values())
+    )
+    return NameTable(pieces, sorted({*unused, *useless.intersection(names)}), notes)
 
 
-def _ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _layer(config: ModelConfig, here: str, at: str) -> list[Piece]:
+    """One layer. Weights are [out, in]; rotary pairs are half-split."""
+    D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
+    G, K = config.queries_per_kv, config.num_kv_heads
+    every = slice(None)
+    attention, mlp = f"{here}.self_attn", f"{here}.mlp"
+    qkv, gate_up = f"{at}.attention.qkv", f"{at}.mlp.gate_up"
+    parts = [("q", G * K * H, slice(G)), ("k", K * H, G), ("v", K * H, G + 1)]
+    norms = ["attention_norm", "mlp_norm"]
+    theirs = ["input_layernorm", "post_attention_layernorm"]
+    if config.post_norms:
+        norms = ["attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"]
+        theirs += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    pieces = [
+        Piece(f"{here}.{name}.weight", (D,), f"{at}.{norm}.scale")
+        for name, norm in zip(theirs, norms, strict=True)
+    ]
+    for name, rows, part in parts:
+        projection = f"{attention}.{name}_proj"
+        pieces.append(Piece(f"{projection}.weight", (rows, D), qkv, (every, part)))
+        if config.qkv_bias:
+            bias = f"{at}.attention.qkv_bias"
+            pieces.append(Piece(f"{projection}.bias", (rows,), bias, (every, part)))
+    if config.qk_norm:
+        pieces += [
+            Piece(f"{attention}.{name}.weight", (H,), f"{at}.attention.{name}.scale")
+            for name in ("q_norm", "k_norm")
+        ]
+    return pieces + [
+        Piece(f"{attention}.o_proj.weight", (D, G * K * H), f"{at}.attention.out"),
+        Piece(f"{mlp}.gate_proj.weight", (F, D), gate_up, (0,)),
+        Piece(f"{mlp}.up_proj.weight", (F, D), gate_up, (1,)),
+        Piece(f"{mlp}.down_proj.weight", (D, F), f"{at}.mlp.down"),
+    ]

@@ -67,8 +67,8 @@ def load(
     else:
         if about.kind == HUGGINGFACE:
             source = SafetensorsSource(path)
-            table = families.llama_table(config)
-            ignored = families.llama_ignored(config)
+            names = families.name_table(config, source.shapes())
+            table, ignored = names.pieces, names.ignored
         else:
             source = llama2c.Llama2cSource(path)
             table, ignored = llama2c.name_table(config), llama2c.IGNORED

@@ -95,7 +95,7 @@ def build(
       UserError: a tensor is missing, unread, of the wrong shape, not of a floating
         dtype, or holds NaN or infinity.
     """
-    _check_names(pieces, source, set(ignored))
+    _check_names(pieces, source, set(ignored), config.family)
     graph, state, flat = abstract_parameters(config, dtype)
     parts = defaultdict(list)
     for piece in pieces:
@@ -135,21 +135,21 @@ def check_finite(array: np.ndarray, name: str, where, reason: str = _BROKEN) -> 
             raise UserError(f"{where}: tensor {name} {reason}")
 
 
-def _check_names(pieces, source: TensorSource, ignored: set[str]) -> None:
+def _check_names(pieces, source: TensorSource, ignored: set[str], family: str) -> None:
     shapes = source.shapes()
     for piece in pieces:
         if piece.name not in shapes:
             raise UserError(
-                f"{source.path}: tensor {piece.name} is missing; the file is "
-                "incomplete or of another model family"
+                f"{source.path}: tensor {piece.name} is missing, which models of "
+                f"family {family} have; the file is incomplete or of another family"
             )
         check_shape(source.path, piece.name, shapes[piece.name], piece.shape)
     unread = sorted(set(shapes) - {piece.name for piece in pieces} - ignored)
     if unread:
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
         raise UserError(
-            f"{source.path}: tensor {unread[0]}{more} would stay unread; this is not "
-            "the model family that its configuration says"
+            f"{source.path}: tensor {unread[0]}{more} would stay unread; family "
+            f"{family}, which the configuration names, has no such tensor"
         )
 
 
