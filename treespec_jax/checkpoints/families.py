@@ -7,6 +7,7 @@ one name table, by configuration, serves all of them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -287,3 +288,8 @@ def _layer(config: ModelConfig, here: str, at: str) -> list[Piece]:
         Piece(f"{mlp}.up_proj.weight", (F, D), gate_up, (1,)),
         Piece(f"{mlp}.down_proj.weight", (D, F), f"{at}.mlp.down"),
     ]
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of a model, without making one."""
+    return sum(math.prod(piece.shape) for piece in name_table(config, ()).pieces)
