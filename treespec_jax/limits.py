@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from treespec_jax.checkpoints.tokenizers import Tokenizer, same_vocabulary
+from treespec_jax.checkpoints.tokenizers import (
+    Tokenizer,
+    check_rows,
+    compare_vocabularies,
+)
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 
@@ -20,16 +24,42 @@ class Model(Protocol):
     tokenizer: Tokenizer | None
 
 
-def check_pair(target: Model, draft: Model) -> None:
-    """Raises UserError unless both models mean the same by every token."""
+def check_pair(target: Model, draft: Model | None) -> list[str]:
+    """What to know of vocabularies that differ without harm; see the README.
+
+    Whatever the drafter lacks or has besides, the text is the target's own.
+
+    Args:
+      target: any model.
+      draft: of the same tokens, as far as both have them; None: plain decoding.
+
+    Raises:
+      UserError: a token means something else to the drafter, or embeddings of
+        different sizes come without tokenizers to compare.
+    """
+    models = {"target": target} | ({} if draft is None else {"drafter": draft})
+    notes = []
+    for model in models.values():
+        if model.tokenizer is not None:
+            # Read by now, so that a small one was meant.
+            rows = model.config.vocab_size
+            notes.append(check_rows(model.tokenizer, rows, chosen=True))
+    if draft is not None:
+        notes += [_compare(target, draft)]
+    return list(dict.fromkeys(note for note in notes if note))
+
+
+def _compare(target: Model, draft: Model) -> str | None:
+    if target.tokenizer is not None and draft.tokenizer is not None:
+        return compare_vocabularies(target.tokenizer, draft.tokenizer)
     sizes = target.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"the drafter has {sizes[1]} tokens, the target {sizes[0]}; they must "
-            "share one vocabulary"
+            f"the drafter has {sizes[1]} tokens, the target {sizes[0]}, and without "
+            "the tokenizers of both nobody knows whether they mean the same; put them "
+            "beside the weights"
         )
-    if target.tokenizer is not None and draft.tokenizer is not None:
-        same_vocabulary(target.tokenizer, draft.tokenizer)
+    return None
 
 
 def text_length(max_len: int | None, target: Model, draft: Model | None) -> int:
@@ -57,6 +87,16 @@ def check_tree(depth: int, max_len: int) -> None:
             f"a tree of depth {depth} does not fit max_len={max_len}; take a "
             "shallower one or raise max_len"
         )
+
+
+def check_tokens(ids: Iterable[int], vocab_size: int) -> None:
+    """Raises UserError: a token without a row in the embedding."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise UserError(
+                f"token id {token} is outside the vocabulary of {vocab_size}; leave it "
+                "out of the prompt"
+            )
 
 
 def check_prompt(ids: Sequence[int], max_len: int) -> None:

@@ -70,7 +70,7 @@ def test_limits():
         config=dataclasses.replace(target.config, vocab_size=3),
         tokenizer=None,
     )
-    limits.check_pair(target, short)
+    assert limits.check_pair(target, short) == limits.check_pair(target, None) == []
     with pytest.raises(UserError, match="the drafter has 3 tokens"):
         limits.check_pair(target, wide)
     assert limits.text_length(None, target, None) == min(positions, 4096)
@@ -81,6 +81,10 @@ def test_limits():
     limits.check_tree(7, 8)
     with pytest.raises(UserError, match="depth 8 does not fit max_len=8"):
         limits.check_tree(8, 8)
+    limits.check_tokens([0, 111], 112)
+    for token in (-1, 112):
+        with pytest.raises(UserError, match=f"id {token} is outside the vocabulary of"):
+            limits.check_tokens([3, token], 112)
     limits.check_prompt([1] * 7, 8)
     with pytest.raises(UserError, match="8 tokens"):
         limits.check_prompt([1] * 8, 8)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from tests.oracles import Ties, perturbed_scores
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.drafting.draft_model import DraftModel
 from treespec_jax.drafting.none import NoDrafter
 from treespec_jax.engine.engine import Engine, Request
+from treespec_jax.models.transformer import Transformer
 from treespec_jax.trees import shapes
 
 TOKENS = 32
@@ -29,9 +32,10 @@ LAYOUTS = [(5, 16, 8), (1, 64, 1), (5, 64, 1), (1, 16, 8)]
 
 
 def build(target, draft, shape, batch=1, page=64, steps=1, **sizes) -> Engine:
-    drafter = (
-        NoDrafter() if shape == "none" else DraftModel(draft, shapes.parse(shape), 0.5)
-    )
+    drafter = NoDrafter()
+    if shape != "none":
+        rows = target.config.vocab_size
+        drafter = DraftModel(draft, shapes.parse(shape), 0.5, rows)
     config = EngineConfig(
         max_batch=batch,
         max_len=sizes.pop("max_len", 128),
@@ -146,3 +150,38 @@ def test_a_mixed_batch_gives_each_request_its_own_settings(
     for i, (request, name) in enumerate(zip(requests, names, strict=True)):
         assert request.tokens == plain[name][i]
         assert len(request.logprobs) == (TOKENS if i == 1 else 0)
+
+
+def resized(model: Transformer, rows: int) -> Transformer:
+    """The model with the first of its rows, or with rows that it likes best of all."""
+    config = dataclasses.replace(model.config, vocab_size=rows)
+    other = Transformer(config, rngs=nnx.Rngs(2))
+    more = rows - model.config.vocab_size
+    for name in ("embedding", "head"):
+        table = getattr(model, name)[...]
+        if more > 0:
+            table = jnp.concatenate([table, 3.0 * table[:more]])
+        getattr(other, name)[...] = table[:rows]
+    other.norm.scale[...] = model.norm.scale[...]
+    for ours, theirs in zip(other.layers, model.layers, strict=True):
+        nnx.update(ours, nnx.state(theirs))
+    return other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "rows"), [("chain:5", 128), ("dynamic:9@4", 80)])
+def test_drafter_of_fewer_or_more_rows(
+    shape, rows, plain, tiny_target, tiny_draft, ragged_prompts
+):
+    """Prompts and texts hold tokens that the smaller one lacks; the larger one would
+    propose tokens that the target lacks."""
+    engine = build(tiny_target, resized(tiny_draft, rows), shape, 5, 16, 8)
+    most, lacking = 0.0, 0
+    for name in ("greedy", "top_p"):
+        requests = run(engine, ragged_prompts, SETTINGS[name])
+        assert [r.tokens for r in requests] == plain[name]
+        lacking += sum(t >= rows for r in requests for t in r.prompt + r.tokens)
+        steps = sum(r.stats.steps for r in requests)
+        most = max(most, sum(r.stats.tokens for r in requests) / steps)
+    assert most > 1.2, "the drafter is never right: a dead test"
+    assert (lacking > 40) == (rows < tiny_target.config.vocab_size)

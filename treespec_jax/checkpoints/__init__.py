@@ -8,8 +8,9 @@ from treespec_jax.checkpoints.description import Description, describe
 from treespec_jax.checkpoints.tokenizers import (
     TextStream,
     Tokenizer,
+    check_rows,
+    compare_vocabularies,
     load_tokenizer,
-    same_vocabulary,
 )
 
 # Loaded on first use: a checkpoint can be described without starting jax.
@@ -26,10 +27,11 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "check_output",
+    "check_rows",
+    "compare_vocabularies",
     "describe",
     "load",
     "load_tokenizer",
-    "same_vocabulary",
     "save",
 ]
 

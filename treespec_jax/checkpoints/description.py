@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from treespec_jax.checkpoints import huggingface, llama2c
 from treespec_jax.checkpoints.metadata import METADATA, is_native, read_metadata
 from treespec_jax.checkpoints.tokenizers import (
     Tokenizer,
+    check_rows,
     find_tokenizer,
     load_tokenizer,
 )
@@ -48,7 +48,7 @@ def describe(path: str | Path, tokenizer: str | Path | None = None) -> Descripti
 
     Raises:
       UserError: the path is missing, unreadable or of no known kind; a setting is not
-        supported; the tokenizer has more pieces than the model has embeddings.
+        supported; the tokenizer does not fit the embedding (see `check_rows`).
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -73,7 +73,7 @@ def describe(path: str | Path, tokenizer: str | Path | None = None) -> Descripti
                 "convert_checkpoint.py) nor config.json (Hugging Face)"
             )
         config = huggingface.read_config(path / "config.json")
-        found, own = find_tokenizer(path), {"eos_ids": config.eos_ids}
+        found = find_tokenizer(path)
     elif path.suffix == ".bin":
         kind = LLAMA2C
         config = llama2c.Llama2cSource(path).config
@@ -87,18 +87,13 @@ def describe(path: str | Path, tokenizer: str | Path | None = None) -> Descripti
         reader = load_tokenizer(tokenizer)
     elif found is not None:
         reader = load_tokenizer(found, **own)
-    return Description(_with_tokens(config, reader, path), reader, path, kind, dtype)
+    if reader is not None:
+        check_rows(reader, config.vocab_size, chosen=tokenizer is not None)
+        config = _with_tokens(config, reader)
+    return Description(config, reader, path, kind, dtype)
 
 
-def _with_tokens(config: ModelConfig, tokenizer: Any, path: Path) -> ModelConfig:
-    if tokenizer is None:
-        return config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model at "
-            f"{path} only {config.vocab_size} embeddings; give the tokenizer that "
-            "belongs to it"
-        )
+def _with_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     ends = dict.fromkeys([*config.eos_ids, *tokenizer.eos_ids])
     return dataclasses.replace(config, bos_id=tokenizer.bos_id, eos_ids=tuple(ends))
 

@@ -56,7 +56,7 @@ def load(
     Raises:
       UserError: the path is missing, unreadable or of no known kind; a tensor is
         missing, unread, of the wrong shape or not finite; a setting is not supported;
-        the tokenizer has more pieces than the model has embeddings.
+        the tokenizer does not fit the embedding (see `check_rows`).
     """
     wanted = None if dtype is None else check_dtype(dtype)
     about = describe(path, tokenizer)

@@ -42,14 +42,27 @@ class DraftModelState:
 class DraftModel:
     """See `protocol.Drafter`.
 
+    Its embedding may have fewer or more rows than the target's: models of one
+    vocabulary are padded differently, and small ones may lack the latest tokens. It
+    never proposes a token that either lacks, and reads one that it lacks as its own
+    last row. The text is the target's whatever it proposes.
+
     Args:
-      model: of the target's vocabulary.
+      model: of the target's vocabulary, or of one that begins like it.
       shape: of the trees to grow.
       tau: temperature of the estimate that a child is right.
+      vocab_size: V, rows of the target's embedding; None: as many as the model's.
     """
 
-    def __init__(self, model: Transformer, shape: TreeShape, tau: float):
+    def __init__(
+        self,
+        model: Transformer,
+        shape: TreeShape,
+        tau: float,
+        vocab_size: int | None = None,
+    ):
         self.model = model
+        self.vocab_size = vocab_size or model.config.vocab_size
         self.shape = shape
         self.tau = tau
         self.num_nodes = shape.num_nodes
@@ -60,7 +73,7 @@ class DraftModel:
         return self.model
 
     def with_module(self, module):
-        return DraftModel(module, self.shape, self.tau)
+        return DraftModel(module, self.shape, self.tau, self.vocab_size)
 
     def begin(self, batch, num_pages, page_size):
         dtype = self.model.embedding[...].dtype
@@ -72,6 +85,7 @@ class DraftModel:
         )
 
     def prefill(self, state, slot, tokens_1T, start, count, page_table_1P):
+        tokens_1T = self._known(tokens_1T)
         pages = run_chunk(
             self.model, state.pages, tokens_1T, start, count, page_table_1P
         )
@@ -95,7 +109,7 @@ class DraftModel:
         pending_at_BC = held[:, None] + at_C
         with jax.named_scope("draft_root"):
             hidden_DR, pending_kv = self.model(
-                state.pending,
+                self._known(state.pending),
                 pending_at_BC,
                 jnp.broadcast_to(at_C[:, None] >= at_C, (B, window, window)),
                 view,
@@ -104,7 +118,7 @@ class DraftModel:
             hidden_DBC = hidden_DR.reshape(-1, B, window)
             last_B = jnp.maximum(state.pending_count - 1, 0)
             root_DB1 = jnp.take_along_axis(hidden_DBC, last_B[None, :, None], axis=2)
-            logits_VB = self.model.logit_columns(root_DB1[:, :, 0])
+            logits_VB = self._logits(root_DB1[:, :, 0])
 
         def expand(tokens_BW, depth, mask_BWU, scratch):
             # The waiting tokens are not in the cache yet: they are the first rows of
@@ -116,7 +130,7 @@ class DraftModel:
             at_BW = jnp.broadcast_to(context.lengths[:, None] + depth, (B, W))
             at_BU = jnp.concatenate([at_BE, at_BW], axis=1)
             hidden_DR, kv = self.model(
-                tokens_BW,
+                self._known(tokens_BW),
                 at_BU,
                 jnp.concatenate([pending, mask_BWU], axis=2),
                 view,
@@ -125,7 +139,7 @@ class DraftModel:
             rows = tuple(
                 jnp.concatenate(pair, axis=3) for pair in zip(rows, kv, strict=True)
             )
-            return self.model.logit_columns(hidden_DR), (at_BU, rows)
+            return self._logits(hidden_DR), (at_BU, rows)
 
         tree = grow(self.shape, context, logits_VB, expand, tau=self.tau)
         pages = paging.commit(
@@ -147,3 +161,18 @@ class DraftModel:
 
     def extend(self, state, emitted_BC, features, count_B):
         return dataclasses.replace(state, pending=emitted_BC, pending_count=count_B)
+
+    def _known(self, tokens: jax.Array) -> jax.Array:
+        """Token ids with those that the model lacks replaced by its last one."""
+        rows = self.model.config.vocab_size
+        return jnp.minimum(tokens, rows - 1) if rows < self.vocab_size else tokens
+
+    def _logits(self, hidden_DR: jax.Array) -> jax.Array:
+        """float32 [V, R] over the target's tokens, -inf for those the model lacks."""
+        logits_VR = self.model.logit_columns(hidden_DR)
+        lacking = self.vocab_size - logits_VR.shape[0]
+        if lacking == 0:
+            return logits_VR
+        if lacking < 0:
+            return logits_VR[: self.vocab_size]
+        return jnp.pad(logits_VR, ((0, lacking), (0, 0)), constant_values=-jnp.inf)

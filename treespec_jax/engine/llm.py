@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treespec_jax import limits
 from treespec_jax.checkpoints import LoadedModel, load
-from treespec_jax.checkpoints.tokenizers import (
-    TextStream,
-    Tokenizer,
-    same_vocabulary,
+from treespec_jax.checkpoints.chat import (
+    Message,
+    check_conversations,
+    check_messages,
 )
+from treespec_jax.checkpoints.tokenizers import TextStream, Tokenizer
 from treespec_jax.config import (
     EngineConfig,
     SamplingParams,
@@ -34,6 +36,7 @@ from treespec_jax.models.memory import use_huge_pages
 from treespec_jax.trees import shapes
 
 Prompt = str | Sequence[int]
+Messages = Sequence[Message]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Completion:
     """One finished text.
 
     Attributes:
-      prompt: as given.
+      prompt: as given; for a chat the messages.
       text: what follows the prompt; "" without a tokenizer.
       token_ids: emitted tokens, the end-of-text token included if there was one.
       finish_reason: "stop" (end-of-text token or stop text) or "length" (max_tokens,
@@ -50,7 +53,7 @@ class Completion:
       stats: of this request.
     """
 
-    prompt: Prompt
+    prompt: Prompt | Messages
     text: str
     token_ids: list[int]
     finish_reason: str
@@ -97,6 +100,9 @@ class LLM:
       steps_per_dispatch: speculation steps per host round trip.
       prefill_chunks: row counts of the compiled prefill passes.
 
+    Attributes:
+      notes: what to know of the vocabularies of target and drafter, a line each.
+
     Raises:
       UserError: a checkpoint that cannot be read, vocabularies that differ, a
         malformed tree, or sizes that do not fit.
@@ -141,9 +147,9 @@ class LLM:
         target = _loaded(model, dtype)
         draft = None if plain else _loaded(spec.model, target.dtype)
         longest = target.config.max_positions
+        self.notes = tuple(limits.check_pair(target, draft))
         use_huge_pages(target.model)
         if draft is not None:
-            _check_pair(target, draft)
             use_huge_pages(draft.model)
             longest = min(longest, draft.config.max_positions)
         if max_len is None:
@@ -152,9 +158,10 @@ class LLM:
             raise UserError(
                 f"max_len={max_len} is past the model's {longest} positions; lower it"
             )
-        drafter = (
-            NoDrafter() if draft is None else DraftModel(draft.model, shape, spec.tau)
-        )
+        drafter = NoDrafter()
+        if draft is not None:
+            rows = target.config.vocab_size
+            drafter = DraftModel(draft.model, shape, spec.tau, rows)
         self.config = target.config
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.dtype = str(jnp.dtype(target.dtype))
@@ -186,15 +193,38 @@ class LLM:
         prompts = list(prompts)
         if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
             prompts = [prompts]
-        params = params if params is not None else SamplingParams()
-        if isinstance(params, SamplingParams):
-            params = [params] * len(prompts)
-        if len(params) != len(prompts):
-            raise UserError(
-                f"{len(prompts)} prompts but {len(params)} sampling parameters; "
-                "give one for all or one for each"
-            )
-        readers = [self._reader(p, s) for p, s in zip(prompts, params, strict=True)]
+        params = _one_each(params, len(prompts), "prompts")
+        return self._serve(
+            [self._reader(p, s) for p, s in zip(prompts, params, strict=True)]
+        )
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Generation:
+        """Answers conversations, written out by the checkpoint's chat template.
+
+        Args:
+          messages: one conversation, [{"role": "user", "content": "…"}, …], or several.
+          params: as for `generate`.
+          variables: for the template to see; see `ChatTemplate.render`.
+
+        Raises:
+          UserError: no chat template, malformed messages, messages that the template
+            refuses, or that have no room in max_len.
+        """
+        conversations = check_conversations(messages)
+        params = _one_each(params, len(conversations), "conversations")
+        return self._serve(
+            [
+                self._chat_reader(c, s, variables)
+                for c, s in zip(conversations, params, strict=True)
+            ]
+        )
+
+    def _serve(self, readers: list[_Reader]) -> Generation:
         engine = self.engine
         before = engine.prefill_seconds, engine.decode_seconds
         try:
@@ -229,39 +259,65 @@ class LLM:
         """
         return Stream(self, self._reader(prompt, params or SamplingParams()))
 
+    def stream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Stream:
+        """Answers one conversation as `chat` does, and yields the text as it comes."""
+        messages = check_messages(messages)
+        params = params or SamplingParams()
+        return Stream(self, self._chat_reader(messages, params, variables))
+
     def _reader(self, prompt: Prompt, params: SamplingParams) -> _Reader:
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError(
-                    "the checkpoint has no tokenizer; put one beside it or give the "
-                    "prompt as token ids"
-                )
             if not prompt:
                 raise UserError("the prompt is empty; give at least one character")
-            ids = self.tokenizer.encode(prompt)
+            ids = self._tokenizer().encode(prompt)
         else:
             ids = _token_ids(prompt)
-            for token in ids:
-                if not 0 <= token < self.config.vocab_size:
-                    raise UserError(
-                        f"token id {token} is outside the vocabulary of "
-                        f"{self.config.vocab_size}"
-                    )
+        return self._checked(prompt, ids, params, ids)
+
+    def _chat_reader(self, messages, params, variables) -> _Reader:
+        ids = self._tokenizer().encode_chat(messages, variables)
+        # An answer is a text of its own, not the continuation of a line.
+        return self._checked(messages, ids, params, ())
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(
+                "the checkpoint has no tokenizer; put one beside it or give the "
+                "prompt as token ids"
+            )
+        return self.tokenizer
+
+    def _checked(self, prompt, ids, params, context) -> _Reader:
+        limits.check_tokens(ids, self.config.vocab_size)
         if params.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer; the checkpoint has none")
         request = Request(prompt=ids, params=params)
         self.engine.check(request)
-        return _Reader(prompt, request, self.tokenizer)
+        return _Reader(prompt, request, self.tokenizer, context)
 
 
 class _Reader:
-    """Turns a request's tokens into text and looks for stop texts."""
+    """Turns a request's tokens into text, which goes on that of `context`.
 
-    def __init__(self, prompt: Prompt, request: Request, tokenizer: Tokenizer | None):
+    Looks for stop texts.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt | Messages,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        context: Sequence[int],
+    ):
         self.prompt = prompt
         self.request = request
         self._stop = request.params.stop
-        self._stream = TextStream(tokenizer, request.prompt) if tokenizer else None
+        self._stream = TextStream(tokenizer, context) if tokenizer else None
         self._seen = 0
         self._text = ""
         self._given = 0
@@ -357,6 +413,18 @@ class Stream(Iterator[str]):
         self.close()
 
 
+def _one_each(params, count: int, what: str) -> list[SamplingParams]:
+    params = params if params is not None else SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise UserError(
+            f"{count} {what} but {len(params)} sampling parameters; give one for all "
+            "or one for each"
+        )
+    return list(params)
+
+
 def _token_ids(prompt: Sequence[int]) -> list[int]:
     try:
         return [operator.index(token) for token in prompt]
@@ -380,13 +448,3 @@ def _loaded(model: str | Path | LoadedModel, dtype) -> LoadedModel:
     if not isinstance(model, (str, Path)):
         raise UserError(f"model must be a path or a loaded model, got {model!r}")
     return load(model, dtype=dtype)
-
-
-def _check_pair(target: LoadedModel, draft: LoadedModel) -> None:
-    if target.config.vocab_size != draft.config.vocab_size:
-        raise UserError(
-            f"the drafter has {draft.config.vocab_size} tokens, the target "
-            f"{target.config.vocab_size}; they must share one vocabulary"
-        )
-    if target.tokenizer is not None and draft.tokenizer is not None:
-        same_vocabulary(target.tokenizer, draft.tokenizer)

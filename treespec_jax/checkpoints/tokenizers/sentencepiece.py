@@ -1,0 +1,152 @@
+"""Sentencepiece models, with the tokens that were added to them later."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from treespec_jax.checkpoints.streaming import ALL_SPACES
+from treespec_jax.checkpoints.tokenizers.base import SPACE, Base, unreadable
+from treespec_jax.checkpoints.tokenizers.settings import (
+    COMPANIONS,
+    read_settings,
+)
+
+# A repeated message field of a protocol buffer is merged into the first: appended to a
+# model, this sets `normalizer_spec.add_dummy_prefix` to false.
+_NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
+
+
+class SentencePieceTokenizer(Base):
+    """A sentencepiece `.model` file (Kudo & Richardson, 1808.06226).
+
+    Added and special tokens are those of `tokenizer_config.json`,
+    `special_tokens_map.json` and `added_tokens.json` beside it; without those files the
+    text "</s>" is a text like any other. Stretches between added tokens are encoded by
+    themselves, as the original (slow) Llama tokenizer does: with a space in front each,
+    or, under `"legacy": false`, only at the start of the text.
+
+    Raises:
+      UserError: the file is missing or is not a sentencepiece model, or one beside it
+        is damaged.
+    """
+
+    file_name = "tokenizer.model"
+    companions = COMPANIONS
+
+    def __init__(self, path, bos_id=None, eos_ids=()):
+        path = Path(path)
+        self._model = _read(path)
+        self._settings = settings = read_settings(path.parent)
+        size = self._model.vocab_size()
+        self.core_size = size
+        self._added = dict(settings.added)
+        for token in (*settings.named.values(), *settings.others):
+            at = self._find(token.content)
+            if at is not None:
+                self._added.setdefault(at, token)
+        self.vocab_size = max([size - 1, *self._added]) + 1
+        named = {role: self._find(t.content) for role, t in settings.named.items()}
+        if bos_id is None and settings.add_bos is not False:
+            bos_id = named.get("bos_token", self._own(self._model.bos_id()))
+        if not eos_ids:
+            eos = named.get("eos_token", self._own(self._model.eos_id()))
+            eos_ids = () if eos is None else (eos,)
+        super().__init__(path, bos_id, eos_ids)
+        self.leading_spaces = self._find_leading_spaces()
+        self._split = _pattern(self._added.values())
+        self._by_text = {t.content: (at, t) for at, t in self._added.items()}
+        self._inner = self._model
+        if self._split and not settings.legacy:
+            self._inner = _read(path, _NO_PREFIX)
+
+    def piece(self, token: int) -> str:
+        self._check(token)
+        if token in self._added:
+            return self._added[token].content
+        return self._model.id_to_piece(token) if token < self.core_size else ""
+
+    def _named_tokens(self) -> dict[str, str]:
+        own = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
+        own["unk_token"] = self._model.unk_id()
+        found = {role: self._model.id_to_piece(i) for role, i in own.items() if i >= 0}
+        named = {role: token.content for role, token in self._settings.named.items()}
+        # What a configuration leaves out of its roles is left out on purpose.
+        return named or found
+
+    def _encode(self, text: str) -> list[int]:
+        if self._split is None:
+            return self._model.encode(text)
+        ids: list[int] = []
+        at, strip = 0, False
+        for match in self._split.finditer(text):
+            token, flags = self._by_text[match[0]]
+            ids += self._stretch(text, at, match.start(), strip, flags.lstrip)
+            ids.append(token)
+            at, strip = match.end(), flags.rstrip
+        return ids + self._stretch(text, at, len(text), strip)
+
+    def _stretch(self, text: str, start: int, end: int, left: bool, right=False):
+        """Ids of a stretch of text, less its white space on the sides named."""
+        part = text[start:end]
+        part = part.lstrip() if left else part
+        part = part.rstrip() if right else part
+        return (self._inner if start else self._model).encode(part) if part else []
+
+    def _token_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            added = self._added[token]
+            return b"" if added.special else added.content.encode()
+        if token >= self.core_size:
+            return b""
+        model = self._model
+        if model.is_control(token) or model.is_unused(token):
+            return b""
+        if model.is_unknown(token):
+            return model.decode([token]).encode()
+        piece = model.id_to_piece(token)
+        if model.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+    def _find(self, content: str) -> int | None:
+        """Id of an added token or of a piece."""
+        for at, token in self._added.items():
+            if token.content == content:
+                return at
+        at = self._model.piece_to_id(content)
+        known = self._model.id_to_piece(at) == content
+        return at if known else None
+
+    @staticmethod
+    def _own(token: int) -> int | None:
+        return token if token >= 0 else None
+
+    def _find_leading_spaces(self) -> int:
+        """Asks the model itself, whose settings the Python package does not show."""
+        space = self._model.piece_to_id(SPACE)
+        if self._model.is_unknown(space):
+            return ALL_SPACES
+        kept = len(self._model.decode([space, space]))
+        return {0: ALL_SPACES, 1: 1}.get(kept, 0)
+
+
+def _read(path: Path, more: bytes = b""):
+    import sentencepiece
+
+    try:
+        data = path.read_bytes() + more
+        if not data:
+            raise RuntimeError("empty")
+        return sentencepiece.SentencePieceProcessor(model_proto=data)
+    except (OSError, RuntimeError):
+        raise unreadable(path, "a sentencepiece model") from None
+
+
+def _pattern(tokens) -> re.Pattern[str] | None:
+    """Matches an added token, the longest that begins at a place."""
+    spellings = []
+    for token in sorted(tokens, key=lambda t: -len(t.content)):
+        spelling = re.escape(token.content)
+        spellings.append(rf"(?<!\w){spelling}(?!\w)" if token.single_word else spelling)
+    return re.compile("|".join(spellings)) if spellings else None
