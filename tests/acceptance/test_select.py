@@ -31,7 +31,7 @@ def best(x, count):
 
 
 def test_the_sizes_cover_both_paths():
-    assert [select._block(v) is None for v in VOCABS] == [True, False, False, True]
+    assert [select.block_size(v) is None for v in VOCABS] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties"])

@@ -12,23 +12,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from treespec_jax.acceptance import policy
+from treespec_jax.acceptance.protocol import Verdict, path_to
 from treespec_jax.trees.token_tree import TokenTree
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What a rule decided, per slot.
+class ExactMatch:
+    """See `protocol.Rule`; its randomness is the noise [V, B, C + 1] of the policy."""
 
-    Attributes:
-      path: int32 [B, C + 1], nodes from the root down; entries past `count` are 0.
-      count: int32 [B], accepted nodes below the root.
-      emitted: int32 [B, C + 1], `count` accepted tokens, then the bonus.
-    """
+    name = "exact"
 
-    path: jax.Array
-    count: jax.Array
-    emitted: jax.Array
+    def randomness(self, sampling, root_B, nodes, depth, vocab):
+        return policy.step_noise(sampling, root_B + 1, depth + 1, vocab)
+
+    def decide(self, tree, logits_VR, sampling, randomness, max_depth):
+        choice_BT = policy.choose(logits_VR, tree.depth, randomness, sampling)
+        return exact_match(tree, choice_BT, max_depth)
 
 
 def exact_match(tree: TokenTree, choice_BT: jax.Array, max_depth: int) -> Verdict:
@@ -43,12 +43,6 @@ def exact_match(tree: TokenTree, choice_BT: jax.Array, max_depth: int) -> Verdic
     right_BT = (tree.tokens == wanted_BT) & tree.valid
     right_BT = right_BT.at[:, 0].set(True)
     accepted_BT = jnp.all(~tree.ancestors | right_BT[:, None, :], axis=-1)
-    leaf_B1 = jnp.argmax(jnp.where(accepted_BT, tree.depth, -1), axis=1)[:, None]
-    count_B = jnp.take_along_axis(tree.depth, leaf_B1, axis=1)[:, 0]
-    on_path_BT = jnp.take_along_axis(tree.ancestors, leaf_B1[:, :, None], axis=1)[:, 0]
-    at_depth_BCT = tree.depth[:, None, :] == jnp.arange(max_depth + 1)[:, None]
-    node_T = jnp.arange(tree.tokens.shape[1])
-    path_BC = jnp.sum(jnp.where(at_depth_BCT & on_path_BT[:, None], node_T, 0), axis=2)
-    path_BC = path_BC.astype(jnp.int32)
-    emitted_BC = jnp.take_along_axis(choice_BT, path_BC, axis=1)
-    return Verdict(path_BC, count_B.astype(jnp.int32), emitted_BC)
+    leaf_B = jnp.argmax(jnp.where(accepted_BT, tree.depth, -1), axis=1)
+    path_BC, count_B = path_to(tree, leaf_B, max_depth)
+    return Verdict(path_BC, count_B, jnp.take_along_axis(choice_BT, path_BC, axis=1))

@@ -100,6 +100,22 @@ def truncate(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(scaled >= floor_R, scaled, -jnp.inf)
 
 
+def scores(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
+    """log p of the policy up to a constant per column, -inf where p is 0.
+
+    Greedy slots have a point mass on the first maximum. Arguments as for `truncate`.
+    """
+    greedy_R = _per_column(sampling, logits_VR.shape[1]).greedy
+    best_R = lax.cond(
+        jnp.any(greedy_R),
+        lambda: select.argmax(logits_VR),
+        lambda: jnp.zeros(greedy_R.shape, jnp.int32),
+    )
+    at_V1 = jnp.arange(logits_VR.shape[0], dtype=jnp.int32)[:, None]
+    cut = truncate(logits_VR, sampling)
+    return jnp.where(greedy_R & (at_V1 != best_R), -jnp.inf, cut)
+
+
 def _per_column(sampling: Sampling, columns: int) -> Sampling:
     """Settings [B] repeated for the nodes of each slot."""
     repeats = columns // sampling.seed.shape[0]

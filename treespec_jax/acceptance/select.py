@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _block(vocab: int) -> int | None:
+def block_size(vocab: int) -> int | None:
     """A divisor of the column length to cut it by, or None if none fits."""
     if vocab < 2048:
         return None
@@ -23,7 +23,7 @@ def _block(vocab: int) -> int | None:
 def argmax(x_VR: jax.Array) -> jax.Array:
     """int32 [R]: first index of the maximum of every column."""
     V, R = x_VR.shape
-    size = _block(V)
+    size = block_size(V)
     if size is None:
         return jnp.argmax(x_VR, axis=0).astype(jnp.int32)
     x = x_VR.reshape(V // size, size, R)
@@ -41,7 +41,7 @@ def top_k(x_VR: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
       values [R, count] and int32 indices [R, count]; ties go to the lower index.
     """
     V, R = x_VR.shape
-    size = _block(V)
+    size = block_size(V)
     if size is None or count * 4 > V // size:
         return top_k_rows(x_VR.T, count)
     x = x_VR.reshape(V // size, size, R)

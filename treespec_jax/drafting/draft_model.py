@@ -8,6 +8,7 @@ gives the root's distribution: one pass per level, none to catch up.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,7 @@ class DraftModel:
       shape: of the trees to grow.
       tau: temperature of the estimate that a child is right.
       vocab_size: V, rows of the target's embedding; None: as many as the model's.
+      draws: how the nodes of a tree are drawn, see `acceptance.facts`.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class DraftModel:
         shape: TreeShape,
         tau: float,
         vocab_size: int | None = None,
+        draws: str = "shared",
     ):
         self.model = model
         self.vocab_size = vocab_size or model.config.vocab_size
         self.shape = shape
         self.tau = tau
+        self.draws = draws
         self.num_nodes = shape.num_nodes
         self.depth = shape.depth
 
@@ -73,7 +77,7 @@ class DraftModel:
         return self.model
 
     def with_module(self, module):
-        return DraftModel(module, self.shape, self.tau, self.vocab_size)
+        return DraftModel(module, self.shape, self.tau, self.vocab_size, self.draws)
 
     def begin(self, batch, num_pages, page_size):
         dtype = self.model.embedding[...].dtype
@@ -99,8 +103,9 @@ class DraftModel:
             pending_count=state.pending_count.at[slot].set(1),
         )
 
-    def propose(self, state, context: DraftContext, grow=growth.grow):
+    def propose(self, state, context: DraftContext, grow=None):
         """See `protocol.Drafter`; `grow` decides which nodes to expand."""
+        grow = grow or functools.partial(growth.grow, draws=self.draws)
         B, window = state.pending.shape
         held = jnp.where(context.active, state.lengths, 0)
         view = CacheView(state.pages, context.page_table, held)

@@ -4,14 +4,13 @@ A drafter supplies `expand`, which turns a level's tokens into logits; this modu
 decides which children to keep. It proposes by `log q + g` with the noise g that the
 target will use at the same position, so that guesses lean towards what the target is
 about to choose; the chance that a child is right is estimated as
-softmax((log q + g) / tau).
+softmax((log q + g) / tau). Without noise (draws "best") g is 0. Trees drawn at random
+are grown in `sampled`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +19,10 @@ from jax import lax
 
 from treespec_jax.acceptance import policy
 from treespec_jax.acceptance.select import top_k, top_k_rows
-from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.drafting import sampled
+from treespec_jax.drafting.protocol import NORMALISED, DraftContext, Expand
 from treespec_jax.trees.shapes import DynamicShape, StaticShape, TreeShape
 from treespec_jax.trees.token_tree import TokenTree, ancestors_of, static_tree
-
-# expand(tokens [B, W], depth, mask [B, W, E + W], scratch) -> logits [V, B·W], scratch;
-# E counts the nodes expanded before, whose rows are in the scratch.
-# Best tokens of a node over which its children's chances are normalised.
-NORMALISED = 8
-
-Expand = Callable[[jax.Array, int, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def grow(
@@ -38,6 +31,7 @@ def grow(
     root_logits_VB: jax.Array,
     expand: Expand,
     tau: float,
+    draws: str = "shared",
 ) -> TokenTree:
     """Grows a tree of the given shape.
 
@@ -47,7 +41,11 @@ def grow(
       root_logits_VB: float32, the drafter's logits after the root.
       expand: runs one level of nodes through the drafter.
       tau: temperature of the estimated chance.
+      draws: how nodes are drawn, see `acceptance.facts`.
     """
+    if draws in ("sampled", "with_replacement"):
+        replacement = draws == "with_replacement"
+        return sampled.grow(shape, context, root_logits_VB, expand, replacement)
     with jax.named_scope("grow"):
         if isinstance(shape, StaticShape):
             return _grow_static(shape, context, root_logits_VB, expand, tau)
@@ -70,6 +68,8 @@ def best_children(logits_VR, depth, count, context: DraftContext, tau):
     seen = min(max(count, NORMALISED), V)
 
     def perturbed():
+        if context.noise is None:
+            return policy.truncate(logits_VR, context.sampling)
         depth_BW = jnp.full((B, R // B), depth, jnp.int32)
         return policy.perturbed(logits_VR, depth_BW, context.noise, context.sampling)
 

@@ -13,6 +13,8 @@ class NoDrafter:
 
     num_nodes = 1
     depth = 0
+    shape = shapes.parse("none")
+    draws = None
     module = None
 
     def with_module(self, module):
@@ -28,10 +30,9 @@ class NoDrafter:
         return state
 
     def propose(self, state, context):
-        topology = shapes.parse("none").topology
         tokens_BT = context.root[:, None]
         return static_tree(
-            topology, tokens_BT, jnp.zeros(tokens_BT.shape, jnp.float32)
+            self.shape.topology, tokens_BT, jnp.zeros(tokens_BT.shape, jnp.float32)
         ), state
 
     def extend(self, state, emitted_BC, features, count_B):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 from flax import nnx
 
 from treespec_jax.acceptance.policy import Sampling
+from treespec_jax.trees.shapes import TreeShape
 from treespec_jax.trees.token_tree import TokenTree
+
+# expand(tokens [B, W], depth, mask [B, W, E + W], scratch) -> logits [V, B·W], scratch;
+# E counts the nodes expanded before, whose rows are in the scratch.
+Expand = Callable[[jax.Array, int, jax.Array, Any], tuple[jax.Array, Any]]
+# Best tokens of a node over which its children's chances are normalised.
+NORMALISED = 8
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +31,10 @@ class DraftContext:
       lengths: int32 [B], tokens before the root; the root's absolute position.
       page_table: int32 [B, max_pages], shared with the target.
       sampling: the requests' settings.
-      noise: float32 [V, B, C + 1], the noise the target will use after depth 0..C.
+      noise: float32 [V, B, C + 1], the noise the target will use after depth 0..C;
+        None unless the drafter draws "shared".
+      uniforms: float32 [B, T, 2] in [0, 1) of the proposals' own stream, for the draw
+        of each node; None unless the drafter samples.
     """
 
     active: jax.Array
@@ -31,7 +42,8 @@ class DraftContext:
     lengths: jax.Array
     page_table: jax.Array
     sampling: Sampling
-    noise: jax.Array
+    noise: jax.Array | None
+    uniforms: jax.Array | None = None
 
 
 class Drafter(Protocol):
@@ -40,11 +52,15 @@ class Drafter(Protocol):
     Attributes:
       num_nodes: T, the root included.
       depth: C, levels below the root.
+      shape: of the trees that it grows.
+      draws: how it draws their nodes (`acceptance.facts`); None for a root alone.
       module: the NNX module whose parameters the drafter uses, or None.
     """
 
     num_nodes: int
     depth: int
+    shape: TreeShape
+    draws: str | None
     module: nnx.Module | None
 
     def with_module(self, module: nnx.Module | None) -> Drafter:

@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treespec_jax.acceptance import facts
+from treespec_jax.acceptance.exact import ExactMatch
 from treespec_jax.acceptance.policy import Sampling
+from treespec_jax.acceptance.protocol import Rule
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.allocator import PageAllocator
 from treespec_jax.config import EngineConfig, SamplingParams
@@ -64,6 +67,7 @@ class Engine:
       drafter: see `drafting.protocol.Drafter`.
       config: fixed sizes.
       eos_ids: tokens that end a text, unless a request ignores them.
+      rule: which drafted tokens are kept, see `acceptance.protocol`.
 
     Attributes:
       compilations: times that each function was traced and compiled.
@@ -71,7 +75,8 @@ class Engine:
       decode_seconds: wall time spent in dispatches.
 
     Raises:
-      UserError: a tree that is deeper than max_len.
+      UserError: a tree that is deeper than max_len, or one that the rule would not be
+        lossless for.
     """
 
     def __init__(
@@ -80,13 +85,18 @@ class Engine:
         drafter: Drafter,
         config: EngineConfig,
         eos_ids: Sequence[int] = (),
+        rule: Rule | None = None,
     ):
+        rule = rule or ExactMatch()
+        if drafter.draws is not None:
+            facts.choose_draws(rule.name, drafter.draws, drafter.shape)
         if drafter.depth >= config.max_len:
             raise UserError(
                 f"a tree of depth {drafter.depth} does not fit max_len={config.max_len}"
             )
         self.config = config
         self.drafter = drafter
+        self.rule = rule
         self._eos_ids = tuple(eos_ids)
         self._target = FlatModule(target)
         self._draft = FlatModule(drafter.module)
@@ -142,7 +152,7 @@ class Engine:
         self.compilations["dispatch"] += 1
         target, drafter = self._bind(leaves)
         steps = self.config.steps_per_dispatch
-        return stepping.dispatch(target, drafter, state, control, steps)
+        return stepping.dispatch(target, drafter, self.rule, state, control, steps)
 
     def _traced_prefill(self, leaves, state, *args):
         self.compilations["prefill"] += 1

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treespec_jax.acceptance import policy
-from treespec_jax.acceptance.exact import exact_match
+from treespec_jax.acceptance import policy, streams
+from treespec_jax.acceptance.protocol import Rule
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import run_chunk
 from treespec_jax.drafting.protocol import DraftContext, Drafter
@@ -37,8 +37,16 @@ def verify(target: Transformer, tree, pages, page_table, lengths):
         return target.logit_columns(hidden_DR), hidden_DR, kv
 
 
-def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Control):
+def step(
+    target: Transformer,
+    drafter: Drafter,
+    rule: Rule,
+    state: DecodeState,
+    control: Control,
+):
     """Advances every active slot by one tree.
+
+    The drafter must draw its trees in a way that `rule` may judge (`acceptance.facts`).
 
     Returns:
       the new state, the new control (what remains), emitted tokens [B, C + 1], their
@@ -49,14 +57,15 @@ def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Con
     active_B = control.remaining > 0
     # An idle slot has no prefix, so that it costs nothing to attend over.
     lengths = jnp.where(active_B, state.lengths, 0)
-    noise = policy.step_noise(control.sampling, lengths + 1, depth + 1, vocab)
+    nodes, sampling = drafter.num_nodes, control.sampling
+    randomness = rule.randomness(sampling, lengths, nodes, depth, vocab)
     context = DraftContext(
         active=active_B,
         root=state.root,
         lengths=lengths,
         page_table=control.page_table,
-        sampling=control.sampling,
-        noise=noise,
+        sampling=sampling,
+        **_draft_randomness(drafter, rule, randomness, sampling, lengths, vocab),
     )
     with jax.named_scope("draft"):
         tree, draft = drafter.propose(state.draft, context)
@@ -64,8 +73,7 @@ def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Con
         target, tree, state.pages, control.page_table, lengths
     )
     with jax.named_scope("accept"):
-        choice_BT = policy.choose(logits_VR, tree.depth, noise, control.sampling)
-        verdict = exact_match(tree, choice_BT, depth)
+        verdict = rule.decide(tree, logits_VR, sampling, randomness, depth)
         count_B, ended_B = _cut(verdict, control)
         count_B = jnp.where(active_B, count_B, 0)
         logprobs_BC = _logprobs(logits_VR, verdict, control)
@@ -76,7 +84,7 @@ def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Con
         kv,
         verdict.path,
         count_B,
-        after=jnp.all(choice_BT >= 0),
+        after=jnp.all(verdict.emitted >= 0),
     )
     last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
     newest_B = jnp.take_along_axis(verdict.emitted, last_B1, axis=1)[:, 0]
@@ -95,6 +103,20 @@ def step(target: Transformer, drafter: Drafter, state: DecodeState, control: Con
     left_B = jnp.where(ended_B, 0, control.remaining - count_B)
     control = dataclasses.replace(control, remaining=left_B)
     return state, control, verdict.emitted, count_B, logprobs_BC
+
+
+def _draft_randomness(drafter, rule, randomness, sampling, lengths_B, vocab):
+    """What the drafter may draw by: `noise` or `uniforms` of its context."""
+    noise = uniforms = None
+    if drafter.draws == "shared":
+        # The exact rule's own, so that it is made once.
+        noise = randomness
+        if rule.name != "exact":
+            count = drafter.depth + 1
+            noise = policy.step_noise(sampling, lengths_B + 1, count, vocab)
+    elif drafter.draws in ("sampled", "with_replacement"):
+        uniforms = streams.of_proposal(sampling.seed, lengths_B, drafter.num_nodes)
+    return {"noise": noise, "uniforms": uniforms}
 
 
 def _cut(verdict, control: Control):
@@ -134,6 +156,7 @@ def _logprobs(logits_VR, verdict, control: Control):
 def dispatch(
     target: Transformer,
     drafter: Drafter,
+    rule: Rule,
     state: DecodeState,
     control: Control,
     steps: int,
@@ -154,7 +177,7 @@ def dispatch(
     def body(carry):
         state, remaining, outbox = carry
         now = dataclasses.replace(control, remaining=remaining)
-        state, now, tokens, counts, logprobs = step(target, drafter, state, now)
+        state, now, tokens, counts, logprobs = step(target, drafter, rule, state, now)
         at = outbox.steps
         outbox = Outbox(
             tokens=lax.dynamic_update_index_in_dim(outbox.tokens, tokens, at, 0),

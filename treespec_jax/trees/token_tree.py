@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,46 @@ import jax.numpy as jnp
 from treespec_jax.trees.topology import Topology
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("scores", "log_total", "left"),
+    meta_fields=("nodes", "levels", "most", "replacement"),
+)
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """The distributions that the nodes of a sampled tree were drawn from.
+
+    q(x | n) = exp(scores[x, b, e] - log_total[b, e]) for the expanded node n =
+    nodes[e]; its child t was drawn from q without the siblings before it, whose
+    complement has mass left[b, t].
+
+    Attributes:
+      scores: float32 [Vd, B, E], log q up to a constant, after all processing. Vd may
+        be less than the target's V; q is 0 beyond.
+      log_total: float32 [B, E].
+      left: float32 [B, T], 1 for the root, for first children and with replacement.
+      nodes: static, E ascending numbers of the nodes that may have children.
+      levels: static, nodes at depth 0, 1, …, C; they are numbered level by level.
+      most: static, the most children that a node of depth 0, …, C - 1 may have.
+      replacement: static, whether siblings were drawn independently.
+    """
+
+    scores: jax.Array
+    log_total: jax.Array
+    left: jax.Array
+    nodes: tuple[int, ...]
+    levels: tuple[int, ...]
+    most: tuple[int, ...]
+    replacement: bool = False
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTree:
-    """A tree of guesses per slot. Siblings carry different tokens.
+    """A tree of guesses per slot.
+
+    Siblings carry different tokens, unless they were drawn with replacement; of a
+    sampled tree they are numbered in the order in which they were drawn.
 
     Attributes:
       tokens: int32 [B, T]; node 0 is the root, the newest emitted token.
@@ -22,7 +59,9 @@ class TokenTree:
       ancestors: bool [B, T, T], self included.
       valid: bool [B, T]; an invalid node is never accepted.
       draft_logprob: float32 [B, T], the drafter's estimate of the log chance that a
-        node is right, given that its parent is; 0 for the root.
+        node is right, given that its parent is; 0 for the root. Of a sampled tree it is
+        log q.
+      proposal: how a sampled tree was drawn; None for any other.
     """
 
     tokens: jax.Array
@@ -31,9 +70,12 @@ class TokenTree:
     ancestors: jax.Array
     valid: jax.Array
     draft_logprob: jax.Array
+    proposal: Proposal | None = None
 
 
-def static_tree(topology: Topology, tokens_BT, logprob_BT) -> TokenTree:
+def static_tree(
+    topology: Topology, tokens_BT, logprob_BT, proposal: Proposal | None = None
+) -> TokenTree:
     """Dresses a static topology with tokens."""
     B, T = tokens_BT.shape
     parents = jnp.maximum(jnp.asarray(topology.parents, jnp.int32), 0)
@@ -44,6 +86,7 @@ def static_tree(topology: Topology, tokens_BT, logprob_BT) -> TokenTree:
         ancestors=jnp.broadcast_to(jnp.asarray(topology.ancestors), (B, T, T)),
         valid=logprob_BT > -jnp.inf,
         draft_logprob=logprob_BT,
+        proposal=proposal,
     )
 
 

@@ -1,0 +1,176 @@
+"""Drives shipped, jitted rules through an enumeration instead of sampling them.
+
+Given the tree, a rule compares each node's uniform with a number that depends on no
+uniform, `Judgement.chance`. A uniform below it is as good as any other below it; so the
+interval [0, 1) falls into two parts, and one point inside each (the middle) stands for
+all of it, with the part's length as its weight. All combinations of parts over the
+nodes, weighted by the product of their lengths, are the exact law of the rule's
+decision; whether the number is the right one shows in that law. The last token is drawn
+by inversion of `Judgement.mass`; its normalised entries are taken as its law, and
+`tests/acceptance/test_draw.py` holds that inversion to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.acceptance.enumeration import Tree, World
+from treespec_jax.acceptance import draw
+from treespec_jax.acceptance.streams import Uniforms
+from treespec_jax.trees.token_tree import Proposal, TokenTree
+
+# Rows of one call: one compilation per tree shape and rule.
+ROWS = 4096
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def judge(rule, tree, scores, accept):
+    """Accepted node, law of the next token, chances."""
+    zeros = jnp.zeros((accept.shape[0], 2), accept.dtype)
+    judgement = rule.judge(tree, scores, Uniforms(accept, zeros))
+    mass = judgement.mass / jnp.sum(judgement.mass, axis=0)
+    return judgement.node, mass, judgement.chance
+
+
+def _log(x):
+    with np.errstate(divide="ignore"):
+        return np.log(x)
+
+
+def arrays(world: World, trees: list[Tree], meta: dict | None):
+    """TokenTree of numpy arrays, one slot per tree, and log p [V, B, T].
+
+    Args:
+      world: of p and q.
+      trees: all of one shape.
+      meta: static fields of `Proposal`; None: the tree has none.
+    """
+    B, T, V = len(trees), len(trees[0].parents), world.vocab
+    parents = np.array([t.parents for t in trees], np.int32)
+    ancestors = np.zeros((B, T, T), bool)
+    ancestors[:, np.arange(T), np.arange(T)] = True
+    for n in range(1, T):
+        ancestors[:, n] |= ancestors[np.arange(B), parents[:, n]]
+    valid = np.array([t.valid for t in trees])
+    # Nobody may look at the distributions of an invalid node.
+    scores = np.full((V, B, T), 0.0)
+    tokens = np.zeros((B, T), np.int32)
+    for b, tree in enumerate(trees):
+        for n, path in enumerate(tree.paths):
+            if path is not None:
+                scores[:, b, n] = _log(world.p[path]) + 0.1 * n
+                tokens[b, n] = path[-1] if path else 0
+    proposal = None
+    if meta is not None:
+        own = np.full((V, B, len(meta["nodes"])), 0.0)
+        for b, tree in enumerate(trees):
+            for e, n in enumerate(meta["nodes"]):
+                if tree.paths[n] is not None:
+                    own[:, b, e] = _log(world.q[tree.paths[n]]) - 0.2
+        total = np.full(own.shape[1:], -0.2)
+        left = np.array([t.left for t in trees])
+        proposal = Proposal(own, total, left, **meta)
+    tree = TokenTree(
+        tokens=tokens,
+        parents=parents,
+        depth=ancestors.sum(axis=2, dtype=np.int32) - 1,
+        ancestors=ancestors,
+        valid=valid,
+        draft_logprob=_log(np.where(valid, [t.shares for t in trees], 0)),
+        proposal=proposal,
+    )
+    return tree, scores
+
+
+def _rows(tree: TokenTree, scores, at):
+    """The slots `at` of a batch."""
+    proposal = tree.proposal
+    if proposal is not None:
+        proposal = dataclasses.replace(
+            proposal,
+            scores=proposal.scores[:, at],
+            log_total=proposal.log_total[at],
+            left=proposal.left[at],
+        )
+    plain = dataclasses.replace(tree, proposal=None)
+    plain = jax.tree.map(lambda x: x[at], plain)
+    return dataclasses.replace(plain, proposal=proposal), scores[:, at]
+
+
+def _judged(rule, tree, scores, accept):
+    """`judge` in chunks of ROWS, the last one padded."""
+    outs = []
+    count = len(accept)
+    for first in range(0, count, ROWS):
+        at = np.arange(first, first + ROWS)
+        padded = np.minimum(at, count - 1)
+        own, own_scores = _rows(tree, scores, padded)
+        out = judge(rule, own, own_scores, accept[padded])
+        keep = int((at < count).sum())
+        node, mass, chance = (np.asarray(x) for x in out)
+        outs.append((node[:keep], mass[:, :keep], chance[:keep]))
+    return (
+        np.concatenate([o[0] for o in outs]),
+        np.concatenate([o[1] for o in outs], axis=1),
+        np.concatenate([o[2] for o in outs]),
+    )
+
+
+def shipped_law(rule, world: World, trees: list[Tree], meta=None, one_draw=False):
+    """Law of the first C + 1 tokens, as `enumeration.text_law`; the mean accepted.
+
+    Args:
+      rule: a `UniformRule`; run it with 64 bits enabled for float64.
+      world: of p and q.
+      trees: with their chances.
+      meta: see `arrays`.
+      one_draw: the rule draws the last node by the first uniform (terminal form).
+    """
+    tree, scores = arrays(world, trees, meta)
+    B, T = tree.tokens.shape
+    _, _, chance = _judged(rule, tree, scores, np.zeros((B, T)))
+    assert np.isfinite(chance).all()
+    assert (chance >= 0).all() and (chance <= 1 + 1e-12).all()
+    if one_draw:
+        slot, part = (x.ravel() for x in np.mgrid[:B, :T])
+        weight = chance[slot, part] / chance[slot].sum(axis=1)
+        ends = np.cumsum(chance, axis=1)
+        accept = np.zeros((B * T, T))
+        accept[:, 0] = ends[slot, part] - chance[slot, part] / 2
+    else:
+        parts = (np.arange(2 ** (T - 1))[:, None] >> np.arange(T - 1)) & 1 > 0
+        slot, part = (x.ravel() for x in np.mgrid[:B, : len(parts)])
+        own, below = np.minimum(chance[slot, 1:], 1.0), parts[part]
+        weight = np.prod(np.where(below, own, 1 - own), axis=1)
+        accept = np.zeros((len(slot), T))
+        accept[:, 1:] = np.where(below, own / 2, (1 + own) / 2)
+    some = weight > 0
+    slot, weight, accept = slot[some], weight[some], accept[some]
+    big, big_scores = _rows(tree, scores, slot)
+    node, mass, again = _judged(rule, big, big_scores, accept)
+    np.testing.assert_array_equal(again, chance[slot])
+    assert np.isfinite(mass).all() and (mass >= 0).all()
+    law = np.zeros((world.vocab,) * (world.depth + 1))
+    total: dict = {}
+    for row, (b, n) in enumerate(zip(slot, node, strict=True)):
+        path = trees[b].paths[n]
+        assert path is not None, "an invalid node was accepted"
+        own = trees[b].chance * weight[row] * mass[:, row]
+        total[path] = total.get(path, 0.0) + own
+    mean = 0.0
+    for path, masses in total.items():
+        mean += len(path) * masses.sum()
+        for y in range(world.vocab):
+            world.fill(law, (*path, y), masses[y])
+    return law, mean
+
+
+def draws(mass, uniforms):
+    """`draw.one` of one column for many uniforms."""
+    mass = jnp.broadcast_to(jnp.asarray(mass)[:, None], (len(mass), len(uniforms)))
+    return np.asarray(draw.one(mass, jnp.asarray(uniforms)))

@@ -1,0 +1,47 @@
+"""The terminal form for trees without samples: two draws in all.
+
+For a tree that is fixed before the target is looked at, no lossless rule beats "sample
+x from p at each node, follow the child that carries it". The walk ends at node n with
+chance p(path to n) times the mass of p(·|n) outside n's children; so the last node is
+drawn at once from these masses, and the token after it from what p leaves there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from treespec_jax.acceptance import draw, uniform
+from treespec_jax.acceptance.protocol import Judgement
+
+
+@dataclasses.dataclass(frozen=True)
+class TerminalRule(uniform.UniformRule):
+    """`Judgement.chance` is the chance to end at each node; accept[:, 0] draws it."""
+
+    name = "terminal"
+
+    def judge(self, tree, scores_VBT, uniforms):
+        V, B, T = scores_VBT.shape
+        total_BT = uniform.log_totals(scores_VBT)
+        own_BT = uniform.child_chances(tree, scores_VBT, total_BT)
+        own_BT = jnp.where(tree.valid, own_BT, 0.0).at[:, 0].set(1.0)
+        on_path = jnp.where(tree.ancestors, own_BT[:, None, :], 1.0)
+        path_BT = jnp.prod(on_path, axis=2)
+        slot_B1 = jnp.arange(B)[:, None]
+        below_BT = jnp.where(jnp.arange(T) > 0, own_BT, 0.0)
+        inside_BT = jnp.zeros_like(own_BT).at[slot_B1, tree.parents].add(below_BT)
+        chance_BT = path_BT * jnp.maximum(1.0 - inside_BT, 0.0)
+        node_B = draw.invert(chance_BT.T, uniforms.accept[:, 0])
+        law_VB = jnp.exp(
+            uniform.column(scores_VBT, node_B)
+            - jnp.take_along_axis(total_BT, node_B[:, None], axis=1)[:, 0]
+        )
+        child_BT = (tree.parents == node_B[:, None]) & tree.valid
+        child_BT &= jnp.arange(T) > 0
+        drop_BT = jnp.where(child_BT, tree.tokens, V)
+        rest_VB = law_VB.at[drop_BT, slot_B1].set(0.0, mode="drop")
+        # Rounding may leave a node chance to end where nothing is outside its children.
+        some_B = jnp.sum(rest_VB, axis=0) > 0
+        return Judgement(node_B, jnp.where(some_B, rest_VB, law_VB), chance_BT)

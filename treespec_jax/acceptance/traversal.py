@@ -1,0 +1,62 @@
+"""The traversal rule (Weng et al. 2505.12398): block verification for trees.
+
+On a chain it is the block rule. Nodes are visited children first, siblings in the order
+in which they were drawn; the first that accepts ends the walk, the root always does. A
+node's weight when its turn comes follows from the tree alone (`families`), so that the
+walk is a search for the first of the accepting nodes in that order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from treespec_jax.acceptance import families, uniform
+from treespec_jax.acceptance.protocol import Judgement
+from treespec_jax.trees.token_tree import TokenTree
+
+
+@dataclasses.dataclass(frozen=True)
+class TraversalRule(uniform.UniformRule):
+    """A node accepts with the weight that its rejected children left it."""
+
+    name = "traversal"
+
+    def judge(self, tree, scores_VBT, uniforms):
+        V, B, T = scores_VBT.shape
+        if tree.proposal is None:
+            return uniform.alone(scores_VBT)
+        family = families.children(tree)
+        # Weights on arrival, and once all children are rejected.
+        arrival_BT = jnp.zeros((B, T), scores_VBT.dtype).at[:, 0].set(1.0)
+        chance_BT = arrival_BT
+        slot = jnp.arange(B)[:, None, None]
+        for nodes, columns, most in families.levels(tree.proposal):
+            own = family.of(nodes, most)
+            weights, rest, _ = families.recur(
+                families.targeted(scores_VBT, nodes),
+                families.drafted(tree.proposal, columns, V),
+                arrival_BT[:, nodes],
+                own,
+                tree.proposal.replacement,
+            )
+            arrival_BT = arrival_BT.at[slot, own.number].set(weights, mode="drop")
+            chance_BT = chance_BT.at[slot, own.number].set(weights, mode="drop")
+            chance_BT = chance_BT.at[:, nodes].set(rest)
+        accepted_BT = (uniforms.accept < chance_BT).at[:, 0].set(True)
+        turn_BT = jnp.where(accepted_BT, visiting_order(tree), T)
+        node_B = jnp.argmin(turn_BT, axis=1)
+        weight_B = jnp.take_along_axis(arrival_BT, node_B[:, None], axis=1)[:, 0]
+        law_VB = families.last_law(tree, scores_VBT, family, node_B, weight_B)
+        return Judgement(node_B.astype(jnp.int32), law_VB, chance_BT)
+
+
+def visiting_order(tree: TokenTree) -> jax.Array:
+    """int32 [B, T], place of every node in post-order, siblings by their number."""
+    size_BT = jnp.sum(tree.ancestors, axis=1, dtype=jnp.int32)
+    earlier = uniform.earlier_siblings(tree.parents)
+    before_BT = jnp.sum(jnp.where(earlier, size_BT[:, None, :], 0), axis=2)
+    passed_BT = jnp.sum(jnp.where(tree.ancestors, before_BT[:, None, :], 0), axis=2)
+    return passed_BT + size_BT - 1
