@@ -1,0 +1,105 @@
+"""Block sizes of the GPU kernel: what they mean, and which to take where."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+# The least operand of a tensor-core product, in every dimension.
+SMALLEST = 16
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuBlockSizes:
+    """How one call is cut up.
+
+    Attributes:
+      rows: query rows of one program; a power of two, at least 16.
+      keys: rows of prefix or of the tree per product; a power of two, at least 16.
+      warps: warps of one program; a power of two.
+      stages: blocks of keys and values in flight.
+      programs: programs that should run at once; where slots, heads and tiles of
+        query rows are fewer, the prefix is split.
+      split_rows: rows of prefix that one part of a split prefix has at least.
+    """
+
+    rows: int = 128
+    keys: int = 64
+    warps: int = 8
+    stages: int = 2
+    programs: int = 132
+    split_rows: int = 512
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field.name}={value!r} is not a positive integer")
+        for name, least in (("rows", SMALLEST), ("keys", SMALLEST), ("warps", 1)):
+            value = getattr(self, name)
+            if value != power_of_two(value) or value < least:
+                raise ValueError(
+                    f"{name}={value} is not a power of two of at least {least}"
+                )
+
+    def splits(self, tiles: int, prefix_rows: int) -> int:
+        """Parts into which a call's prefix is cut, from its shapes alone.
+
+        Args:
+          tiles: slots · key/value heads · tiles of query rows.
+          prefix_rows: rows that the page table has room for.
+        """
+        return max(1, min(self.programs // tiles, prefix_rows // self.split_rows))
+
+
+# Multiprocessors by device kind (the vendors' data sheets), for `programs`.
+_MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132}
+# UNTUNED: chosen from the sizes of registers and shared memory and from what Triton
+# reports for sm_80 and sm_90; nothing here has been timed on a device.
+# (width of a number in bytes, most query rows) -> sizes, the first that fits is taken;
+# `programs` counts programs per multiprocessor. Rows beyond `rows` take more tiles.
+_DEFAULTS = {
+    "A100": (
+        ((2, 32), GpuBlockSizes(rows=32, keys=64, warps=4, stages=3, programs=2)),
+        ((2, 64), GpuBlockSizes(rows=64, keys=64, warps=4, stages=3, programs=1)),
+        ((2, None), GpuBlockSizes(rows=128, keys=64, warps=8, stages=2, programs=1)),
+        ((4, None), GpuBlockSizes(rows=32, keys=32, warps=4, stages=2, programs=2)),
+    ),
+    "H100": (
+        ((2, 32), GpuBlockSizes(rows=32, keys=64, warps=4, stages=3, programs=2)),
+        ((2, 64), GpuBlockSizes(rows=64, keys=64, warps=4, stages=3, programs=2)),
+        ((2, None), GpuBlockSizes(rows=128, keys=64, warps=8, stages=3, programs=1)),
+        ((4, None), GpuBlockSizes(rows=32, keys=32, warps=4, stages=2, programs=2)),
+    ),
+}
+_DEFAULTS["H200"] = _DEFAULTS["H100"]
+
+
+def default_sizes(
+    itemsize: int, rows: int, width: int, device_kind: str | None = None
+) -> GpuBlockSizes:
+    """Sizes for a call; none of them has been timed yet.
+
+    Args:
+      itemsize: bytes of a number of the queries.
+      rows: query rows of one slot and key/value head.
+      width: head width, rounded up to a power of two.
+      device_kind: as `jax.Device.device_kind` says; None or unknown: as on an H100.
+    """
+    found = re.search("|".join(_DEFAULTS), device_kind or "")
+    kind = found.group() if found else "H100"
+    sizes = next(
+        sizes
+        for (size, most), sizes in _DEFAULTS[kind]
+        if size == itemsize and (most is None or rows <= most)
+    )
+    # Wider heads take the room of more keys.
+    keys = max(SMALLEST, sizes.keys * 128 // max(width, 128))
+    tile = min(sizes.rows, max(SMALLEST, power_of_two(rows)))
+    programs = sizes.programs * _MULTIPROCESSORS[kind]
+    return dataclasses.replace(sizes, rows=tile, keys=keys, programs=programs)

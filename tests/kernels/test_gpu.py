@@ -1,0 +1,308 @@
+"""The GPU kernel: interpreted against float64 numpy, and lowered for cuda."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.tree_attention import gpu, reference
+from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes, default_sizes
+from tests.kernels.oracle import attention, make_case
+from tests.kernels.triton_modules import lower_for_cuda, triton_modules
+
+# Small blocks: tests of one tile and one block would prove little.
+SIZES = GpuBlockSizes(rows=16, keys=16, warps=4, stages=2, programs=1, split_rows=32)
+
+
+def split(sizes: GpuBlockSizes, tiles: int) -> GpuBlockSizes:
+    """Three parts of the prefix where there are `tiles` programs otherwise."""
+    return dataclasses.replace(sizes, programs=3 * tiles)
+
+
+def attend(case, scales=None, **options):
+    """The compiled, interpreted kernel as a function of a case's arrays."""
+    depth = case.tree_depth if options.get("window") else None
+    options = {"sizes": SIZES, "scale": case.q.shape[3] ** -0.5, **options}
+    function = functools.partial(
+        gpu.tree_attention,
+        tree_depth=depth,
+        kv_scales=scales,
+        interpret=True,
+        **options,
+    )
+    return jax.jit(function)
+
+
+def run(case, dtype=np.float32, **options) -> np.ndarray:
+    out = attend(case, **options)(*case.arrays(dtype))
+    assert out.dtype == dtype and out.shape == case.q.shape
+    return np.asarray(out, np.float64)
+
+
+def check(case, window=None, soft_cap=None, **options) -> np.ndarray:
+    """float32 to 2e-5; returns what the kernel gave."""
+    out = run(case, window=window, soft_cap=soft_cap, **options)
+    scale = case.q.shape[3] ** -0.5
+    want = attention(case, scale=scale, window=window, soft_cap=soft_cap)
+    np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
+    return out
+
+
+def ragged(rng, *, page, many, **shape):
+    """One slot of each kind of length: none, about a page, and many pages."""
+    lengths = (0, 1, page - 1, page, page + 1, many)
+    max_pages = -(-many // page)
+    shape = {"K": 1, "max_pages": max_pages, **shape}
+    return make_case(rng, B=6, page=page, lengths=lengths, **shape)
+
+
+def ids(value):
+    return "-".join(f"{k}{v}" for k, v in value.items())
+
+
+SHAPES = [
+    # Plain decoding; the prefix whole, and in three parts.
+    {"T": 1, "G": 1, "H": 64, "page": 16, "many": 83},
+    {"T": 1, "G": 4, "H": 128, "page": 64, "many": 200, "parts": 3},
+    # A group per row of a tile, several tiles, a head width that needs a mask.
+    {"T": 3, "G": 16, "H": 96, "page": 16, "many": 83, "K": 2},
+    {"T": 19, "G": 2, "H": 64, "page": 32, "many": 100, "scratch": 7, "parts": 3},
+    # Blocks of several pages: the page of each key is looked up.
+    {"T": 5, "G": 2, "H": 64, "page": 16, "many": 83, "keys": 64, "scratch": 3},
+    {"T": 5, "G": 3, "H": 96, "page": 24, "many": 83, "keys": 16, "parts": 3},
+    {"T": 2, "G": 8, "H": 256, "page": 256, "many": 515, "keys": 32},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_equals_the_oracle(shape):
+    """Random trees over ragged, scattered prefixes."""
+    shape = dict(shape)
+    parts, keys = shape.pop("parts", 1), shape.pop("keys", 16)
+    rng = np.random.default_rng(shape["T"] * shape["H"])
+    case = ragged(rng, **shape)
+    sizes = dataclasses.replace(SIZES, keys=keys)
+    rows = shape["T"] * shape["G"]
+    if parts > 1:
+        tiles = -(-rows // 16) * 6 * case.tree_kv.shape[1]
+        sizes = split(sizes, tiles)
+        assert sizes.splits(tiles, case.page_table.shape[1] * shape["page"]) > 1
+    check(case, sizes=sizes)
+
+
+OPTIONS = [
+    {"window": 20},
+    {"window": 4, "parts": 3},
+    {"soft_cap": 1.5},
+    {"window": 33, "soft_cap": 1.5, "keys": 32},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_windows_and_soft_caps_equal_the_oracle(options):
+    """A window counts positions; it ends inside blocks and inside the tree."""
+    options = dict(options)
+    sizes = dataclasses.replace(SIZES, keys=options.pop("keys", 16))
+    if options.pop("parts", 1) > 1:
+        sizes = split(sizes, 6)
+    rng = np.random.default_rng(0)
+    case = ragged(rng, T=7, G=2, H=64, page=16, many=150, scratch=3)
+    check(case, sizes=sizes, **options)
+
+
+def relative_error(out, want) -> float:
+    return np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("dtype, parts", [(jnp.bfloat16, 3), (jnp.float16, 1)])
+def test_sixteen_bits_are_close(dtype, parts):
+    """Relative norm of the error at most 2e-2, inputs rounded alike."""
+    rng = np.random.default_rng(1)
+    case = ragged(rng, T=5, G=4, H=128, page=16, many=83).cast(dtype)
+    want = attention(case, scale=128**-0.5)
+    out = run(case, dtype, sizes=SIZES if parts == 1 else split(SIZES, 12))
+    assert relative_error(out, want) < 2e-2
+
+
+@pytest.mark.parametrize("dtype, bar", [(np.float32, 2e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("keys", [16, 64])
+def test_int8_pages_are_dequantised(dtype, bar, keys):
+    """A scale per row and head, of keys and of values; unused ones may be anything."""
+    rng = np.random.default_rng(2)
+    case = ragged(rng, T=5, G=2, H=64, page=16, many=83, K=2).cast(dtype)
+    pages = rng.integers(-127, 128, case.kv_pages.shape).astype(np.int8)
+    scales = rng.uniform(0.002, 0.03, pages.shape[:-1]).astype(np.float32)
+    case.kv_pages = pages * scales[..., None].astype(np.float64)
+    want = attention(case, scale=0.125)
+    at, row = np.nonzero(~used_rows(case))
+    scales[at, :, :, row] = np.nan
+    sizes = dataclasses.replace(SIZES, keys=keys)
+    call = attend(case, scales=scales, sizes=sizes)
+    q, _, table, lengths, tree_kv, mask = case.arrays(dtype)
+    out = call(q, pages, table, lengths, tree_kv, mask)
+    assert out.dtype == dtype
+    assert relative_error(out, want) < bar
+
+
+def used_rows(case) -> np.ndarray:
+    """Bool [P, page]: the rows of pages that hold a slot's prefix."""
+    P, _, _, page, _ = case.kv_pages.shape
+    used = np.zeros((P, page), bool)
+    for b, length in enumerate(case.lengths):
+        at = np.arange(length)
+        used[case.page_table[b, at // page], at % page] = True
+    return used
+
+
+@pytest.mark.parametrize("keys, parts", [(16, 1), (16, 3), (64, 1)])
+def test_rows_that_are_not_used_are_not_read(keys, parts):
+    """NaN in pages past a length and in the rest of a last page; the table there
+    names pages that do not exist."""
+    rng = np.random.default_rng(3)
+    case = ragged(rng, T=5, G=2, H=64, page=16, many=83, max_pages=8)
+    pages, table = case.kv_pages.copy(), case.page_table.copy()
+    at, row = np.nonzero(~used_rows(case))
+    assert len(at) > 100
+    pages[at, :, :, row] = np.nan
+    for b, length in enumerate(case.lengths):
+        table[b, -(-length // 16) :] = 10**6
+    sizes = dataclasses.replace(SIZES, keys=keys)
+    call = attend(case, sizes=sizes if parts == 1 else split(sizes, 6))
+    clean = call(*case.arrays())
+    dirty = dataclasses.replace(case, kv_pages=pages, page_table=table)
+    np.testing.assert_array_equal(call(*dirty.arrays()), clean)
+    assert np.isfinite(clean).all()
+
+
+def test_pages_before_every_window_are_not_read():
+    rng = np.random.default_rng(4)
+    case = make_case(rng, B=2, T=3, G=2, page=16, lengths=(150, 20), K=1, H=64)
+    call = attend(case, window=20)
+    clean = call(*case.arrays())
+    # The least deep node stands at 150 and sees 131 and on: block 8 of 16 rows.
+    pages = case.kv_pages.copy()
+    pages[case.page_table[0, :8]] = np.nan
+    dirty = dataclasses.replace(case, kv_pages=pages)
+    np.testing.assert_array_equal(call(*dirty.arrays()), clean)
+    pages[case.page_table[0, 8]] = np.nan
+    assert np.isnan(call(*dirty.arrays())).any()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_degenerate_trees_equal_the_oracle(parts):
+    """A chain, a star, lone nodes, and padding that sees nothing: zeros, never NaN."""
+    rng = np.random.default_rng(5)
+    case = make_case(rng, B=4, T=6, G=2, page=16, lengths=(40, 0, 33, 0), K=1, H=64)
+    case.tree_mask[0] = np.tril(np.ones((6, 6), bool))
+    case.tree_mask[1] = np.eye(6, dtype=bool)
+    case.tree_mask[1, :, 0] = True
+    case.tree_mask[2] = np.eye(6, dtype=bool)
+    case.tree_mask[3, 2:] = False
+    out = check(case, sizes=split(SIZES, 4) if parts > 1 else SIZES)
+    assert (out[3, 2:] == 0).all()
+
+
+def test_a_tree_needs_no_prefix():
+    rng = np.random.default_rng(6)
+    case = make_case(rng, B=2, T=9, G=4, page=16, lengths=(0, 0), H=64)
+    check(dataclasses.replace(case, kv_pages=None, page_table=None, lengths=None))
+
+
+def test_a_chunk_of_prefill_equals_the_reference():
+    """512 rows: several tiles of queries and blocks of tree."""
+    rng = np.random.default_rng(7)
+    case = make_case(rng, B=1, T=512, G=1, page=64, lengths=(70,), K=1, H=64)
+    case.tree_mask[0] = np.tril(np.ones((512, 512), bool))
+    sizes = GpuBlockSizes(rows=128, keys=64, programs=1)
+    out = run(case, sizes=sizes)
+    want = jax.jit(functools.partial(reference.tree_attention, scale=0.125))
+    np.testing.assert_allclose(out, want(*case.arrays()), atol=2e-5, rtol=2e-5)
+
+
+def abstract(*, B=8, T, K=8, G=4, H=128, page=128, E=0, dtype=jnp.bfloat16, **options):
+    """Arguments as shapes, at the shape of Llama 3 8B unless told otherwise."""
+    max_pages = 8192 // page
+    P = B * max_pages + 1
+    pages = jnp.int8 if options.get("quantised") else dtype
+    shape = jax.ShapeDtypeStruct
+    args = {
+        "q": shape((B, T, K * G, H), dtype),
+        "kv_pages": shape((P, K, 2, page, H), pages),
+        "page_table": shape((B, max_pages), jnp.int32),
+        "lengths": shape((B,), jnp.int32),
+        "tree_kv": shape((B, K, 2, T + E, H), dtype),
+        "tree_mask": shape((B, T, T + E), jnp.bool_),
+    }
+    if options.get("window"):
+        args["tree_depth"] = shape((B, T + E), jnp.int32)
+    if options.get("quantised"):
+        args["kv_scales"] = shape((P, K, 2, page), jnp.float32)
+    return args
+
+
+LOWERED = [
+    *({"T": T} for T in (1, 16, 64, 128)),
+    {"T": 512, "B": 1},
+    {"T": 5, "E": 3, "H": 96, "G": 3, "page": 16},
+    {"T": 16, "H": 64, "G": 1, "page": 256, "window": 1024},
+    {"T": 16, "H": 256, "G": 16, "page": 48, "soft_cap": 30.0},
+    {"T": 1, "quantised": True},
+    {"T": 64, "quantised": True, "page": 16, "window": 1024},
+    {"T": 16, "H": 256, "dtype": jnp.float32},
+    {"T": 16, "dtype": jnp.float16},
+]
+
+
+@pytest.mark.parametrize("shape", LOWERED, ids=ids)
+def test_lowers_for_cuda(shape):
+    """At full size, with the sizes by default; Triton's verifier is content."""
+    options = {k: shape.get(k) for k in ("window", "soft_cap")}
+    attention = functools.partial(gpu.tree_attention, scale=0.1, **options)
+    (text,) = triton_modules(lower_for_cuda(attention, **abstract(**shape)))
+    products = [line for line in text.splitlines() if "tt.dot " in line]
+    # Two products in each loop: whole blocks, partial ones, the tree.
+    assert len(products) == (8 if options["window"] else 6)
+    full = shape.get("dtype") == jnp.float32
+    assert all(("tf32" not in line) for line in products) or not full
+    width = "f32" if full else {jnp.float16: "f16"}.get(shape.get("dtype"), "bf16")
+    assert all(f"x{width}> *" in line for line in products)
+
+
+def test_splits_fill_the_device_and_no_more():
+    sizes = GpuBlockSizes(programs=264, split_rows=512)
+    assert sizes.splits(tiles=64, prefix_rows=8192) == 4
+    assert sizes.splits(tiles=8, prefix_rows=8192) == 16
+    assert sizes.splits(tiles=300, prefix_rows=8192) == 1
+    assert sizes.splits(tiles=1, prefix_rows=0) == 1
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", None, "?"])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_default_sizes_fit_the_call(kind, width):
+    for itemsize, rows in [(2, 1), (2, 33), (2, 64), (2, 8192), (4, 8), (4, 1000)]:
+        sizes = default_sizes(itemsize, rows, width, kind)
+        assert sizes.rows >= min(rows, 16) and sizes.rows < max(32, 2 * rows)
+        assert sizes.programs % (108 if kind and "A100" in kind else 132) == 0
+
+
+@pytest.mark.parametrize(
+    "field, value", [("rows", 24), ("keys", 8), ("warps", 3), ("stages", 0)]
+)
+def test_sizes_check_themselves(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        GpuBlockSizes(**{field: value})
+
+
+def test_what_the_kernel_cannot_take_has_a_reason():
+    shape = jax.ShapeDtypeStruct
+    q, pages = shape((1, 1, 8, 128), jnp.bfloat16), shape((9, 8, 2, 16, 128), jnp.int8)
+    assert gpu.unsupported(q, pages) is None and gpu.unsupported(q, None) is None
+    assert "float64" in gpu.unsupported(shape(q.shape, np.dtype("float64")), None)
+    assert "512" in gpu.unsupported(shape((1, 1, 8, 512), jnp.bfloat16), None)
+    large = shape((10**6, 8, 2, 16, 10), jnp.int8)
+    assert "2560000000 bytes" in gpu.unsupported(q, large)
