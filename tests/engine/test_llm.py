@@ -242,12 +242,21 @@ def test_an_interrupted_call_leaves_nothing_behind(llm, script, monkeypatch):
 
 
 @pytest.mark.slow
+def test_empty_text_is_a_prompt_if_a_token_begins_texts(llm, tokenizer, monkeypatch):
+    begun = llm.generate("", PARAMS)[0]
+    assert begun.prompt == ""
+    assert begun.token_ids == llm.generate([[tokenizer.bos_id]], PARAMS)[0].token_ids
+    monkeypatch.setattr(tokenizer, "bos_id", None)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        llm.generate("", PARAMS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompts, params, message",
     [
-        ("", None, "the prompt is empty"),
         ([[]], None, "the prompt is empty"),
-        (["the cat", ""], None, "the prompt is empty"),
+        ([[5], []], None, "the prompt is empty"),
         ([[5] * 64], None, "64 tokens, max_len is 64"),
         ("the cat " * 40, None, "max_len is 64; shorten it"),
         ([[5, 320]], None, "token id 320 is outside the vocabulary of 320"),

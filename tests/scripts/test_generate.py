@@ -52,6 +52,14 @@ def test_one_prompt(generate):
     ]
 
 
+def test_empty_prompt(generate):
+    """The token that begins every text is enough."""
+    out = json.loads(generate("--prompt=", "--max_tokens=9", "--json").out)
+    (completion,) = out["completions"]
+    assert completion["prompt"] == ""
+    assert len(completion["token_ids"]) == 9
+
+
 def test_json(generate):
     out = generate("--prompt=a dog", "--max_tokens=6", "--json", "--logprobs").out
     report = json.loads(out)
@@ -170,7 +178,6 @@ def test_tokenizer_by_flag_and_stop(run_script, files):
         ("--tree=chain:-1", "chain:-1"),
         ("--tree=chain:5000", "5000"),
         ("--tree=dynamic:3@4", "dynamic:3@4"),
-        ("--prompt=", "empty"),
         ("--prompts_file=x.txt", "both"),
         ("--temprature=1", "temprature"),
         ("--target=/no/such/folder", "/no/such/folder"),

@@ -272,8 +272,7 @@ class LLM:
 
     def _reader(self, prompt: Prompt, params: SamplingParams) -> _Reader:
         if isinstance(prompt, str):
-            if not prompt:
-                raise UserError("the prompt is empty; give at least one character")
+            # A token that begins every text is enough of a prompt.
             ids = self._tokenizer().encode(prompt)
         else:
             ids = _token_ids(prompt)

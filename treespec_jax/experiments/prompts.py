@@ -24,15 +24,13 @@ def choose(prompt: str | None, file: str | None) -> list[str]:
     """Prompts of --prompt or --prompts_file.
 
     Raises:
-      UserError: both or neither given, an empty prompt, or an unreadable file.
+      UserError: both or neither given, or an unreadable file.
     """
     if (prompt is None) == (file is None):
         given = "neither" if prompt is None else "both"
         raise UserError(f"give --prompt or --prompts_file, got {given}")
     if file is not None:
         return read(file)
-    if not prompt.strip():
-        raise UserError("the prompt is empty; give at least one word")
     return [prompt]
 
 
@@ -61,7 +59,7 @@ def read(file: str) -> list[str]:
 def _json_prompt(file: str, number: int, line: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise UserError(
