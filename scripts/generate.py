@@ -18,8 +18,16 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer file, if not the 
 _TREE = flags.DEFINE_string("tree", None, "none, chain:5, regular:4x2x1, dynamic:15@5")
 _PROMPT = flags.DEFINE_string("prompt", None, "the text to continue")
 _PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, "a prompt a line, or .jsonl with a prompt in each object"
+    "prompts_file",
+    None,
+    "a prompt a line, or .jsonl with a prompt (or messages, with --chat) in each",
 )
+_CHAT = flags.DEFINE_bool(
+    "chat",
+    False,
+    "answer prompts by the checkpoint's chat template; without any, talk on stdin",
+)
+_SYSTEM = flags.DEFINE_string("system", None, "system message, with --chat")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "tokens to emit at most")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy")
 _TOP_K = flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens; 0: all")
@@ -42,7 +50,9 @@ _CACHE = flags.DEFINE_string(
 
 
 def main(_):
-    texts = prompts.choose(_PROMPT.value, _PROMPTS_FILE.value)
+    texts, opening = prompts.gather(
+        _CHAT.value, _PROMPT.value, _PROMPTS_FILE.value, _SYSTEM.value
+    )
     experiment = settings.build(
         _CONFIG.value,
         {
@@ -72,6 +82,7 @@ def main(_):
         generate.Job(
             experiment,
             texts,
+            opening=opening,
             compare=_COMPARE.value,
             as_json=_JSON.value,
             compilation_cache=_CACHE.value,

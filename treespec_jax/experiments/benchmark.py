@@ -75,6 +75,8 @@ def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
     for name in names:
         llms[name] = models.make_llm(settings, pair, name)
         ids = models.encode(llms[name], texts, settings.sampling)
+    for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
+        _say(f"note: {note}")
     for name in names:
         _say(f"compiling {name}")
         models.warm_up(llms[name], ids)

@@ -9,9 +9,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from treespec_jax.experiments import models, runtime, table
+from treespec_jax.engine.stats import total
+from treespec_jax.experiments import dialogue, models, runtime, table
+from treespec_jax.experiments.prompts import Prompt
 from treespec_jax.experiments.settings import Experiment
 
+# Stands for what the user will say, to see that it can be answered.
+_GREETING = [{"role": "user", "content": "Hello"}]
+_SECONDS = ("prefill_seconds", "decode_seconds")
 # Timed runs of each way of decoding in a comparison; the better one counts.
 _ROUNDS = 2
 
@@ -22,7 +27,9 @@ class Job:
 
     Attributes:
       settings: with their paths looked up.
-      prompts: texts.
+      prompts: texts to continue, or conversations to answer.
+      opening: messages in front of a conversation to hold on stdin, if there are no
+        prompts.
       compare: also decode plainly and compare.
       as_json: print one JSON object instead of text.
       compilation_cache: see `runtime.set_up`.
@@ -30,7 +37,8 @@ class Job:
     """
 
     settings: Experiment
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
+    opening: list[dict[str, Any]] | None = None
     compare: bool = False
     as_json: bool = False
     compilation_cache: str | None = None
@@ -47,33 +55,43 @@ def run(job: Job, out: TextIO | None = None) -> None:
     out = out or sys.stdout
     settings, params = _without_idle_slots(job), job.settings.sampling
     # Before jax starts and weights are read, so that a mistake is answered at once.
-    encoded = models.check(settings, job.prompts, [settings.tree])
+    prompts = list(job.prompts) or [[*job.opening, *_GREETING]]
+    encoded = models.check(settings, prompts, [settings.tree])
     runtime.set_up(job.compilation_cache)
     began = time.perf_counter()
     pair = models.load_pair(settings)
     llm = models.make_llm(settings, pair, settings.tree)
+    for note in llm.notes:
+        print(f"note: {note}", file=sys.stderr)
     loaded = time.perf_counter()
+    if not job.prompts:
+        encoded = [[0] * (n + 1) for n in llm.engine.config.prefill_chunks]
     models.warm_up(llm, encoded)
     timing = {
         "load_seconds": loaded - began,
         "compile_seconds": time.perf_counter() - loaded,
     }
-    quiet = job.as_json
-    if len(job.prompts) == 1:
-        completions, first = _stream(
-            llm, job.prompts[0], params, None if quiet else out
+    shown = None if job.as_json else out
+    if not job.prompts:
+        prompts, completions = dialogue.hold(
+            lambda messages: _stream(llm, messages, params, shown)[0], job.opening
         )
+        parts = [c.stats for c in completions]
+        seconds = [sum(getattr(s, name) for s in parts) for name in _SECONDS]
+        stats = total(parts, *seconds)
+    elif len(prompts) == 1:
+        completion, first = _stream(llm, prompts[0], params, shown)
+        completions, stats = [completion], completion.stats
         timing["first_token_seconds"] = first - job.started
-        stats = completions[0].stats
     else:
-        generation, seconds = models.decode(llm, list(job.prompts), params)
+        generation, seconds = models.decode(llm, prompts, params)
         completions = list(generation)
         stats = dataclasses.replace(generation.stats, decode_seconds=seconds)
-        if not quiet:
+        if shown:
             _print_texts(completions, out)
     comparison = None
-    if job.compare:
-        comparison = _compare(job, settings, llm, pair, encoded, completions)
+    if job.compare and prompts:
+        comparison = _compare(settings, llm, pair, encoded, prompts, completions)
     if job.as_json:
         report = {
             "settings": _in_force(settings, llm),
@@ -93,17 +111,18 @@ def run(job: Job, out: TextIO | None = None) -> None:
 def _without_idle_slots(job: Job) -> Experiment:
     """A slot costs its rows in every pass, whether or not it holds a text."""
     engine = job.settings.engine
-    slots = min(engine.max_batch, len(job.prompts))
+    slots = min(engine.max_batch, max(1, len(job.prompts)))
     engine = dataclasses.replace(engine, max_batch=slots)
     return dataclasses.replace(job.settings, engine=engine)
 
 
-def _stream(llm, prompt, params, out):
+def _stream(llm, prompt: Prompt, params, out):
     """Runs one prompt; shows its text if `out`. Returns it and when it began."""
-    if out:
+    chat = not isinstance(prompt, str)
+    pieces = (llm.stream_chat if chat else llm.stream)(prompt, params)
+    if out and not chat:
         print(prompt, end="", file=out, flush=True)
     first = None
-    pieces = llm.stream(prompt, params)
     try:
         for piece in pieces:
             first = first or time.perf_counter()
@@ -113,20 +132,21 @@ def _stream(llm, prompt, params, out):
         # An interrupted text ends its line too.
         if out:
             print("\n", file=out, flush=True)
-    return [pieces.completion], first or time.perf_counter()
+    return pieces.completion, first or time.perf_counter()
 
 
 def _print_texts(completions, out) -> None:
     for completion in completions:
-        print(f"> {completion.prompt}\n{completion.text.strip()}\n", file=out)
+        prompt = completion.prompt
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        print(f"> {prompt}\n{completion.text.strip()}\n", file=out)
 
 
-def _compare(job, settings, llm, pair, encoded, completions) -> dict[str, Any]:
+def _compare(settings, llm, pair, encoded, prompts, completions) -> dict[str, Any]:
     """Decodes plainly, and again with the tree, both compiled before."""
     params = settings.sampling
     plain = models.make_llm(settings, pair, "none")
     models.warm_up(plain, encoded)
-    prompts = list(job.prompts)
     speeds = {"tree": 0.0, "plain": 0.0}
     for _ in range(_ROUNDS):
         for name, model in (("plain", plain), ("tree", llm)):

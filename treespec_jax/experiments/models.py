@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from treespec_jax import limits
 from treespec_jax.config import SamplingParams
 from treespec_jax.errors import UserError
+from treespec_jax.experiments.prompts import Prompt
 from treespec_jax.experiments.settings import Experiment
 from treespec_jax.trees import shapes
 
@@ -22,7 +23,7 @@ class Pair:
 
 
 def check(
-    settings: Experiment, prompts: Iterable[str], trees: Iterable[str]
+    settings: Experiment, prompts: Iterable[Prompt], trees: Iterable[str]
 ) -> list[list[int]]:
     """Token ids of the prompts, once all that weights are not needed for is right.
 
@@ -30,13 +31,14 @@ def check(
 
     Args:
       settings: with their paths looked up.
-      prompts: texts.
+      prompts: texts, or conversations.
       trees: shapes that will be grown.
 
     Raises:
       UserError: a checkpoint whose configuration or tokenizer cannot be read, a pair
         of different vocabularies, max_len past the models' positions, a tree that is
-        deeper than max_len, no tokenizer, or a prompt without room in max_len.
+        deeper than max_len, no tokenizer, no chat template, or a prompt without room
+        in max_len.
     """
     from treespec_jax.checkpoints import describe
 
@@ -53,8 +55,13 @@ def check(
         raise UserError(
             "the target's checkpoint has no tokenizer; name one with --tokenizer=PATH"
         )
-    encoded = [target.tokenizer.encode(prompt) for prompt in prompts]
+    tokenizer = target.tokenizer
+    encoded = [
+        tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p)
+        for p in prompts
+    ]
     for ids in encoded:
+        limits.check_tokens(ids, target.config.vocab_size)
         limits.check_prompt(ids, max_len)
     return encoded
 
@@ -142,8 +149,14 @@ def decode(llm, prompts, params):
     """Generates; returns the `Generation` and seconds of all but prefill.
 
     By the clock on the wall, so that the host's work between dispatches counts.
+
+    Args:
+      llm: an `LLM`.
+      prompts: texts and token ids, or conversations.
+      params: for all of them, or each.
     """
+    chat = prompts and prompts[0] and isinstance(prompts[0][0], dict)
     began = time.perf_counter()
-    generation = llm.generate(prompts, params)
+    generation = (llm.chat if chat else llm.generate)(prompts, params)
     seconds = time.perf_counter() - began - generation.stats.prefill_seconds
     return generation, seconds

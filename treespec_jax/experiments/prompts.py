@@ -1,10 +1,12 @@
-"""Prompts: built in, from a flag, or from a file."""
+"""Prompts and conversations: built in, from a flag, or from a file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from treespec_jax.checkpoints import chat
 from treespec_jax.errors import UserError
 
 # Openings in the manner of the texts that small story models are trained on.
@@ -18,6 +20,10 @@ STORIES = (
     "it was a sunny day. max wanted to swim in the lake, but",
     "a kind old man had a small boat. every day he",
 )
+
+
+# One prompt: a text to continue, or the messages of a conversation to answer.
+Prompt = str | list[dict[str, Any]]
 
 
 def choose(prompt: str | None, file: str | None) -> list[str]:
@@ -34,12 +40,69 @@ def choose(prompt: str | None, file: str | None) -> list[str]:
     return [prompt]
 
 
+def gather(
+    talk: bool, prompt: str | None, file: str | None, system: str | None
+) -> tuple[list[Prompt], list[dict[str, Any]] | None]:
+    """What the flags of scripts/generate.py ask for.
+
+    Returns:
+      prompts, and None; or no prompts, and the opening of a conversation to hold.
+
+    Raises:
+      UserError: see `choose` and `conversations`; or --system without --chat.
+    """
+    if not talk:
+        if system is not None:
+            raise UserError("--system needs --chat; add it")
+        return choose(prompt, file), None
+    if prompt is None and file is None:
+        return [], opening(system)
+    return conversations(prompt, file, system), None
+
+
+def conversations(
+    prompt: str | None, file: str | None, system: str | None
+) -> list[list[dict[str, Any]]]:
+    """Conversations of --prompt or --prompts_file, after the words of --system.
+
+    A line of the file is what the user says; in a .jsonl file an object holds a
+    "prompt" of that kind, or all "messages".
+
+    Raises:
+      UserError: as for `choose`, or malformed messages.
+    """
+    if prompt is not None or file is None:
+        said = [_said_by_user(text) for text in choose(prompt, file)]
+    elif Path(file).suffix == ".jsonl":
+        said = [_json_messages(file, *line) for line in _lines(file)]
+    else:
+        said = [_said_by_user(text) for text in read(file)]
+    return [opening(system) + messages for messages in said]
+
+
+def opening(system: str | None) -> list[dict[str, Any]]:
+    """What stands in front of a conversation. Raises UserError if it is empty."""
+    if system is None:
+        return []
+    if not system.strip():
+        raise UserError("--system is empty; leave it out or give it words")
+    return [{"role": "system", "content": system}]
+
+
 def read(file: str) -> list[str]:
     """One prompt a line; in a .jsonl file, an object with "prompt" a line.
 
     Raises:
       UserError: the file is unreadable, malformed or without a prompt.
     """
+    lines = _lines(file)
+    if Path(file).suffix == ".jsonl":
+        return [_json_prompt(file, number, line) for number, line in lines]
+    return [line.rstrip("\r") for _, line in lines]
+
+
+def _lines(file: str) -> list[tuple[int, str]]:
+    """Lines that hold something, by number. Raises UserError if there is none."""
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except OSError as error:
@@ -51,9 +114,22 @@ def read(file: str) -> list[str]:
     lines = [(n, s) for n, s in enumerate(text.split("\n"), 1) if s.strip()]
     if not lines:
         raise UserError(f"prompts file {file} is empty; write one prompt a line")
-    if Path(file).suffix == ".jsonl":
-        return [_json_prompt(file, number, line) for number, line in lines]
-    return [line.rstrip("\r") for _, line in lines]
+    return lines
+
+
+def _said_by_user(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def _json_messages(file: str, number: int, line: str) -> list[dict[str, Any]]:
+    try:
+        messages = json.loads(line)["messages"]
+    except (ValueError, KeyError, TypeError):
+        return _said_by_user(_json_prompt(file, number, line))
+    try:
+        return chat.check_messages(messages)
+    except UserError as error:
+        raise UserError(f"{file}:{number}: {error}") from None
 
 
 def _json_prompt(file: str, number: int, line: str) -> str:
