@@ -1,6 +1,6 @@
 """Converts a checkpoint to this package's own format.
 
-Reads a Hugging Face Llama folder, a llama2.c .bin file or a folder that this script
+Reads a Hugging Face folder, a llama2.c .bin file or a folder that this script
 wrote; writes a folder with the weights (orbax), the configuration and the tokenizer:
 
   convert_checkpoint.py --input=stories260K.bin --tokenizer=tok512.bin --output=stories

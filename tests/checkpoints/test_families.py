@@ -286,6 +286,21 @@ def test_text_part_of_a_sparse_multimodal_file(read):
     assert len(config.local_layers) == 29 and config.window == 1024
 
 
+def test_text_part_that_is_none(refuses):
+    message = 'text_config="gemma" must hold settings'
+    refuses(message, golden("gemma3_multimodal"), text_config="gemma")
+
+
+def test_damaged_generation_settings(read, tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match=f"^{path} is not JSON"):
+        read(golden("llama_grouped"))
+    path.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match='eos_token_id="</s>" must be a token'):
+        read(golden("llama_grouped"))
+
+
 LLAMA3 = dict(
     rope_type="llama3",
     factor=8.0,

@@ -53,13 +53,17 @@ def read_config(path: Path) -> ModelConfig:
     """
     values = read_json(path)
     family = _family(path, values)
-    outer = values if isinstance(values.get("text_config"), Mapping) else {}
-    read = _Reader(path, family, values["text_config"] if outer else values, outer)
+    text, outer = values.get("text_config"), values
+    if text is None:
+        text, outer = values, {}
+    if not isinstance(text, Mapping):
+        raise UserError(f"{path}: text_config={_short(text)} must hold settings")
+    read = _Reader(path, family, text, outer)
     try:
         return _config(read)
     except UserError as error:
         # Checks of ModelConfig do not know the file.
-        named = str(error).startswith(str(path))
+        named = str(error).startswith(str(path.parent))
         raise error if named else UserError(f"{path}: {error}") from None
 
 
