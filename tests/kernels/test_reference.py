@@ -61,6 +61,41 @@ def test_soft_cap_and_window_equal_the_oracle(options, page):
         check(case, **options)
 
 
+@pytest.mark.parametrize("window", [1, 5, 40, 64, 100])
+def test_windows_over_several_blocks_equal_the_oracle(window):
+    """Shorter, as long as, and longer than a block; slots that see other blocks."""
+    rng = np.random.default_rng(window)
+    for lengths in [(150, 149), (3, 130), (0, 128), (64, 72), (127, 191)]:
+        sizes = dict(B=2, T=5, G=2, page=8, max_pages=24, scratch=3)
+        check(make_case(rng, lengths=lengths, **sizes), window=window)
+
+
+def test_blocks_outside_every_window_are_not_read():
+    """NaN values there would spoil any sum that they entered.
+
+    Slot 0 sees rows from 150 + 1 - 20 + 1 = 132 on, slot 1 has no prefix, and slot 2
+    stands so deep that its prefix is out of reach: blocks of 64 begin with the third.
+    """
+    rng = np.random.default_rng(10)
+    sizes = dict(B=3, T=4, G=2, page=8, max_pages=24)
+    case = make_case(rng, lengths=(150, 0, 30), **sizes)
+    case.tree_depth[0] = [1, 2, 2, 3]
+    case.tree_depth[2] = [19, 20, 21, 21]
+    clean = run(case, window=20)
+    np.testing.assert_allclose(
+        clean, attention(case, scale=SCALE, window=20), atol=2e-5, rtol=2e-5
+    )
+    whole = case.kv_pages.copy()
+    for slot, pages in [(0, 16), (2, 24)]:
+        case.kv_pages[case.page_table[slot, :pages]] = np.nan
+    np.testing.assert_array_equal(run(case, window=20), clean)
+    # One step less deep, slot 2 sees the last row of its prefix again.
+    case.tree_depth[2] = [18, 20, 21, 21]
+    spoiled = run(case, window=20)
+    clean = run(dataclasses.replace(case, kv_pages=whole), window=20)
+    assert not np.isclose(spoiled[2, 0], clean[2, 0]).any()
+
+
 def test_a_window_changes_the_result_by_depth():
     """Two siblings see the same tree rows, though one stands further on."""
     rng = np.random.default_rng(0)
