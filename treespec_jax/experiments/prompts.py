@@ -69,7 +69,7 @@ def conversations(
     "prompt" of that kind, or all "messages".
 
     Raises:
-      UserError: as for `choose`, or malformed messages.
+      UserError: as for `choose`, an empty prompt, or malformed messages.
     """
     if prompt is not None or file is None:
         said = [_said_by_user(text) for text in choose(prompt, file)]
@@ -118,6 +118,8 @@ def _lines(file: str) -> list[tuple[int, str]]:
 
 
 def _said_by_user(text: str) -> list[dict[str, Any]]:
+    if not text.strip():
+        raise UserError("the prompt is empty; with --chat it needs at least one word")
     return [{"role": "user", "content": text}]
 
 
