@@ -73,11 +73,11 @@ def test_features_of_the_golden_folders():
     assert read["llama3"].eos_ids == (2, 5)
     assert read["llama_linear"].rotary == RotaryConfig(5000.0, "linear", 2.5)
     assert read["llama_yarn"].rotary == RotaryConfig(
-        1e4,
+        500.0,
         "yarn",
         4.0,
         16,
-        beta_fast=4.0,
+        beta_fast=1.0,
         beta_slow=0.25,
         truncate=False,
         mscale=0.8,
@@ -240,11 +240,11 @@ def test_yarn(read):
     scaling = dict(type="yarn", factor=4.0, original_max_position_embeddings=1024)
     config = read(golden("qwen2"), rope_scaling=scaling, max_position_embeddings=1024)
     assert config.max_positions == 4096
-    assert config.rotary == RotaryConfig(1e4, "yarn", 4.0, 1024)
+    assert config.rotary == RotaryConfig(500.0, "yarn", 4.0, 1024)
     scaling.update(factor=None, beta_fast=0, truncate=None, attention_factor=None)
     config = read(golden("qwen2"), rope_scaling=scaling, max_position_embeddings=8192)
     assert (config.rotary.factor, config.max_positions) == (8.0, 8192)
-    assert config.rotary == RotaryConfig(1e4, "yarn", 8.0, 1024)
+    assert config.rotary == RotaryConfig(500.0, "yarn", 8.0, 1024)
     del scaling["original_max_position_embeddings"]
     scaling["factor"] = 2.0
     config = read(golden("qwen2"), rope_scaling=scaling, max_position_embeddings=512)

@@ -73,12 +73,13 @@ def rotary(kind, theta=10000.0, **more):
 
 
 def yarn(factor=4.0, **more):
-    # Few turns, because a tiny head has few frequencies to tell apart.
+    # A base and turns that let both ends of the blend fall inside a tiny head.
     return rotary(
         "yarn",
+        theta=500.0,
         factor=factor,
         original_max_position_embeddings=ORIGINAL,
-        beta_fast=4.0,
+        beta_fast=1.0,
         beta_slow=0.25,
         **more,
     )
@@ -147,12 +148,12 @@ VARIANTS = {
         dict(yarn(), hidden_size=40, num_attention_heads=4),
         older=dict(
             rope_parameters=None,
-            rope_theta=10000.0,
+            rope_theta=500.0,
             rope_scaling=dict(
                 type="yarn",
                 factor=4.0,
                 original_max_position_embeddings=ORIGINAL,
-                beta_fast=4.0,
+                beta_fast=1.0,
                 beta_slow=0.25,
             ),
         ),
