@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.checkpoints.support import same_parameters, train_sentencepiece
 from treespec_jax.checkpoints import load
+from treespec_jax.checkpoints.families import FAMILIES
+from treespec_jax.checkpoints.safetensors_source import SafetensorsSource
 from treespec_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -154,6 +156,49 @@ def test_unread_tensor(folder):
     change_tensors(folder, lambda t: t.update(extra))
     with pytest.raises(UserError, match="layers.2.q_norm and 1 more would stay unread"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "message"),
+    [
+        (
+            "llama_grouped",
+            "qwen2",
+            "tensor model.layers.0.self_attn.q_proj.bias is missing, which models of "
+            "family qwen2 have",
+        ),
+        (
+            "qwen2",
+            "llama",
+            "model.layers.0.self_attn.k_proj.bias and 5 more would stay unread; "
+            "family llama, which the configuration names, has no such tensor",
+        ),
+        ("qwen3", "llama", "self_attn.k_norm.weight and 3 more would stay unread"),
+        ("gemma2", "gemma", "post_feedforward_layernorm.weight and 5 more would"),
+        ("gemma3_text", "gemma2", "self_attn.k_norm.weight and 7 more would"),
+        ("gemma", "llama", "embed_tokens.weight has shape"),
+    ],
+)
+def test_wrong_family_is_found_before_memory_is_spent(
+    name, family, message, tmp_path, monkeypatch
+):
+    folder = pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+    row = FAMILIES[family]
+    named = dict(architectures=row.architectures[:1], model_type=row.model_types[0])
+    # As if the configuration of another download had been copied over it.
+    if family == "llama":
+        named["hidden_act"] = "silu"
+    if name == "gemma":
+        named["hidden_size"] = 64
+    change_config(folder, **named)
+
+    def read(*_):
+        pytest.fail("a tensor was read")
+
+    monkeypatch.setattr(SafetensorsSource, "read", read)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
