@@ -6,6 +6,8 @@ wrote; writes a folder with the weights (orbax), the configuration and the token
   convert_checkpoint.py --input=stories260K.bin --tokenizer=tok512.bin --output=stories
 """
 
+import sys
+
 from absl import flags
 
 from treespec_jax import cli
@@ -36,6 +38,8 @@ def main(_) -> None:
     loaded = checkpoints.load(
         _INPUT.value, _DTYPE.value, tokenizer=_TOKENIZER.value, progress=bar
     )
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
     checkpoints.save(loaded, _OUTPUT.value)
     count = parameter_count(loaded.config)
     kind = loaded.tokenizer.file_name if loaded.tokenizer else "no tokenizer"

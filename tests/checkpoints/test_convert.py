@@ -44,8 +44,18 @@ def test_converts(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "parameters in bfloat16, no tokenizer" in done.stdout
     assert "14/14" in done.stderr
-    assert "WARNING" not in done.stderr
+    assert "WARNING" not in done.stderr and "note: " not in done.stderr
     assert load(tmp_path / "out").dtype.name == "bfloat16"
+
+
+def test_says_what_is_left_out(tmp_path):
+    folder = GOLDEN / "gemma3_multimodal"
+    done = start(SCRIPT, f"--input={folder}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert f"note: {folder} also reads images; its text part alone" in done.stderr
+    found = load(tmp_path / "out")
+    assert found.config == load(folder).config
+    assert found.notes == ()
 
 
 @pytest.mark.parametrize(

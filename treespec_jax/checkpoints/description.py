@@ -30,6 +30,7 @@ class Description:
       path: of the file or folder.
       kind: NATIVE, HUGGINGFACE or LLAMA2C.
       dtype: name of the stored parameters' dtype, where it is known without them.
+      notes: what of the checkpoint is left out, a line each.
     """
 
     config: ModelConfig
@@ -37,6 +38,7 @@ class Description:
     path: Path
     kind: str
     dtype: str | None
+    notes: tuple[str, ...] = ()
 
 
 def describe(path: str | Path, tokenizer: str | Path | None = None) -> Description:
@@ -53,7 +55,7 @@ def describe(path: str | Path, tokenizer: str | Path | None = None) -> Descripti
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"no checkpoint at {path}; check the path")
-    dtype, found, own = None, None, {}
+    dtype, found, own, notes = None, None, {}, ()
     if is_native(path):
         kind = NATIVE
         config, values = read_metadata(path)
@@ -73,6 +75,7 @@ def describe(path: str | Path, tokenizer: str | Path | None = None) -> Descripti
                 "convert_checkpoint.py) nor config.json (Hugging Face)"
             )
         config = huggingface.read_config(path / "config.json")
+        notes = huggingface.read_notes(path / "config.json")
         found = find_tokenizer(path)
     elif path.suffix == ".bin":
         kind = LLAMA2C
@@ -90,7 +93,7 @@ def describe(path: str | Path, tokenizer: str | Path | None = None) -> Descripti
     if reader is not None:
         check_rows(reader, config.vocab_size, chosen=tokenizer is not None)
         config = _with_tokens(config, reader)
-    return Description(config, reader, path, kind, dtype)
+    return Description(config, reader, path, kind, dtype, notes)
 
 
 def _with_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -37,7 +37,7 @@ class Family:
       refused: keys of `config.json` that must be missing, null or one of these values.
       roots: prefixes that the decoder's tensors may have; the first that is there wins.
       heads: prefixes of an output head of its own.
-      unused: prefixes of tensors that other parts of a model have, and what those are.
+      unused: prefixes of the tensors of parts that read images.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Family:
     )
     roots: tuple[str, ...] = ("model",)
     heads: tuple[str, ...] = ("lm_head",)
-    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 _GEMMA = dict(scaled_embeddings=True, unit_offset_norms=True)
@@ -180,11 +180,11 @@ FAMILIES = {
             refused=dict(_GEMMA_CAUSAL, attn_logit_softcapping=()),
             roots=("model", "language_model.model", "model.language_model"),
             heads=("lm_head", "language_model.lm_head"),
-            unused={
-                f"{at}{part}.": "images"
+            unused=tuple(
+                f"{at}{part}."
                 for at in ("", "model.")
                 for part in ("vision_tower", "multi_modal_projector")
-            },
+            ),
         ),
     ]
 }
@@ -197,12 +197,10 @@ class NameTable:
     Attributes:
       pieces: every tensor's place; together they fill every parameter.
       ignored: names of tensors that are there and of no use.
-      notes: what is lost by that, for the user; a line each.
     """
 
     pieces: list[Piece]
     ignored: list[str]
-    notes: tuple[str, ...] = ()
 
 
 def name_table(config: ModelConfig, names: Collection[str]) -> NameTable:
@@ -240,18 +238,8 @@ def name_table(config: ModelConfig, names: Collection[str]) -> NameTable:
     else:
         head = next((head for head in heads if head in names), heads[0])
         pieces.append(Piece(head, (config.vocab_size, config.embed_dim), "head"))
-    unused = {
-        name: what
-        for name in names
-        for prefix, what in family.unused.items()
-        if name.startswith(prefix)
-    }
-    notes = tuple(
-        f"{sum(held == what for held in unused.values())} tensors that read {what} "
-        "are left out: the model is run on text alone"
-        for what in dict.fromkeys(unused.values())
-    )
-    return NameTable(pieces, sorted({*unused, *useless.intersection(names)}), notes)
+    unused = {name for name in names if name.startswith(family.unused)}
+    return NameTable(pieces, sorted(unused | useless.intersection(names)))
 
 
 def _layer(config: ModelConfig, here: str, at: str) -> list[Piece]:

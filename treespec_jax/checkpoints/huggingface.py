@@ -67,6 +67,13 @@ def read_config(path: Path) -> ModelConfig:
         raise error if named else UserError(f"{path}: {error}") from None
 
 
+def read_notes(path: Path) -> tuple[str, ...]:
+    """What of the model in the folder of `config.json` is left out, a line each."""
+    if read_json(path).get("vision_config") is None:
+        return ()
+    return (f"{path.parent} also reads images; its text part alone is used",)
+
+
 class _Reader:
     """The settings of a folder: its own, then the family's defaults.
 

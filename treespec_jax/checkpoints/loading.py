@@ -28,6 +28,7 @@ class LoadedModel:
       tokenizer: or None if the checkpoint has none.
       source: name of the file or folder that it came from.
       dtype: of the parameters.
+      notes: what of the checkpoint was left out, a line each.
     """
 
     config: ModelConfig
@@ -35,6 +36,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     source: str
     dtype: np.dtype
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -74,4 +76,4 @@ def load(
             table, ignored = llama2c.name_table(config), llama2c.IGNORED
         wanted = wanted or check_dtype(source.dtype)
         model = build(config, wanted, table, source, ignored, progress)
-    return LoadedModel(config, model, about.tokenizer, path.name, wanted)
+    return LoadedModel(config, model, about.tokenizer, path.name, wanted, about.notes)

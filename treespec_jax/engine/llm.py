@@ -101,7 +101,8 @@ class LLM:
       prefill_chunks: row counts of the compiled prefill passes.
 
     Attributes:
-      notes: what to know of the vocabularies of target and drafter, a line each.
+      notes: what of the checkpoints was left out, and what to know of the
+        vocabularies of target and drafter, a line each.
 
     Raises:
       UserError: a checkpoint that cannot be read, vocabularies that differ, a
@@ -147,7 +148,8 @@ class LLM:
         target = _loaded(model, dtype)
         draft = None if plain else _loaded(spec.model, target.dtype)
         longest = target.config.max_positions
-        self.notes = tuple(limits.check_pair(target, draft))
+        left_out = [*target.notes, *(draft.notes if draft is not None else ())]
+        self.notes = (*left_out, *limits.check_pair(target, draft))
         use_huge_pages(target.model)
         if draft is not None:
             use_huge_pages(draft.model)
