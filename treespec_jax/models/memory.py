@@ -23,20 +23,24 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        raw, unit = np.frombuffer(pages, np.uint8), HUGE_PAGE
+        raw = np.frombuffer(pages, np.uint8)
+        start = -raw.ctypes.data % HUGE_PAGE
+        # The rest is a megabyte per array on average: it lies in small pages.
+        whole = size // HUGE_PAGE * HUGE_PAGE
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        pages.madvise(mmap.MADV_HUGEPAGE, start, whole)
     else:
-        raw, unit = np.empty(size + _LINE, np.uint8), _LINE
-    start = -raw.ctypes.data % unit
+        raw = np.empty(size + _LINE, np.uint8)
+        start = -raw.ctypes.data % _LINE
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def use_huge_pages(module: nnx.Module) -> None:
     """Moves a module's large parameters, one by one, into 2 MiB pages.
 
-    Does nothing for those that `empty` made, on accelerators, or where the system has
-    no such pages. The parameters are replaced in place, so that no second copy of the
-    model exists.
+    Does nothing for those that `empty` made, on accelerators, over several devices, or
+    where the system has no such pages. The parameters are replaced in place, so that
+    no second copy of the model exists.
 
     Args:
       module: its `nnx.Param`s are moved.
@@ -47,7 +51,7 @@ def use_huge_pages(module: nnx.Module) -> None:
         nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable)
     ):
         value = variable[...]
-        on_cpu = all(d.platform == "cpu" for d in value.devices())
+        on_cpu = [d.platform for d in value.devices()] == ["cpu"]
         if value.nbytes >= HUGE_PAGE and on_cpu and not _is_aligned(value):
             moved = empty(value.shape, value.dtype)
             moved[...] = np.asarray(value)
