@@ -6,6 +6,7 @@ output head), then float32 tensors, each kind for all layers, in the order of `_
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Llama2cSource:
         at = _HEADER.size
         for name, shape in _layout(self.config):
             self._spans[name] = at, shape
-            at += 4 * int(np.prod(shape))
+            at += 4 * math.prod(shape)
         if size != at:
             raise UserError(
                 f"{path} has {size} bytes, its header asks for {at}; it is cut short "
@@ -62,11 +63,20 @@ class Llama2cSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, (_, shape) in self._spans.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        at, shape = self._spans[name]
+    def dtypes(self) -> dict[str, str]:
+        return dict.fromkeys(self._spans, self.dtype)
+
+    def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
+        at, (_, *row) = self._spans[name]
+        first, *rest = region
+        size, count = math.prod(row), first.stop - first.start
         # Not memory-mapped: pages of a map would count as a second copy of the model.
-        flat = np.fromfile(self.path, "<f4", int(np.prod(shape)), offset=at)
-        return flat.reshape(shape)
+        offset = at + 4 * first.start * size
+        flat = np.fromfile(self.path, "<f4", count * size, offset=offset)
+        return flat.reshape(count, *row)[:, *rest]
+
+    def files(self) -> list[Path]:
+        return [self.path]
 
 
 def name_table(config: ModelConfig) -> list[Piece]:

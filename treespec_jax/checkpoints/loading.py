@@ -6,15 +6,24 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from treespec_jax.checkpoints import families, llama2c, native
-from treespec_jax.checkpoints.description import HUGGINGFACE, NATIVE, describe
-from treespec_jax.checkpoints.placement import Progress, build, check_dtype
+from treespec_jax.checkpoints import families, llama2c
+from treespec_jax.checkpoints.description import (
+    HUGGINGFACE,
+    NATIVE,
+    Description,
+    describe,
+)
+from treespec_jax.checkpoints.native import NativeSource
+from treespec_jax.checkpoints.pieces import TensorSource
+from treespec_jax.checkpoints.placement import Parameters, Progress, check_dtype
 from treespec_jax.checkpoints.safetensors_source import SafetensorsSource
 from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +54,10 @@ def load(
     *,
     tokenizer: str | Path | None = None,
     progress: Progress = iter,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules | None = None,
 ) -> LoadedModel:
-    """Reads a checkpoint.
+    """Reads a checkpoint; memory peaks at the parameters and a few MiB.
 
     Args:
       path: a Hugging Face Llama folder, a llama2.c version 0 `.bin` file, or a folder
@@ -54,26 +65,47 @@ def load(
       dtype: float32, bfloat16 or float16; None: as stored.
       tokenizer: a file to use instead of the one found with the weights.
       progress: wraps the list of parameters as they are read, to show a bar.
+      mesh: of devices that hold the parameters together, see `sharding.make_mesh`; a
+        process reads what its own devices hold. None: the first device holds all.
+      rules: how the parameters are cut; None: the default ones.
 
     Raises:
       UserError: the path is missing, unreadable or of no known kind; a tensor is
         missing, unread, of the wrong shape or not finite; a setting is not supported;
-        the tokenizer does not fit the embedding (see `check_rows`).
+        the tokenizer does not fit the embedding (see `check_rows`); a rule names an
+        axis that the mesh does not have.
     """
     wanted = None if dtype is None else check_dtype(dtype)
     about = describe(path, tokenizer)
+    parameters, wanted = open_parameters(about, wanted)
+    model = parameters.build(progress, mesh, rules)
+    return LoadedModel(
+        about.config, model, about.tokenizer, about.path.name, wanted, about.notes
+    )
+
+
+def open_parameters(
+    about: Description, dtype: np.dtype | None
+) -> tuple[Parameters, np.dtype]:
+    """The parameters of a described checkpoint, unread, and their dtype.
+
+    Args:
+      about: as `describe` gave it.
+      dtype: to cast to; None: as stored.
+
+    Raises:
+      UserError: the tensors are not those of the configuration.
+    """
     path, config = about.path, about.config
+    source: TensorSource
     if about.kind == NATIVE:
-        wanted = wanted or check_dtype(about.dtype)
-        model = native.read(path, config, wanted, progress)
+        source, table, ignored = NativeSource(path), None, ()
+    elif about.kind == HUGGINGFACE:
+        source = SafetensorsSource(path)
+        names = families.name_table(config, source.shapes())
+        table, ignored = names.pieces, names.ignored
     else:
-        if about.kind == HUGGINGFACE:
-            source = SafetensorsSource(path)
-            names = families.name_table(config, source.shapes())
-            table, ignored = names.pieces, names.ignored
-        else:
-            source = llama2c.Llama2cSource(path)
-            table, ignored = llama2c.name_table(config), llama2c.IGNORED
-        wanted = wanted or check_dtype(source.dtype)
-        model = build(config, wanted, table, source, ignored, progress)
-    return LoadedModel(config, model, about.tokenizer, path.name, wanted, about.notes)
+        source = llama2c.Llama2cSource(path)
+        table, ignored = llama2c.name_table(config), llama2c.IGNORED
+    dtype = dtype or check_dtype(source.dtype)
+    return Parameters(config, dtype, table, source, ignored), dtype

@@ -1,5 +1,10 @@
 """The package's own folders: `metadata.json`, `params/` (orbax) and the tokenizer.
 
+`params/` holds the parameters in groups of some 64 MB, each an orbax checkpoint of its
+own, so that a conversion holds one group and goes on after the last one. They are
+read through tensorstore, which orbax stores in: any part of a parameter, whereas
+orbax's own restore holds up to three copies of what it restores.
+
 `metadata.json` holds the configuration, and size and checksum of every file of
 `params/`. A folder is written beside its destination and renamed at the end, so that
 one that is there is whole.
@@ -13,40 +18,90 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from treespec_jax.checkpoints.files import first_line, read_json
 from treespec_jax.checkpoints.metadata import FORMAT, METADATA, VERSION
-from treespec_jax.checkpoints.placement import (
-    Progress,
-    abstract_parameters,
-    check_dtype,
-    check_finite,
-    check_shape,
-    concrete,
-    dotted,
-)
+from treespec_jax.checkpoints.placement import Item, check_dtype, dotted
+from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
-from treespec_jax.models.transformer import Transformer
+from treespec_jax.models import memory
 
 if TYPE_CHECKING:
     from treespec_jax.checkpoints.loading import LoadedModel
 
 PARAMS = "params"
-_BATCH = 32 << 20
+_GROUP = 64 << 20
+# What is read at once to get at a part of a parameter.
+_CHUNK = 1 << 20
+
+
+class NativeSource:
+    """Parameters in a folder that `save` or `convert` wrote; see `TensorSource`.
+
+    Raises:
+      UserError: a file is missing, of another size, or changed; names the first one.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        values = read_json(path / METADATA)
+        self.dtype = values.get("dtype")
+        # tensorstore takes absolute paths only.
+        self._folder = path.absolute() / PARAMS
+        files = values.get("files")
+        if not isinstance(files, Mapping) or not files:
+            raise UserError(
+                f"{path / METADATA} lacks 'files'; convert the original again"
+            )
+        check_files(path / PARAMS, files)
+        self._arrays: dict[str, Any] = {}
+        for group in sorted({name.partition("/")[0] for name in files}):
+            with self._reading(group):
+                self._arrays.update(_open(self._folder / group))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(array.shape) for name, array in self._arrays.items()}
+
+    def dtypes(self) -> dict[str, str]:
+        return {
+            name: array.dtype.numpy_dtype.name for name, array in self._arrays.items()
+        }
+
+    def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
+        import tensorstore as ts
+
+        with self._reading(f"parameter {name}"):
+            # Into memory of ours: theirs would come from the heap, and leave holes.
+            part = self._arrays[name][region][ts.d[:].translate_to[0]]
+            array = memory.empty(part.shape, part.dtype.numpy_dtype)
+            ts.array(array).write(part).result()
+            return array
+
+    def files(self) -> list[Path]:
+        return [self.path / METADATA]
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # tensorstore raises many kinds
+            raise _damaged(self.path / PARAMS, f"{what}: {_short(error)}") from None
 
 
 def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
     """Writes a model that `load` reads back, tokenizer included.
 
-    An earlier folder of this kind at `path` is replaced, once the new one is whole.
+    Parameters may be sharded. An earlier folder of this kind at `path` is replaced,
+    once the new one is whole.
 
     Args:
       loaded: what to write.
@@ -60,52 +115,132 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
     path = Path(path).expanduser().absolute()
     wanted = check_dtype(dtype or loaded.dtype)
     check_output(path)
-    arrays = _arrays(loaded.model, wanted, loaded.source)
+    leaves = {
+        dotted(path): leaf
+        for path, leaf in nnx.to_flat_state(nnx.state(loaded.model, nnx.Param))
+    }
+    items = [Item(name, leaf.size * wanted.itemsize) for name, leaf in leaves.items()]
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    files: dict[str, Any] = {}
     try:
-        with _writing(path):
-            partial.mkdir(parents=True)
-            _write_params(arrays, partial / PARAMS)
-            if loaded.tokenizer is not None:
-                loaded.tokenizer.save(partial)
-            about = _metadata(loaded, wanted)
-            about["files"] = _checksums(partial / PARAMS)
-            text = json.dumps(about, indent=2)
-            (partial / METADATA).write_text(text + "\n", encoding="utf-8")
-            _move_into_place(partial, path)
+        with writing(path):
+            for group in grouped(items):
+                arrays = {}
+                for item in group.items:
+                    value = leaves[item.path][...].astype(wanted)
+                    if not _is_finite(value):
+                        raise UserError(
+                            f"{loaded.source}: tensor {item.path} holds NaN or "
+                            "infinity; training went wrong, or "
+                            f"{wanted.name} cannot hold it"
+                        )
+                    arrays[item.path] = value
+                files |= write_group(partial, group.name, arrays)
+            finish(
+                partial,
+                path,
+                loaded.config,
+                loaded.tokenizer,
+                loaded.source,
+                wanted,
+                files,
+            )
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read(
-    path: Path, config: ModelConfig, dtype: np.dtype, progress: Progress = iter
-) -> Transformer:
-    """The model in a folder that `save` wrote; `config` is that of its metadata.
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters that are written together.
 
-    Raises:
-      UserError: damaged, or names and shapes of the parameters are not those that the
-        configuration asks for.
+    Attributes:
+      name: of their folder below `params/`.
+      items: the parameters.
+      nbytes: of all of them.
     """
-    _check_files(path / PARAMS, read_json(path / METADATA).get("files", {}))
-    # orbax takes absolute paths only.
-    return _read_params(path.absolute() / PARAMS, config, dtype, progress)
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(item.nbytes for item in self.items)
 
 
-def _metadata(loaded: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
-    tokenizer = loaded.tokenizer
+def grouped(items: Sequence[Item]) -> list[Group]:
+    """Cuts the parameters, in order, into groups of about `_GROUP` bytes."""
+    groups: list[list[Item]] = []
+    room = 0
+    for item in items:
+        if item.nbytes > room:
+            groups.append([])
+            room = _GROUP
+        groups[-1].append(item)
+        room -= item.nbytes
+    return [Group(f"{i:04d}", tuple(group)) for i, group in enumerate(groups)]
+
+
+def write_group(
+    folder: Path, name: str, arrays: Mapping[str, np.ndarray | jax.Array]
+) -> dict[str, list[int]]:
+    """Writes parameters below `folder`; size and CRC-32 of their files, by name."""
+    import orbax.checkpoint as ocp
+
+    params = folder / PARAMS
+    params.mkdir(parents=True, exist_ok=True)
+    tree = _nested(arrays)
+    # Weights hardly compress: without, files are a seventh larger, and are written and
+    # read four times as fast.
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=False, use_compression=False
+    )
+    how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(params / name, args=ocp.args.PyTreeSave(tree, save_args=how))
+    # Holds nothing but the path at which it was written; object stores need it, a
+    # folder is whole because it was renamed.
+    (params / name / "commit_success.txt").unlink(missing_ok=True)
     return {
+        path.relative_to(params).as_posix(): [path.stat().st_size, _crc(path)]
+        for path in sorted((params / name).rglob("*"))
+        if path.is_file()
+    }
+
+
+def finish(
+    partial: Path,
+    path: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    source: str,
+    dtype: np.dtype,
+    files: Mapping[str, Any],
+) -> None:
+    """Makes the folder `partial`, whose parameters are written, whole and `path`."""
+    if tokenizer is not None:
+        tokenizer.save(partial)
+    about = {
         "format": FORMAT,
         "version": VERSION,
-        "source": loaded.source,
+        "source": source,
         "dtype": dtype.name,
-        "model": dataclasses.asdict(loaded.config),
+        "model": dataclasses.asdict(config),
         "tokenizer": tokenizer
         and {
             "file": tokenizer.file_name,
             "bos_id": tokenizer.bos_id,
             "eos_ids": tokenizer.eos_ids,
         },
+        "files": files,
     }
+    text = json.dumps(about, indent=2)
+    (partial / METADATA).write_text(text + "\n", encoding="utf-8")
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(path: str | Path) -> None:
@@ -136,117 +271,23 @@ def check_output(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path, hint: str = "") -> Iterator[None]:
+    """Turns what goes wrong with files into a UserError that ends with `hint`."""
     try:
         yield
     except UserError:
         raise
     # orbax reports a full disk as ValueError or RuntimeError.
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {path}: {reason}") from None
+        reason = getattr(error, "strerror", None) or _short(error)
+        raise UserError(f"cannot write {path}: {reason}{hint}") from None
 
 
-def _move_into_place(partial: Path, path: Path) -> None:
-    old = None
-    if path.exists():
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
-        path.rename(old)
-    partial.rename(path)
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def _arrays(model: Transformer, dtype: np.dtype, source: str) -> dict[str, jax.Array]:
-    arrays = {}
-    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = leaf[...].astype(dtype)
-        check_finite(np.asarray(value), dotted(path), source)
-        arrays[dotted(path)] = value
-    return arrays
-
-
-def _write_params(arrays: Mapping[str, jax.Array], folder: Path) -> None:
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(arrays)))
-    # Holds nothing but the path at which it was written; object stores need it, a
-    # folder is whole because it was renamed.
-    (folder / "commit_success.txt").unlink(missing_ok=True)
-
-
-def _read_params(
-    folder: Path, config: ModelConfig, dtype: np.dtype, progress: Progress
-) -> Transformer:
-    """Restores into the abstract model, cast to `dtype` on the way."""
-    import orbax.checkpoint as ocp
-
-    graph, state, flat = abstract_parameters(config, dtype)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
-        for path, leaf in flat.items()
-    }
-    arrays: dict[str, jax.Array] = {}
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            stored = checkpointer.metadata(folder).item_metadata
-            if stored is None:
-                raise ValueError("its list of tensors is missing")
-            _check_stored(folder, _flat(stored.tree), wanted)
-            for batch in progress(_batches(wanted)):
-                arrays.update(_restore(checkpointer, folder, batch))
-    except UserError:
-        raise
-    except Exception as error:  # orbax raises down to a bare Exception
-        raise _damaged(folder, _root_cause(error)) from None
-    return concrete(graph, state, arrays)
-
-
-def _restore(
-    checkpointer: Any, folder: Path, batch: Mapping[str, Any]
-) -> dict[str, jax.Array]:
-    import orbax.checkpoint as ocp
-
-    tree = _nested(batch)
-    how = ocp.checkpoint_utils.construct_restore_args(tree)
-    args = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
-    arrays = _flat(checkpointer.restore(folder, args=args))
-    for path, array in arrays.items():
-        check_finite(np.asarray(array), path, folder)
-    return arrays
-
-
-def _damaged(where: Path, reason: str) -> UserError:
-    return UserError(
-        f"{where} cannot be read ({reason}); it is damaged or incomplete, convert or "
-        "copy it again"
-    )
-
-
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file below `folder`, by relative name."""
-    return {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, _crc(path)]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def _crc(path: Path) -> int:
-    total = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total = zlib.crc32(block, total)
-    return total
-
-
-def _check_files(folder: Path, written: Mapping[str, Any]) -> None:
+def check_files(folder: Path, written: Mapping[str, Any]) -> None:
     """Compares the files with what was written.
 
-    Orbax reads many at once and answers a damaged one with pages of text, some of it
-    from threads that nobody waits for; it also loads bytes that changed silently.
+    tensorstore answers a damaged one with pages of text, and loads bytes that changed
+    silently.
 
     Raises:
       UserError: names the first file that is missing, of another size, or changed.
@@ -263,47 +304,54 @@ def _check_files(folder: Path, written: Mapping[str, Any]) -> None:
             raise _damaged(path, str(error.strerror)) from None
 
 
-def _root_cause(error: BaseException) -> str:
+def _open(group: Path) -> dict[str, Any]:
+    """The arrays of an orbax checkpoint, by parameter, unread."""
+    import tensorstore as ts
+
+    context = ts.Context({"file_io_mode": {"mode": "memmap"}})
+    store = {"driver": "ocdbt", "base": f"file://{group}/"}
+    kv = ts.KvStore.open(store, context=context).result()
+    keys = [key.decode() for key in kv.list().result()]
+    opened = {
+        name: ts.open(
+            {"driver": "zarr", "kvstore": {**store, "path": name}},
+            open=True,
+            read=True,
+            context=context,
+        )
+        for name, _, file in (key.rpartition("/") for key in keys)
+        if file == ".zarray"
+    }
+    return {name: array.result() for name, array in opened.items()}
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+    # Where the shards are: the host need not hold them.
+    return jnp.isfinite(array).all()
+
+
+def _damaged(where: Path, reason: str) -> UserError:
+    return UserError(
+        f"{where} cannot be read ({reason}); it is damaged or incomplete, convert or "
+        "copy it again"
+    )
+
+
+def _crc(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def _short(error: BaseException) -> str:
+    """The first line of what caused an exception, cut to a sensible length."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = first_line(error)
     return line if len(line) <= 160 else line[:157] + "..."
-
-
-def _batches(wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Parameters to restore together, largest first.
-
-    What a restore holds besides its result grows with what it restores at once; a call
-    costs tens of milliseconds whatever its size. Hence batches of `_BATCH` bytes.
-    """
-    batches: list[dict[str, Any]] = []
-    room = 0
-    for path, leaf in sorted(wanted.items(), key=lambda item: -item[1].size):
-        size = leaf.size * leaf.dtype.itemsize
-        if size > room:
-            batches.append({})
-            room = _BATCH
-        batches[-1][path] = leaf
-        room -= size
-    return batches
-
-
-def _check_stored(
-    folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> None:
-    missing = sorted(set(wanted) - set(stored))
-    unread = sorted(set(stored) - set(wanted))
-    if missing:
-        raise UserError(
-            f"{folder}: tensor {missing[0]} is missing; convert the original again"
-        )
-    if unread:
-        raise UserError(
-            f"{folder}: tensor {unread[0]} would stay unread; {METADATA} does not "
-            "belong to it, convert the original again"
-        )
-    for path, leaf in wanted.items():
-        check_shape(folder, path, stored[path].shape, leaf.shape)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,14 +364,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(name, {})
         node[last] = leaf
     return tree
-
-
-def _flat(tree: Mapping[str, Any], front: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a.b": x}."""
-    flat = {}
-    for name, leaf in tree.items():
-        if isinstance(leaf, Mapping):
-            flat.update(_flat(leaf, f"{front}{name}."))
-        else:
-            flat[f"{front}{name}"] = leaf
-    return flat

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ class Piece:
 
 
 class TensorSource(Protocol):
-    """Reads one tensor at a time, and keeps none.
+    """Reads any part of any tensor, and keeps none.
 
     Attributes:
       path: what to call the checkpoint in messages.
@@ -45,5 +45,14 @@ class TensorSource(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of all tensors, without reading them."""
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in an array of its own. Raises UserError if it is damaged."""
+    def dtypes(self) -> Mapping[str, str]:
+        """The names of their dtypes, whether numpy knows them or not."""
+
+    def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
+        """A part of one tensor; `region` holds a start and a stop for every axis.
+
+        The array is the caller's own. Raises UserError if the tensor is damaged.
+        """
+
+    def files(self) -> Sequence[Path]:
+        """The files that the values come from."""

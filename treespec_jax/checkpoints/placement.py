@@ -2,12 +2,18 @@
 
 A name table lists, for every tensor of a checkpoint, where in which parameter it goes.
 Tables are data: a new family or format adds a table and a source, nothing else.
+
+Values go in blocks of a few MiB from the file into the array that stays, cast and
+checked on the way; with a mesh, of every tensor only what this process's devices hold
+is read. So memory peaks at the parameters plus a block, whatever the sizes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +27,31 @@ from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 from treespec_jax.models import memory
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.sharding import Rules, sharding_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Wraps the work list, to show progress: `lambda items: tqdm.tqdm(items)`.
-Progress = Callable[[Sequence[Any]], Iterable[Any]]
+# Part of an array: start and stop along every axis.
+Box = tuple[tuple[int, int], ...]
+
+# Bytes of a tensor that are in memory beside the parameters, in float32.
+_PART = 4 << 20
 
 # Checks of large tensors run in blocks of this many elements, which stay in cache.
 _BLOCK = 1 << 18
 _BROKEN = "holds NaN or infinity; the file is damaged, or training went wrong"
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A parameter to read: its dotted path, and its bytes in the model."""
+
+    path: str
+    nbytes: int
+
+
+# Wraps the work list, to show progress: `lambda items: tqdm.tqdm(items)`.
+Progress = Callable[[Sequence[Item]], Iterable[Item]]
 
 
 def check_dtype(dtype: Any) -> np.dtype:
@@ -70,45 +92,102 @@ def concrete(graph, state, arrays: Mapping[str, jax.Array]) -> Transformer:
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def build(
-    config: ModelConfig,
-    dtype: np.dtype,
-    pieces: Sequence[Piece],
-    source: TensorSource,
-    ignored: Iterable[str] = (),
-    progress: Progress = iter,
-) -> Transformer:
-    """Reads every tensor into its place.
-
-    Holds the parameters once, plus the tensor at hand; the largest parameter comes
-    first, so that its spare copy falls into the time when little else is held.
+class Parameters:
+    """The parameters of a checkpoint, each read when it is asked for.
 
     Args:
       config: shape of the model.
       dtype: of the parameters; tensors are cast on the way.
-      pieces: the name table; together they fill every parameter.
+      pieces: the name table; together they fill every parameter. None: the tensors are
+        the parameters.
       source: of the tensors.
       ignored: names of tensors that may be there and are of no use.
-      progress: wraps the list of parameters.
+
+    Attributes:
+      items: what there is to read, in the order of the model.
+      source: as given.
 
     Raises:
-      UserError: a tensor is missing, unread, of the wrong shape, not of a floating
-        dtype, or holds NaN or infinity.
+      UserError: a tensor is missing, unread, of the wrong shape or of a dtype that is
+        not floating. Nothing has been read by then.
     """
-    _check_names(pieces, source, set(ignored), config.family)
-    graph, state, flat = abstract_parameters(config, dtype)
-    parts = defaultdict(list)
-    for piece in pieces:
-        parts[piece.path].append(piece)
-    arrays = {}
-    order = sorted(flat, key=lambda path: -flat[path].size)
-    for path in progress(order):
-        buffer = memory.empty(flat[path].shape, dtype)
-        for piece in parts[path]:
-            _place(source.read(piece.name), piece, buffer, source.path)
-        arrays[path] = jax.device_put(buffer)
-        del buffer
-    return concrete(graph, state, arrays)
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: np.dtype,
+        pieces: Sequence[Piece] | None,
+        source: TensorSource,
+        ignored: Iterable[str] = (),
+    ):
+        self.source = source
+        self._dtype = dtype
+        self._graph, self._state, self._flat = abstract_parameters(config, dtype)
+        if pieces is None:
+            pieces = [
+                Piece(path, leaf.shape, path) for path, leaf in self._flat.items()
+            ]
+        _check_tensors(pieces, source, set(ignored), config.family)
+        self._pieces = defaultdict(list)
+        for piece in pieces:
+            self._pieces[piece.path].append(piece)
+        self.items = [
+            Item(path, leaf.size * dtype.itemsize) for path, leaf in self._flat.items()
+        ]
+
+    def read(self, path: str, box: Box | None = None) -> np.ndarray:
+        """A parameter, or the part of it in `box`.
+
+        Raises:
+          UserError: a tensor that it comes from is damaged, holds NaN or infinity, or
+            values that float16 cannot hold.
+        """
+        shape = self._flat[path].shape
+        box = box or tuple((0, size) for size in shape)
+        buffer = memory.empty(tuple(stop - start for start, stop in box), self._dtype)
+        for piece in self._pieces[path]:
+            _fill(buffer, box, shape, piece, self.source)
+        return buffer
+
+    def build(
+        self,
+        progress: Progress = iter,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: Rules | None = None,
+    ) -> Transformer:
+        """Reads every parameter into its place: a device, or the devices of a mesh.
+
+        Raises:
+          UserError: as `read`; a rule names no axis of the mesh.
+        """
+        rules = rules or Rules()
+        places = {
+            path: mesh
+            and sharding_of(leaf.get_metadata("logical_axes"), leaf.shape, mesh, rules)
+            for path, leaf in self._flat.items()
+        }
+        arrays = {
+            item.path: self._place(item.path, places[item.path])
+            for item in progress(self.items)
+        }
+        return concrete(self._graph, self._state, arrays)
+
+    def _place(self, path: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
+        if sharding is None:
+            return jax.device_put(self.read(path))
+        shape = self._flat[path].shape
+        devices = defaultdict(list)
+        indices = sharding.addressable_devices_indices_map(shape)
+        for device, index in indices.items():
+            spans = (
+                part.indices(size) for part, size in zip(index, shape, strict=True)
+            )
+            devices[tuple((start, stop) for start, stop, _ in spans)].append(device)
+        shards = []
+        for box, holders in devices.items():
+            buffer = self.read(path, box)
+            shards += [jax.device_put(buffer, device) for device in holders]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def check_shape(where, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
@@ -135,8 +214,10 @@ def check_finite(array: np.ndarray, name: str, where, reason: str = _BROKEN) -> 
             raise UserError(f"{where}: tensor {name} {reason}")
 
 
-def _check_names(pieces, source: TensorSource, ignored: set[str], family: str) -> None:
-    shapes = source.shapes()
+def _check_tensors(
+    pieces: Iterable[Piece], source: TensorSource, ignored: set[str], family: str
+) -> None:
+    shapes, dtypes = source.shapes(), source.dtypes()
     for piece in pieces:
         if piece.name not in shapes:
             raise UserError(
@@ -144,6 +225,12 @@ def _check_names(pieces, source: TensorSource, ignored: set[str], family: str) -
                 f"family {family} have; the file is incomplete or of another family"
             )
         check_shape(source.path, piece.name, shapes[piece.name], piece.shape)
+        kind = dtypes[piece.name]
+        if kind not in (*DTYPES, "float64"):
+            raise UserError(
+                f"{source.path}: tensor {piece.name} is {kind}; quantised weights are "
+                f"not supported, give {', '.join(DTYPES)}"
+            )
     unread = sorted(set(shapes) - {piece.name for piece in pieces} - ignored)
     if unread:
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
@@ -153,21 +240,116 @@ def _check_names(pieces, source: TensorSource, ignored: set[str], family: str) -
         )
 
 
-def _place(tensor: np.ndarray, piece: Piece, buffer: np.ndarray, where) -> None:
-    name = tensor.dtype.name
-    if name not in DTYPES and name != "float64":
-        raise UserError(
-            f"{where}: tensor {piece.name} is {name}; quantised weights are not "
-            f"supported, give {', '.join(DTYPES)}"
+def _fill(
+    buffer: np.ndarray, box: Box, shape: Sequence[int], piece: Piece, source: Any
+) -> None:
+    """Reads what `piece` holds of the part `box` of its parameter into `buffer`."""
+    overlap = _overlap(box, shape, piece.index)
+    if overlap is None:
+        return
+    local, sizes, wanted = overlap
+    view = buffer[local]
+    for block in _blocks(wanted, sizes, piece.interleaved):
+        part = tuple(
+            slice(start - first, stop - first)
+            for (start, stop), (first, _) in zip(block, wanted, strict=True)
         )
-    check_finite(tensor, piece.name, where)
-    part = buffer[piece.index]
+        _copy(view[part], block, sizes, piece, source)
+
+
+def _copy(
+    into: np.ndarray, block: Box, sizes: Sequence[int], piece: Piece, source: Any
+) -> None:
+    """Reads `block` of the tensor, seen as an array of `sizes`."""
+    whole = len(sizes) - 2 if piece.interleaved else None
+    region, read = _region(piece.shape, sizes, block, whole)
+    tensor = source.read(piece.name, region)
+    check_finite(tensor, piece.name, source.path)
+    tensor = tensor.reshape([stop - start for start, stop in read])
     if piece.interleaved:
-        *lead, rows, width = part.shape
+        *lead, rows, width = tensor.shape
         pairs = tensor.reshape(*lead, rows // 2, 2, width)
-        tensor = np.swapaxes(pairs, -3, -2)
+        tensor = np.swapaxes(pairs, -3, -2).reshape(tensor.shape)
+    inner = tuple(
+        slice(start - first, stop - first)
+        for (start, stop), (first, _) in zip(block, read, strict=True)
+    )
     with np.errstate(over="ignore"):
-        np.copyto(part, tensor.reshape(part.shape), casting="unsafe")
-    if buffer.dtype.name == "float16" and name != "float16":
+        np.copyto(into, tensor[inner], casting="unsafe")
+    if into.dtype.name == "float16" and tensor.dtype.name != "float16":
         reason = "holds values above float16's 65504; choose bfloat16 or float32"
-        check_finite(np.ascontiguousarray(part), piece.name, where, reason)
+        check_finite(np.ascontiguousarray(into), piece.name, source.path, reason)
+
+
+def _overlap(
+    box: Box, shape: Sequence[int], index: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], list[int], Box] | None:
+    """What the part `index` of a parameter has in common with its part `box`.
+
+    Returns:
+      Where that lies in an array of the box alone; the sizes of the part that `index`
+      names; and where it lies in that. None if they have nothing in common.
+    """
+    entries = (*index, *[slice(None)] * (len(shape) - len(index)))
+    local: list[Any] = []
+    sizes: list[int] = []
+    wanted: list[tuple[int, int]] = []
+    for entry, size, (start, stop) in zip(entries, shape, box, strict=True):
+        if isinstance(entry, int):
+            if not start <= entry < stop:
+                return None
+            local.append(entry - start)
+            continue
+        first, last, _ = entry.indices(size)
+        low, high = max(first, start), min(last, stop)
+        if low >= high:
+            return None
+        local.append(slice(low - start, high - start))
+        sizes.append(last - first)
+        wanted.append((low - first, high - first))
+    return tuple(local), sizes, tuple(wanted)
+
+
+def _blocks(box: Box, sizes: Sequence[int], interleaved: bool) -> Iterator[Box]:
+    """Cuts a box into runs along its first axis of more than one element.
+
+    The axis of rotary pairs, the last but one, stays whole.
+    """
+    last = len(box) - (3 if interleaved else 1)
+    axis = next((i for i, (a, b) in enumerate(box[:last]) if b - a > 1), max(last, 0))
+    (start, stop), rest = box[axis], math.prod(sizes[axis + 1 :])
+    run = max(1, _PART // (4 * rest))
+    for at in range(start, stop, run):
+        yield *box[:axis], (at, min(at + run, stop)), *box[axis + 1 :]
+
+
+def _region(
+    shape: Sequence[int], sizes: Sequence[int], block: Box, whole: int | None
+) -> tuple[tuple[slice, ...], Box]:
+    """What to read of a tensor of `shape` for a block of it, seen as `sizes`.
+
+    Every axis of the tensor is one or several of `sizes`. Of several the first one
+    that is not 1 bounds what is read; the others, and `whole`, are read whole.
+
+    Returns:
+      A slice for every axis of the tensor, and the part of `sizes` that they cover.
+    """
+    region: list[slice] = []
+    read: list[tuple[int, int]] = []
+    at = 0
+    for size in shape:
+        first, count = at, 1
+        while count < size or (at < len(sizes) and sizes[at] == 1):
+            count *= sizes[at]
+            at += 1
+        assert count == size, (shape, sizes)
+        bound = next((i for i in range(first, at) if sizes[i] > 1), None)
+        if bound is None or bound == whole:
+            region.append(slice(0, size))
+            read += [(0, n) for n in sizes[first:at]]
+            continue
+        inner = math.prod(sizes[bound + 1 : at])
+        start, stop = block[bound]
+        region.append(slice(start * inner, stop * inner))
+        read += [block[i] if i == bound else (0, sizes[i]) for i in range(first, at)]
+    return tuple(region), tuple(read)

@@ -11,6 +11,8 @@ from flax import nnx
 
 HUGE_PAGE = 2 << 20
 _LINE = 64
+# From here on not on the heap, where what stays would keep holes between what goes.
+_OWN_PAGES = 64 << 10
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -21,14 +23,17 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     translation and into prefetches that stop at the page's end.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE)
+    huge = size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    start = 0
+    if huge:
+        pages = _private(size + HUGE_PAGE)
         raw = np.frombuffer(pages, np.uint8)
         start = -raw.ctypes.data % HUGE_PAGE
         # The rest is a megabyte per array on average: it lies in small pages.
-        whole = size // HUGE_PAGE * HUGE_PAGE
         pages.madvise(mmap.MADV_NOHUGEPAGE)
-        pages.madvise(mmap.MADV_HUGEPAGE, start, whole)
+        pages.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
+    elif size >= _OWN_PAGES:
+        raw = np.frombuffer(_private(size), np.uint8)
     else:
         raw = np.empty(size + _LINE, np.uint8)
         start = -raw.ctypes.data % _LINE
@@ -60,3 +65,10 @@ def use_huge_pages(module: nnx.Module) -> None:
 
 def _is_aligned(value: jax.Array) -> bool:
     return value.unsafe_buffer_pointer() % HUGE_PAGE == 0
+
+
+def _private(size: int) -> mmap.mmap:
+    # By default a map is shared, for which systems have other limits.
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
+    return mmap.mmap(-1, size)
