@@ -29,7 +29,7 @@ def main(_) -> None:
     import tqdm
 
     from treespec_jax import checkpoints
-    from treespec_jax.models.transformer import parameter_count
+    from treespec_jax.checkpoints.families import parameter_count
 
     def bar(parameters):
         return tqdm.tqdm(parameters, desc="reading", unit="tensor")

@@ -133,9 +133,10 @@ class _Reader:
 
 def _family(path: Path, values: Mapping[str, Any]) -> Family:
     named = values.get("architectures") or []
+    named = named if isinstance(named, list) else [named]
     kind = values.get("model_type")
     for family in FAMILIES.values():
-        if (not named or set(named) & set(family.architectures)) and (
+        if (not named or any(name in family.architectures for name in named)) and (
             kind in family.model_types or (named and kind is None)
         ):
             return family
@@ -187,18 +188,22 @@ def _config(read: _Reader) -> ModelConfig:
         tied_embeddings=read.flag("tie_word_embeddings"),
         activation=_activation(read),
         attention_scale=scalar,
-        attention_soft_cap=read.own("attn_logit_softcapping"),
-        logit_soft_cap=read.own("final_logit_softcapping"),
+        attention_soft_cap=_cap(read, "attn_logit_softcapping"),
+        logit_soft_cap=_cap(read, "final_logit_softcapping"),
         bos_id=starts[0] if starts else None,
         eos_ids=tuple(dict.fromkeys(ends)),
         **read.family.fixed,
     )
 
 
+def _cap(read: _Reader, key: str) -> float | None:
+    return read.number(key, read.own(key))
+
+
 def _activation(read: _Reader) -> str:
     key, known = read.family.activation_key, read.family.activations
     value = read.get(key) or read.family.defaults.get(key, "silu")
-    if value not in known:
+    if value not in tuple(known):
         read.refuse(key, value, " or ".join(map(_short, known)))
     return known[value]
 
@@ -228,7 +233,7 @@ def _windows(read: _Reader, layers: int) -> tuple[int | None, tuple[int, ...]]:
         if (
             not isinstance(kinds, list)
             or len(kinds) != layers
-            or not set(kinds) <= {_LOCAL, _GLOBAL}
+            or any(kind not in (_LOCAL, _GLOBAL) for kind in kinds)
         ):
             read.refuse("layer_types", kinds, f"{layers} times {_LOCAL} or {_GLOBAL}")
         named = [i for i, kind in enumerate(kinds) if kind == _LOCAL]
@@ -247,7 +252,9 @@ def _rotaries(
     """Of all layers, or of the global ones and of the local ones."""
     newer, older = "rope_parameters", "rope_scaling"
     values = read.values
-    theta = read.get("rope_theta")
+    theta = read.number("rope_theta", read.get("rope_theta"))
+    local_theta = read.own("rope_local_base_freq")
+    local_theta = read.number("rope_local_base_freq", local_theta)
     if not read.family.local_rotary:
         key = older if values.get(older) else newer
         return _rotary(read, key, values.get(key), theta, positions), None
@@ -259,7 +266,7 @@ def _rotaries(
         wide = values[older]
     return (
         _rotary(read, older if values.get(older) else newer, wide, theta, positions),
-        _rotary(read, newer, local, read.own("rope_local_base_freq"), positions),
+        _rotary(read, newer, local, local_theta, positions),
     )
 
 
@@ -271,18 +278,22 @@ def _rotary(
     if not isinstance(values, Mapping):
         read.refuse(key, values, kinds)
     kind = values.get("rope_type") or values.get("type") or "default"
-    if kind not in _SCALINGS:
+    if kind not in tuple(_SCALINGS):
         read.refuse(key, values, kinds)
     if values.get("partial_rotary_factor") not in (None, 1.0):
         read.refuse(key, values, "partial_rotary_factor 1.0")
     if values.get("mrope_section") or any(isinstance(v, dict) for v in values.values()):
         read.refuse(key, values, "one setting for all dimensions and layers")
 
+    def optional(name: str) -> Any:
+        return read.number(f"{key}.{name}", values.get(name))
+
     def number(name: str, default: Any = None) -> Any:
-        value = values.get(name)
-        if value is None and default is None:
+        value = optional(name)
+        value = default if value is None else value
+        if value is None:
             raise UserError(f"{read.path}: {key}={_short(values)} lacks {name}")
-        return read.number(f"{key}.{name}", default if value is None else value)
+        return value
 
     theta = number("rope_theta", 10000.0 if theta is None else theta)
     if kind == "default":
@@ -291,7 +302,12 @@ def _rotary(
         return RotaryConfig(theta, "linear", number("factor"))
     original = read.values.get("original_max_position_embeddings")
     if original is None:
-        original = number("original_max_position_embeddings", positions)
+        original = values.get("original_max_position_embeddings")
+    if original is None:
+        original = positions
+    whole = type(original) is int and original >= 1
+    name = "original_max_position_embeddings"
+    read.check(name, original, whole, "a whole number >= 1")
     if kind == "llama3":
         return RotaryConfig(
             theta,
@@ -307,12 +323,12 @@ def _rotary(
         "yarn",
         number("factor", positions / original),
         original,
-        beta_fast=values.get("beta_fast") or 32.0,
-        beta_slow=values.get("beta_slow") or 1.0,
+        beta_fast=optional("beta_fast") or 32.0,
+        beta_slow=optional("beta_slow") or 1.0,
         truncate=True if truncate is None else truncate,
-        attention_factor=values.get("attention_factor"),
-        mscale=values.get("mscale"),
-        mscale_all_dim=values.get("mscale_all_dim"),
+        attention_factor=optional("attention_factor"),
+        mscale=optional("mscale"),
+        mscale_all_dim=optional("mscale_all_dim"),
     )
 
 

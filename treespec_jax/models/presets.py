@@ -14,7 +14,7 @@ from treespec_jax.errors import UserError
 
 
 def names() -> list[str]:
-    """The names of all presets, family by family, ascending in size."""
+    """The names of all presets, family by family."""
     return list(_PRESETS)
 
 
