@@ -154,7 +154,45 @@ def _rank_threshold(scaled_VR, best_R, sampling):
     if vocab <= SHORT_LIST:
         return from_list(vocab)[0]
     short, decided = from_list(SHORT_LIST)
-    return lax.cond(decided, lambda: short, lambda: from_list(vocab)[0])
+    return lax.cond(
+        decided,
+        lambda: short,
+        lambda: _searched_threshold(scaled_VR, best_R, top_k[:, 0], top_p[:, 0]),
+    )
+
+
+def _searched_threshold(scaled_VR, best_R, top_k_R, top_p_R):
+    """Lowest kept score [R], by bisection over the values that a float can have.
+
+    Sorting whole columns would cost an accelerator's compiler about as much as the rest
+    of the program.
+    """
+    bits_VR = lax.bitcast_convert_type(scaled_VR, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    # Unsigned numbers in the order of the floats.
+    order_VR = jnp.where(bits_VR >= sign, ~bits_VR, bits_VR | sign)
+
+    def largest(enough):
+        """The largest number [R] for which `enough`, true of 0, still is."""
+
+        def body(i, found_R):
+            trial_R = found_R | (sign >> i.astype(jnp.uint32))
+            return jnp.where(enough(trial_R), trial_R, found_R)
+
+        return lax.fori_loop(0, 32, body, jnp.zeros(best_R.shape, jnp.uint32))
+
+    def mass(least_R):
+        weights_VR = jnp.exp(scaled_VR - best_R)
+        return jnp.sum(jnp.where(order_VR >= least_R, weights_VR, 0.0), axis=0)
+
+    by_k_R = largest(lambda t: jnp.sum(order_VR >= t, axis=0) >= top_k_R)
+    share_R = top_p_R * mass(by_k_R)
+    by_p_R = largest(lambda t: mass(t) >= share_R)
+    found_R = jnp.where(top_p_R < 1.0, jnp.maximum(by_k_R, by_p_R), by_k_R)
+    bits_R = jnp.where(found_R >= sign, found_R ^ sign, ~found_R)
+    threshold_R = lax.bitcast_convert_type(bits_R, jnp.float32)
+    nothing_R = (top_k_R >= scaled_VR.shape[0]) & (top_p_R >= 1.0)
+    return jnp.where(nothing_R, -jnp.inf, threshold_R)
 
 
 def perturbed(
