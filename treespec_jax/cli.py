@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
@@ -11,6 +13,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from pallas_kernels import machine
 from treespec_jax.errors import UserError
 
 USER_ERROR = 2
@@ -36,6 +39,7 @@ def run(
       SystemExit: always.
     """
     try:
+        skip_absent_tpu()
         rest = _parse(list(sys.argv if argv is None else argv))
         code = main(rest)
         sys.stdout.flush()
@@ -57,6 +61,24 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def skip_absent_tpu() -> None:
+    """Keeps jax, before it starts, from looking for a TPU that is not there.
+
+    Where libtpu is installed for its compiler alone, the search takes seconds and ends
+    in errors on stderr. What the user chose in JAX_PLATFORMS stands.
+    """
+    if os.environ.get("JAX_PLATFORMS") or not importlib.util.find_spec("libtpu"):
+        return
+    if machine.has_tpu():
+        return
+    plugins = {p.name for p in importlib.metadata.entry_points(group="jax_plugins")}
+    cuda = any("cuda" in name for name in plugins)
+    if cuda and machine.has_nvidia():
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+    elif all("cuda" in name for name in plugins):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
