@@ -174,7 +174,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
       CompilerUnavailable: no libtpu.
     """
     known = device_kind(topology)
-    prepare()
+    prepare(dump=False)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except jax.errors.JaxRuntimeError as error:
