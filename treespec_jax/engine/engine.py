@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -122,9 +121,9 @@ class Engine:
             "seed": np.zeros(B, np.uint32),
         }
 
-        @functools.partial(jax.jit, static_argnames="what")
-        def begin(what):
-            self.compilations[what] += 1
+        def begin(leaves):
+            self.compilations["begin"] += 1
+            target, drafter = self._bind(leaves)
             dtype = target.embedding[...].dtype
             sizes = num_pages + 1, config.page_size
             return DecodeState(
@@ -136,8 +135,11 @@ class Engine:
 
         # Where the weights are: a state that is bound to no device becomes bound in
         # its first call, and the second would compile again.
-        place = self._target.leaves[0].sharding
-        self._state = jax.device_put(begin("begin"), place)
+        first = self._target.leaves[0]
+        if isinstance(first, jax.ShapeDtypeStruct):
+            self._state = jax.eval_shape(begin, self._leaves)
+        else:
+            self._state = jax.device_put(jax.jit(begin)(self._leaves), first.sharding)
         self._dispatch = jax.jit(self._traced_dispatch, donate_argnums=1)
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
 
@@ -161,6 +163,15 @@ class Engine:
     @property
     def _leaves(self):
         return self._target.leaves, self._draft.leaves
+
+    def program(self) -> tuple[Callable, tuple]:
+        """The function of a dispatch and its arguments, to compile ahead of time.
+
+        The second argument, the state, is donated. An engine of abstract models
+        (`nnx.eval_shape`) can do this and nothing else.
+        """
+        control, _ = self._control(None)
+        return self._traced_dispatch, (self._leaves, self._state, control)
 
     @property
     def busy(self) -> bool:
