@@ -1,16 +1,22 @@
 """The public operation: checks its arguments, then picks an implementation.
 
 Letters: B slots, T new tree rows, U = E + T tree rows in all (E of earlier calls
-first), N query heads, K key/value heads, H head width, P pages.
+first), N query heads, K key/value heads, G = N / K, H head width, P pages, W width of
+a row in a page.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels.tree_attention import reference
+from pallas_kernels.tree_attention import reference, tpu
+from pallas_kernels.tree_attention.sizes import BlockSizes, choose
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "tpu")
 
 
 def tree_attention(
@@ -25,13 +31,23 @@ def tree_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     tree_depth: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
     implementation: str | None = None,
+    device_kind: str | None = None,
+    block_sizes: BlockSizes | None = None,
+    interpret: bool | object = False,
 ) -> jax.Array:
     """Softmax attention over (prefix rows 0..length-1) and the allowed tree rows.
 
+    The TPU kernel is for inference: its gradient is the reference's, which exists
+    without a prefix only (the loop over a prefix has no known end).
+
     Args:
       q: [B, T, N, H], rotary applied.
-      kv_pages: [P, K, 2, page, H]; None: there is no prefix.
+      kv_pages: [P, K, 2, page, W >= H]; None: there is no prefix. Numbers past H are
+        zeros. The TPU kernel wants W to be a multiple of 128: memory holds whole lanes
+        in any case, but XLA keeps narrower rows transposed, and would copy all pages
+        before each call.
       page_table: int32 [B, max_pages]; entries past a slot's length are read and
         masked, so they must name some page.
       lengths: int32 [B], rows of prefix per slot.
@@ -42,7 +58,16 @@ def tree_attention(
         tree, positions go by depth.
       soft_cap: scores become cap · tanh(score / cap).
       tree_depth: int32 [B, U], needed with `window`.
-      implementation: a name of `IMPLEMENTATIONS`, or None to choose by platform.
+      kv_scales: float32 [P, K, 2, X >= page], with int8 `kv_pages` only: what each row
+        is multiplied by (see `quantize_rows`). The TPU kernel wants X to be a multiple
+        of 128, for the same reason.
+      implementation: a name of `IMPLEMENTATIONS`, or None to choose by the platform
+        that the program is compiled for; the reference where the kernel cannot take
+        the shapes.
+      device_kind: `jax.Device.device_kind` to choose block sizes for; None: sizes that
+        fit every kind.
+      block_sizes: instead of the chosen ones.
+      interpret: True or `pltpu.InterpretParams`: runs a named kernel anywhere, slowly.
 
     Returns:
       [B, T, N, H] in the dtype of `q`, computed in float32. A row that may see nothing
@@ -56,28 +81,84 @@ def tree_attention(
             f"tree_attention has no implementation {implementation!r}; choose from "
             f"{', '.join(IMPLEMENTATIONS)}"
         )
-    _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask)
+    _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask, kv_scales)
     if window is not None:
         if tree_depth is None:
             raise ValueError(f"window={window} needs tree_depth [B, U]")
         want = q.shape[0], tree_kv.shape[3]
         if tree_depth.shape != want:
             raise ValueError(f"tree_depth is {tree_depth.shape}, want {want}")
-    return reference.tree_attention(
-        q,
-        kv_pages,
-        page_table,
-        lengths,
-        tree_kv,
-        tree_mask,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        tree_depth=tree_depth,
+    if interpret and implementation != "tpu":
+        raise ValueError(f"interpret needs a kernel's name, not {implementation!r}")
+    arrays = [q, kv_pages, page_table, lengths, tree_kv, tree_mask]
+    arrays += [tree_depth if window is not None else None, kv_scales]
+    plain = functools.partial(
+        reference.tree_attention, scale=scale, window=window, soft_cap=soft_cap
+    )
+    if implementation == "reference":
+        return plain(*arrays)
+    rows = q.shape[1] * q.shape[2] // tree_kv.shape[1]
+    sizes = block_sizes or choose(device_kind, rows)
+    reason = tpu.unsupported(q, kv_pages, page_table, tree_kv, kv_scales, window, sizes)
+    if reason is not None:
+        if implementation is not None:
+            raise ValueError(f"the TPU kernel cannot run: {reason}")
+        return plain(*arrays)
+    options = scale, window, soft_cap, sizes, interpret
+    if implementation == "tpu":
+        return _on_tpu(options, *arrays)
+    return lax.platform_dependent(
+        *arrays, tpu=functools.partial(_on_tpu, options), default=plain
     )
 
 
-def _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)  # Traced once for all layers.
+def _on_tpu(options, *arrays):
+    scale, window, soft_cap, sizes, interpret = options
+    return tpu.tree_attention(
+        *arrays,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sizes=sizes,
+        interpret=interpret,
+    )
+
+
+def _forward(options, *arrays):
+    return _on_tpu(options, *arrays), arrays
+
+
+def _backward(options, arrays, gradient):
+    scale, window, soft_cap, _, _ = options
+
+    def plain(q, kv_pages, tree_kv):
+        _, _, table, lengths, _, mask, depth, scales = arrays
+        return reference.tree_attention(
+            q,
+            kv_pages,
+            table,
+            lengths,
+            tree_kv,
+            mask,
+            depth,
+            scales,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+        )
+
+    q, kv_pages, _, _, tree_kv, _, _, _ = arrays
+    _, pull = jax.vjp(plain, q, kv_pages, tree_kv)
+    to_q, to_pages, to_tree = pull(gradient)
+    return to_q, to_pages, None, None, to_tree, None, None, None
+
+
+_on_tpu.defvjp(_forward, _backward)
+
+
+def _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask, kv_scales):
     if q.ndim != 4:
         raise ValueError(f"q is {q.shape}, want [B, T, N, H]")
     B, T, N, H = q.shape
@@ -90,12 +171,27 @@ def _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask):
     if tree_mask.shape != (B, T, U):
         raise ValueError(f"tree_mask is {tree_mask.shape}, want {(B, T, U)}")
     if kv_pages is None:
+        if kv_scales is not None:
+            raise ValueError(f"kv_scales {kv_scales.shape} without kv_pages")
         return
-    if kv_pages.ndim != 5 or kv_pages.shape[1:3] != (K, 2) or kv_pages.shape[4] != H:
-        raise ValueError(f"kv_pages is {kv_pages.shape}, want [P, {K}, 2, page, {H}]")
+    pages = kv_pages.shape
+    if len(pages) != 5 or pages[1:3] != (K, 2) or pages[4] < H:
+        raise ValueError(f"kv_pages is {pages}, want [P, {K}, 2, page, W >= {H}]")
     table, length = (x if x is None else x.shape for x in (page_table, lengths))
     if table is None or len(table) != 2 or table[0] != B or length != (B,):
         raise ValueError(
             f"page_table {table} and lengths {length} must be "
             f"[{B}, max_pages] and [{B}]"
         )
+    if (kv_pages.dtype == jnp.int8) != (kv_scales is not None):
+        raise ValueError(
+            f"kv_pages is {kv_pages.dtype} and kv_scales "
+            f"{'missing' if kv_scales is None else 'given'}: int8 needs them, and "
+            "nothing else has them"
+        )
+    if kv_scales is not None:
+        scales = kv_scales.shape
+        if len(scales) != 4 or scales[:3] != pages[:3] or scales[3] < pages[3]:
+            raise ValueError(
+                f"kv_scales is {scales}, want [{pages[0]}, {K}, 2, X >= {pages[3]}]"
+            )

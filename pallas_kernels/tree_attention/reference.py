@@ -25,11 +25,12 @@ def tree_attention(
     lengths,
     tree_kv,
     tree_mask,
+    tree_depth=None,
+    kv_scales=None,
     *,
     scale,
     window=None,
     soft_cap=None,
-    tree_depth=None,
 ):
     """See `api.tree_attention`."""
     B, T, N, H = q.shape
@@ -40,7 +41,7 @@ def tree_attention(
     # right: on a CPU that form costs the same for one row and for many.
     q_BKHR = q.reshape(B, T, K, G, H).transpose(0, 2, 4, 1, 3).reshape(B, K, H, R)
 
-    def scores(keys_BKSH):
+    def scores(keys_BKSH, scale_BKS=None):
         s_BKSR = jnp.einsum(
             "bksh,bkhr->bksr",
             keys_BKSH,
@@ -50,6 +51,8 @@ def tree_attention(
         )
         s_BKSR = lax.optimization_barrier(s_BKSR)
         s_BKRS = s_BKSR.swapaxes(2, 3) * scale
+        if scale_BKS is not None:
+            s_BKRS *= scale_BKS[:, :, None]
         return s_BKRS if soft_cap is None else soft_cap * jnp.tanh(s_BKRS / soft_cap)
 
     def weigh(weights_BKRS, values_BKSH):
@@ -91,17 +94,24 @@ def tree_attention(
             if window is not None:
                 position_BT = lengths[:, None] + depth_BT
                 seen = seen & rows(position_BT[:, :, None] - at_S < window)
-            s = jnp.where(seen, scores(_read_pages(kv_pages, ids, 0)), -jnp.inf)
+            keys = _read_pages(kv_pages, ids, 0, H).astype(q.dtype)
+            s = scores(keys, _read_scales(kv_scales, ids, 0, page))
+            s = jnp.where(seen, s, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
             safe = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
             shrink = jnp.exp(top - safe)
             weights = jnp.exp(s - safe)
             # A row of an unused page may hold anything; 0 · NaN must not reach the sum.
-            values = _read_pages(kv_pages, ids, 1)
+            values = _read_pages(kv_pages, ids, 1, H).astype(q.dtype)
             values = jnp.where(filled_BS[:, None, :, None], values, 0)
+            total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+            if kv_scales is not None:
+                value_scale = _read_scales(kv_scales, ids, 1, page)
+                value_scale = jnp.where(filled_BS[:, None], value_scale, 0.0)
+                weights *= value_scale[:, :, None]
             return (
                 new_top,
-                total * shrink + jnp.sum(weights, axis=-1, keepdims=True),
+                total,
                 out * shrink + weigh(weights, values),
             )
 
@@ -125,12 +135,12 @@ def _precision(q):
     return lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
 
-def _read_pages(kv_pages, ids_BJ, which):
+def _read_pages(kv_pages, ids_BJ, which, H):
     """Keys (0) or values (1) of pages ids [B, J] as rows [B, K, J * page, H]."""
     B, J = ids_BJ.shape
-    _, K, _, page, H = kv_pages.shape
+    _, K, _, page, _ = kv_pages.shape
     if B * J > MAX_SLICES:
-        rows = kv_pages[:, :, which][ids_BJ]
+        rows = kv_pages[:, :, which, :, :H][ids_BJ]
         return rows.transpose(0, 2, 1, 3, 4).reshape(B, K, J * page, H)
     size = (1, K, 1, page, H)
     slots = [
@@ -144,3 +154,12 @@ def _read_pages(kv_pages, ids_BJ, which):
         for b in range(B)
     ]
     return jnp.stack(slots).reshape(B, K, J * page, H)
+
+
+def _read_scales(kv_scales, ids_BJ, which, page):
+    """Scales of the rows that `_read_pages` reads, [B, K, J * page], or None."""
+    if kv_scales is None:
+        return None
+    B, J = ids_BJ.shape
+    scales = kv_scales[ids_BJ, :, which, :page]
+    return scales.transpose(0, 2, 1, 3).reshape(B, -1, J * page)

@@ -1,0 +1,616 @@
+"""Tree attention as one Mosaic kernel.
+
+All R = T * G query rows of a (slot, key/value head) stand as one operand. The prefix is
+walked in blocks of whole pages, copied by hand into a ring of buffers that runs ahead
+over the ends of slots, so that the memory never waits for a slot's last product; blocks
+that hold only visible rows need no mask and go first, the partly visible ones follow,
+the tree is the last block.
+
+Letters as in `api`; S rows of a block, R query rows of a tile of the grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tree_attention.ring import Plan, Ring
+from pallas_kernels.tree_attention.sizes import LANES, BlockSizes
+
+# Below every score and yet finite: exp2(LOWEST - LOWEST) is 1, not NaN.
+LOWEST = -1e38
+# A contraction that yields a [rows, keys] product of two row-major operands.
+CONTRACT_LAST = (((1,), (1,)), ((), ()))
+CONTRACT_INNER = (((1,), (0,)), ((), ()))
+
+
+# Of the 1 MiB of scalar memory.
+SMEM_TABLE_BYTES = 512 * 2**10
+# Tree rows of one product; more take several.
+TREE_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What the kernel's code depends on."""
+
+    sizes: BlockSizes
+    scale: float
+    soft_cap: float | None
+    windowed: bool
+    quantised: bool
+    prefix: bool
+    slots: int
+    K: int
+    G: int
+    H: int  # Width of a row in memory, whole lanes.
+    page: int
+    pages_per_block: int
+    max_pages: int
+    scale_width: int
+    U: int  # Tree rows, padding included.
+    tree_block: int
+    heads: int  # Of one grid step.
+    unroll: int
+    head_steps: int
+    step_rows: int  # T rows of one grid step,
+    mask_rows: int  # padding included,
+    rows: int  # and its query rows per head, padding included.
+    row_steps: int
+    page_bytes: int  # Of one number in a page,
+    row_bytes: int  # and of one in `q`.
+
+    @property
+    def tile(self) -> int:
+        return min(self.sizes.rows, self.rows)
+
+    @property
+    def precision(self):
+        return lax.Precision.HIGHEST if self.row_bytes == 4 else None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what lies in vector memory, but for the windows of inputs and outputs."""
+        shapes = {
+            "top": (self.heads, self.rows, LANES),
+            "total": (self.heads, self.rows, LANES),
+            "acc": (self.heads, self.rows, self.H),
+            "seen": (self.tile, self.U),
+        }
+        ring = (self.sizes.buffers, self.pages_per_block, self.heads, 2)
+        if self.prefix:
+            shapes["buffer"] = (*ring, self.page, self.H)
+        if self.quantised:
+            shapes["scales"] = (*ring, self.scale_width)
+        return shapes
+
+    def scratch(self, dtype, kv_pages, kv_scales) -> list:
+        shapes = self.shapes()
+        types = {"buffer": kv_pages, "scales": kv_scales}
+        scratch = [
+            pltpu.VMEM(shape, types[name].dtype if name in types else jnp.float32)
+            for name, shape in shapes.items()
+        ]
+        if self.prefix:
+            scratch += [
+                pltpu.SemaphoreType.DMA((self.sizes.buffers,)),
+                pltpu.SMEM((5,), jnp.int32),
+            ]
+        return scratch
+
+    def vmem_bytes(self) -> int:
+        """An estimate from above; two of each window are there."""
+        size = {name: math.prod(shape) * 4 for name, shape in self.shapes().items()}
+        size["seen"] = self.tile * _round_up(self.U, LANES) * 4
+        if self.prefix:
+            size["buffer"] = size["buffer"] // 4 * self.page_bytes
+        rows = self.heads * (2 * self.rows + 2 * self.U) * self.H * self.row_bytes
+        mask = self.mask_rows * _round_up(self.U, LANES) * 2
+        limit = self.rows * LANES * 4 if self.windowed else 0
+        scores = self.unroll * self.tile * self.block_columns() * 8
+        return sum(size.values()) + 2 * (rows + mask + limit) + scores + 2**20
+
+    def block_columns(self) -> int:
+        return max(self.tree_block, self.page * self.pages_per_block)
+
+
+def _dot(a, b, dims, static):
+    return lax.dot_general(
+        a,
+        b,
+        dims,
+        preferred_element_type=jnp.float32,
+        precision=static.precision,
+    )
+
+
+class _Softmax:
+    """Running softmax of one tile of query rows against blocks of keys."""
+
+    def __init__(self, static, q, top, total, out):
+        self.static = static
+        self.q, self.top, self.total, self.out = q, top, total, out
+
+    def reset(self):
+        self.top[...] = jnp.full(self.top.shape, LOWEST, jnp.float32)
+        self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
+        self.out[...] = jnp.zeros(self.out.shape, jnp.float32)
+
+    def scores(self, h, at, keys_SH, key_scale=None):
+        """Scores in units of log2, float32 [rows, S]."""
+        static = self.static
+        s = _dot(self.q[0, h, at], keys_SH, CONTRACT_LAST, static)
+        if key_scale is not None:
+            s = s * key_scale
+        if static.soft_cap is None:
+            return s * (static.scale * math.log2(math.e))
+        capped = jnp.tanh(s * (static.scale / static.soft_cap))
+        return capped * (static.soft_cap * math.log2(math.e))
+
+    def weights(self, h, at, s_RS, value_scale=None):
+        """Takes one block's scores in; returns its weights and the old ones' shrink.
+
+        `s_RS` is -inf where masked.
+        """
+        top_old = self.top[h, at]
+        top = jnp.maximum(top_old, jnp.max(s_RS, axis=1, keepdims=True))
+        S = s_RS.shape[1]
+        if S % LANES == 0:
+            parts = [jnp.exp2(s_RS[:, i : i + LANES] - top) for i in range(0, S, LANES)]
+            # Lane by lane; the lanes are added up once, at the very end.
+            partial = functools.reduce(jnp.add, parts)
+            p_RS = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        else:
+            p_RS = jnp.exp2(s_RS - top[:, :1])
+            first = lax.broadcasted_iota(jnp.int32, top.shape, 1) == 0
+            partial = jnp.where(first, jnp.sum(p_RS, axis=1, keepdims=True), 0.0)
+        if value_scale is not None:
+            p_RS = p_RS * value_scale
+        shrink = jnp.exp2(top_old - top)
+        self.top[h, at] = top
+        self.total[h, at] = self.total[h, at] * shrink + partial
+        return p_RS.astype(self.q.dtype), shrink
+
+    def accumulate(self, h, at, p_RS, shrink, values_SH):
+        """Adds one block's weighted values, which are finite."""
+        H = self.out.shape[-1]
+        wide = jnp.concatenate([shrink] * pl.cdiv(H, LANES), axis=1)[:, :H]
+        pv = _dot(p_RS, values_SH, CONTRACT_INNER, self.static)
+        self.out[h, at] = self.out[h, at] * wide + pv
+
+    def add(self, heads, at, scores, values, value_scale):
+        """Adds one block for several heads, side by side: their latencies overlap."""
+        scored = [scores(h) for h in heads]
+        weighted = [
+            self.weights(h, at, s_RS, value_scale(h))
+            for h, s_RS in zip(heads, scored, strict=True)
+        ]
+        for h, (p_RS, shrink) in zip(heads, weighted, strict=True):
+            self.accumulate(h, at, p_RS, shrink, values(h))
+
+    def result(self, h, at):
+        total = jnp.sum(self.total[h, at], axis=1, keepdims=True)
+        safe = jnp.where(total > 0, total, 1.0)
+        return self.out[h, at] * jnp.where(total > 0, 1.0 / safe, 0.0)
+
+
+def _kernel(static: _Static, *refs):
+    refs = list(refs)
+
+    def take(wanted=True):
+        return refs.pop(0) if wanted else None
+
+    prefix, quantised = static.prefix, static.quantised
+    # Prefetch
+    table = take(prefix)  # [B * max_pages]
+    plan = take(prefix)  # [8, B]
+    # Inputs
+    q = take()  # [1, heads, rows, H]
+    tree_kv = take()  # [1, heads, 2, U, H]
+    tree_mask = take()  # [1, mask_rows, U]
+    limit = take(static.windowed)  # [1, rows, LANES]
+    pages = take(prefix)  # [P, K, 2, page, H] in HBM
+    scales = take(quantised)  # [P, K, 2, page] in HBM
+    # Outputs
+    out = take()  # [1, heads, rows, H]
+    # Scratch
+    top = take()  # [heads, rows, LANES]
+    total = take()  # [heads, rows, LANES]
+    acc = take()  # [heads, rows, H]
+    seen = take()  # [tile, U]
+    buffer = take(prefix)  # [buffers, pages_per_block, heads, 2, page, H]
+    scale_buffer = take(quantised)  # [buffers, pages_per_block, heads, 2, page]
+    sem = take(prefix)  # [buffers]
+    state = take(prefix)  # [5]
+
+    tile = static.tile
+    tiles = static.rows // tile
+    unroll = static.unroll
+    slot = pl.program_id(0)
+    step = pl.program_id(1) * static.row_steps + pl.program_id(2)
+    softmax = _Softmax(static, q, top, total, acc)
+    softmax.reset()
+
+    def each_tile(body):
+        """Calls body(head, rows) for all heads and tiles, `unroll` heads at a time."""
+
+        def some(i, _):
+            at = pl.ds(pl.multiple_of(lax.rem(i, tiles) * tile, tile), tile)
+            if tiles == 1:
+                at = slice(None)
+            first = lax.div(i, tiles) * unroll
+            body([first + u for u in range(unroll)], at)
+
+        n = static.heads // unroll * tiles
+        if n == 1:
+            body(list(range(unroll)), slice(None))
+        else:
+            lax.fori_loop(0, n, some, None)
+
+    if prefix:
+        ring = Ring(
+            static, table, plan, pages, scales, buffer, scale_buffer, sem, state
+        )
+        S = static.page * static.pages_per_block
+
+        @pl.when((slot == 0) & (step == 0))
+        def _():
+            ring.begin()
+
+        def rows_of(place, h, which):
+            rows = buffer[place, :, h, which].reshape(S, static.H)
+            return rows.astype(q.dtype) if quantised else rows
+
+        def scale_of(place, h, which):
+            if not quantised:
+                return None
+            return jnp.concatenate(
+                [
+                    scale_buffer[place, j, h, which : which + 1][:, : static.page]
+                    for j in range(static.pages_per_block)
+                ],
+                axis=1,
+            )
+
+        def full_block(index, _):
+            place, _ = ring.wait(slot, step, index, full=True)
+            ring.start()
+
+            def body(heads, at):
+                softmax.add(
+                    heads,
+                    at,
+                    lambda h: softmax.scores(
+                        h, at, rows_of(place, h, 0), scale_of(place, h, 0)
+                    ),
+                    lambda h: rows_of(place, h, 1),
+                    lambda h: scale_of(place, h, 1),
+                )
+
+            each_tile(body)
+
+        def partial_block(index, _):
+            place, first_page = ring.wait(slot, step, index, full=False)
+            ring.start()
+            start = first_page * static.page
+            end = plan[Plan.LENGTH, slot]
+
+            def scores(h, at):
+                s = softmax.scores(h, at, rows_of(place, h, 0), scale_of(place, h, 0))
+                key_at = start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                visible = key_at < end
+                if static.windowed:
+                    visible &= key_at >= limit[0, at][:, :1]
+                return jnp.where(visible, s, -jnp.inf)
+
+            # Rows that nobody wrote may hold anything; 0 * NaN must not get in.
+            def clear(j, _):
+                row_at = lax.broadcasted_iota(jnp.int32, (static.page, static.H), 0)
+                written = row_at < end - start - j * static.page
+                for h in range(static.heads):
+                    values = buffer[place, j, h, 1]
+                    zeros = jnp.zeros_like(values)
+                    buffer[place, j, h, 1] = jnp.where(written, values, zeros)
+
+            written_pages = lax.div(end - start, static.page)
+            lax.fori_loop(written_pages, static.pages_per_block, clear, None)
+
+            def value_scale(h):
+                scale = scale_of(place, h, 1)
+                if scale is None:
+                    return None
+                written = start + lax.broadcasted_iota(jnp.int32, (1, S), 1) < end
+                return jnp.where(written, scale, 0.0)
+
+            def body(heads, at):
+                softmax.add(
+                    heads,
+                    at,
+                    lambda h: scores(h, at),
+                    lambda h: rows_of(place, h, 1),
+                    value_scale,
+                )
+
+            each_tile(body)
+
+        full = plan[Plan.FULL, slot]
+        lax.fori_loop(0, full, full_block, None)
+        lax.fori_loop(full, ring.blocks(slot), partial_block, None)
+
+    def tree_tile(r, _):
+        at = pl.ds(pl.multiple_of(r * tile, tile), tile) if tiles > 1 else slice(None)
+        seen[...] = _expand_mask(static, tree_mask[0], r * tile, tile)
+
+        def heads(i, _):
+            group = [i * unroll + u for u in range(unroll)]
+            for c in range(0, static.U, static.tree_block):
+                cols = slice(c, c + static.tree_block)
+                softmax.add(
+                    group,
+                    at,
+                    lambda h, cols=cols: jnp.where(
+                        seen[:, cols] > 0.5,
+                        softmax.scores(h, at, tree_kv[0, h, 0, cols]),
+                        -jnp.inf,
+                    ),
+                    lambda h, cols=cols: tree_kv[0, h, 1, cols],
+                    lambda h: None,
+                )
+            for h in group:
+                out[0, h, at] = softmax.result(h, at).astype(out.dtype)
+
+        n = static.heads // unroll
+        heads(0, None) if n == 1 else lax.fori_loop(0, n, heads, None)
+
+    tree_tile(0, None) if tiles == 1 else lax.fori_loop(0, tiles, tree_tile, None)
+
+
+def _expand_mask(static, mask_TU, first_row, tile):
+    """Repeats each mask row for its G query rows: a product with a 0/1 matrix."""
+    shape = (tile, mask_TU.shape[0])
+    row = first_row + lax.broadcasted_iota(jnp.int32, shape, 0)
+    first = lax.broadcasted_iota(jnp.int32, shape, 1) * static.G
+    picks = ((row >= first) & (row < first + static.G)).astype(jnp.float32)
+    return lax.dot_general(
+        picks.astype(mask_TU.dtype),
+        mask_TU,
+        CONTRACT_INNER,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _round_up(x, to):
+    return -(-x // to) * to
+
+
+def _divisors(n):
+    return [d for d in range(n, 0, -1) if n % d == 0]
+
+
+def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
+    """Fits the block sizes to a call; the heads per step follow the memory.
+
+    Returns:
+      The static description, or a sentence on why this kernel cannot take the call.
+    """
+    B, T, N, H = q.shape
+    K, U = tree_kv.shape[1], tree_kv.shape[3]
+    G = N // K
+    prefix = kv_pages is not None
+    page, max_pages = (kv_pages.shape[3], page_table.shape[1]) if prefix else (0, 0)
+    width = kv_pages.shape[4] if prefix else H
+    if q.dtype not in (jnp.bfloat16, jnp.float32) or tree_kv.dtype != q.dtype:
+        return f"q is {q.dtype} and tree_kv {tree_kv.dtype}, not both bf16 or float32"
+    if width % LANES:
+        # XLA keeps such arrays transposed, and would copy all pages before every call.
+        return (
+            f"rows of {width} numbers are not whole lanes: make kv_pages "
+            f"{_round_up(H, LANES)} wide, the rest zeros"
+        )
+    if prefix:
+        if kv_pages.dtype not in (q.dtype, jnp.int8):
+            return f"kv_pages is {kv_pages.dtype}, q {q.dtype}"
+        if page % 16:
+            return f"pages of {page} rows are not multiples of 16"
+        if kv_scales is not None and kv_scales.shape[3] % LANES:
+            return (
+                f"scales of {kv_scales.shape[3]} rows are not whole lanes: make "
+                f"kv_scales {_round_up(page, LANES)} wide"
+            )
+        if B * max_pages * 4 > SMEM_TABLE_BYTES:
+            return (
+                f"a page table of {B} x {max_pages} is more than {SMEM_TABLE_BYTES} "
+                "bytes"
+            )
+
+    pages_per_block = min(max(1, sizes.block_rows // page), max_pages) if prefix else 0
+    tree_block = U_padded = _round_up(U, 16)
+    if U_padded > TREE_BLOCK:
+        tree_block, U_padded = TREE_BLOCK, _round_up(U, TREE_BLOCK)
+    max_rows = sizes.max_rows
+    while True:
+        row_steps, step_rows = 1, T
+        if max_rows < T * G:
+            step_rows = max(16, max_rows // G // 16 * 16)
+            row_steps = pl.cdiv(T, step_rows)
+        rows = step_rows * G
+        rows = 8 if rows <= 8 else _round_up(rows, 16)
+        if rows > sizes.rows:
+            rows = _round_up(rows, sizes.rows)
+        for heads in _divisors(K):
+            static = _Static(
+                sizes=sizes,
+                K=K,
+                G=G,
+                H=width,
+                page=page,
+                pages_per_block=pages_per_block,
+                max_pages=max_pages,
+                slots=B,
+                heads=heads,
+                unroll=next(d for d in _divisors(heads) if d <= sizes.unroll),
+                rows=rows,
+                step_rows=step_rows,
+                mask_rows=_round_up(step_rows, 16),
+                U=U_padded,
+                tree_block=tree_block,
+                head_steps=K // heads,
+                row_steps=row_steps,
+                quantised=kv_scales is not None,
+                scale_width=kv_scales.shape[3] if kv_scales is not None else 0,
+                prefix=prefix,
+                page_bytes=kv_pages.dtype.itemsize if prefix else 0,
+                row_bytes=q.dtype.itemsize,
+                **options,
+            )
+            if heads <= sizes.heads and static.vmem_bytes() <= sizes.vmem_bytes:
+                return static
+        if max_rows <= sizes.rows:
+            return f"one block needs {static.vmem_bytes()} of {sizes.vmem_bytes} bytes"
+        max_rows //= 2
+
+
+def unsupported(
+    q, kv_pages, page_table, tree_kv, kv_scales, window, sizes
+) -> str | None:
+    """Why the kernel cannot take such a call, in a sentence; None: it can."""
+    options = dict(scale=1.0, soft_cap=None, windowed=window is not None)
+    cut = _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options)
+    return cut if isinstance(cut, str) else None
+
+
+def tree_attention(
+    q,
+    kv_pages,
+    page_table,
+    lengths,
+    tree_kv,
+    tree_mask,
+    tree_depth,
+    kv_scales,
+    *,
+    scale,
+    window,
+    soft_cap,
+    sizes: BlockSizes,
+    interpret,
+):
+    """See `api.tree_attention`.
+
+    Args:
+      sizes: how to cut the call up.
+      interpret: False to compile, True or `pltpu.InterpretParams` to interpret.
+    """
+    B, T, N, H = q.shape
+    K, U = tree_kv.shape[1], tree_kv.shape[3]
+    G = N // K
+    prefix = kv_pages is not None
+    static = _cut(
+        q,
+        kv_pages,
+        page_table,
+        tree_kv,
+        kv_scales,
+        sizes,
+        dict(scale=scale, soft_cap=soft_cap, windowed=prefix and window is not None),
+    )
+    assert isinstance(static, _Static), static
+
+    def tiles(x, size, padded, axis):
+        """Cuts an axis into the steps' pieces of `size`, each padded with zeros."""
+        steps = static.row_steps
+        x = _pad(x, axis, steps * size)
+        x = x.reshape(x.shape[:axis] + (steps, size) + x.shape[axis + 1 :])
+        x = _pad(x, axis + 1, padded)
+        return x.reshape(x.shape[:axis] + (steps * padded,) + x.shape[axis + 2 :])
+
+    allowed = tree_mask
+    if window is not None:
+        depth_BT = tree_depth[:, U - T :]
+        allowed &= depth_BT[:, :, None] - tree_depth[:, None, :] < window
+    mask = tiles(allowed.astype(jnp.bfloat16), static.step_rows, static.mask_rows, 1)
+    mask = _pad(mask, 2, static.U)
+    q_BKRH = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    q_BKRH = tiles(q_BKRH, static.step_rows * G, static.rows, 2)
+    q_BKRH = _pad(q_BKRH, 3, static.H)
+    tree_kv = _pad(_pad(tree_kv, 3, static.U), 4, static.H)
+
+    vmem = functools.partial(pl.BlockSpec, memory_space=pltpu.VMEM)
+    by_head = vmem(
+        (1, static.heads, static.rows, static.H), lambda b, k, r, *_: (b, k, r, 0)
+    )
+    prefetch, inputs = [], [q_BKRH, tree_kv, mask]
+    in_specs = [
+        by_head,
+        vmem(
+            (1, static.heads, 2, static.U, static.H),
+            lambda b, k, r, *_: (b, k, 0, 0, 0),
+        ),
+        vmem((1, static.mask_rows, static.U), lambda b, k, r, *_: (b, r, 0)),
+    ]
+    if prefix:
+        low = high = jnp.zeros_like(lengths)
+        if window is not None:
+            limit_BT = jnp.maximum(lengths[:, None] + depth_BT - window + 1, 0)
+            low, high = jnp.min(limit_BT, axis=1), jnp.max(limit_BT, axis=1)
+            limit_BR = jnp.repeat(limit_BT, G, axis=1)
+            limit_BR = tiles(limit_BR, static.step_rows * G, static.rows, 1)
+            inputs.append(
+                jnp.broadcast_to(limit_BR[..., None], (*limit_BR.shape, LANES))
+            )
+            in_specs.append(
+                vmem((1, static.rows, LANES), lambda b, k, r, *_: (b, r, 0))
+            )
+        prefetch = [
+            page_table.reshape(-1),
+            Plan.make(lengths, low, high, static.page, static.pages_per_block),
+        ]
+        for x in (kv_pages, kv_scales):
+            if x is not None:
+                inputs.append(x)
+                in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
+    S = static.max_pages * static.page
+    row_bytes = 2 * K * (static.H * static.page_bytes + 4 * static.quantised)
+    out = pl.pallas_call(
+        functools.partial(_kernel, static),
+        name="tree_attention",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=(B, static.head_steps, static.row_steps),
+            in_specs=in_specs,
+            out_specs=by_head,
+            scratch_shapes=static.scratch(q.dtype, kv_pages, kv_scales),
+        ),
+        out_shape=jax.ShapeDtypeStruct(q_BKRH.shape, q.dtype),
+        # Of slots that are full: how full they are is not known here.
+        cost_estimate=pl.CostEstimate(
+            flops=4 * B * N * T * (S + U) * H,
+            transcendentals=B * N * T * (S + U),
+            bytes_accessed=B * S * row_bytes * static.row_steps
+            + sum(x.nbytes for x in (tree_kv, q_BKRH, q_BKRH, mask)),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            # Steps hand the ring of page buffers on, so their order is fixed.
+            dimension_semantics=("arbitrary",) * 3,
+            vmem_limit_bytes=sizes.vmem_bytes,
+        ),
+        interpret=interpret,
+    )(*prefetch, *inputs)
+    out = out.reshape(B, K, static.row_steps, static.rows, static.H)
+    out = out[:, :, :, : static.step_rows * G, :H]
+    out = out.reshape(B, K, static.row_steps * static.step_rows, G, H)[:, :, :T]
+    return out.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def _pad(x, axis, size):
+    """Pads an axis with zeros to `size`."""
+    short = size - x.shape[axis]
+    if not short:
+        return x
+    return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)])
