@@ -69,6 +69,20 @@ def make_case(
     )
 
 
+def poison(case: Case) -> Case:
+    """NaN in every row of every page that no slot's prefix holds."""
+    pages = case.kv_pages.copy()
+    size = pages.shape[3]
+    used = np.zeros((pages.shape[0], size), bool)
+    for b, length in enumerate(case.lengths):
+        at = np.arange(length)
+        used[case.page_table[b, at // size], at % size] = True
+    assert not used.all()
+    page, row = np.nonzero(~used)
+    pages[page, :, :, row] = np.nan
+    return dataclasses.replace(case, kv_pages=pages)
+
+
 def attention(case: Case, *, scale, window=None, soft_cap=None) -> np.ndarray:
     """The contract, one query at a time."""
     B, T, N, H = case.q.shape

@@ -1,0 +1,5 @@
+"""The TPU compiler here too."""
+
+from tests.aot.conftest import tpu_compiler
+
+__all__ = ["tpu_compiler"]
