@@ -1,13 +1,15 @@
 """Reads the compiler's final machine program of one kernel.
 
-A TPU core issues one bundle of instructions per cycle. The compiler dumps two files per
-kernel: the bundles, with the loops they stand in, and one row per bundle with how many
-instructions go to each unit. Trip counts are in neither, so that all figures here are
-static: per pass through a loop's body, not per run.
+A TPU core issues at most one bundle of instructions per cycle. The compiler dumps three
+files per kernel: the bundles, with the loops they stand in; one row per bundle with how
+many instructions go to each unit; and the schedule that the bundles come from, in which
+a cycle without a bundle still stands as an empty one. Trip counts are in none of them,
+so that all figures here are static: per pass through a loop's body, not per run.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -19,7 +21,10 @@ FILL, SPILL = "VLOAD:FILL", "VSTORE:SPILL"
 _BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+((?:[A-Z]{2}\s*)*):\s*(>*)\s*\{")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 # At the start of an instruction: comments of bounds checks quote copies too.
-_BRANCH = re.compile(r"(?:\{|;;)\s+%\S+ = sbr\.rel .*?target = \$region(\d+)")
+_BRANCH = re.compile(
+    r"(?:\{|;;)\s+%\S+ = sbr\.rel .*?target (?:= \$|bundleno = \d+ \(\w+\), )region"
+    r"(?: = )?(\d+)"
+)
 _COPY = re.compile(
     r"(?:\{|;;)\s+%\S+ = dma\.(\w+_to_\w+)\s.*?size_in_granules=\*/([^,\s]+)"
 )
@@ -68,6 +73,7 @@ class Loop:
       first: its first bundle.
       last: its last one, delay slots of the branch back included.
       mix: of one pass through the body, both sides of all branches.
+      cycles: of one pass, by the schedule; waits for copies are not in it.
       skippable: bundles that some branch jumps over: those of `pl.when`.
       copied: bytes of one pass per direction ("hbm_to_vmem", …).
       unsized: copies whose size is known at run time only.
@@ -79,6 +85,7 @@ class Loop:
     first: int
     last: int
     mix: Mix
+    cycles: int
     skippable: int
     copied: dict[str, int]
     unsized: int
@@ -95,12 +102,14 @@ class KernelReport:
     Attributes:
       name: of the HLO instruction, the kernel's name and a number.
       mix: of all bundles, each counted once.
+      cycles: of all of the schedule, each counted once.
       loops: in program order.
       copied: bytes of the copies outside all loops.
     """
 
     name: str
     mix: Mix
+    cycles: int
     loops: tuple[Loop, ...]
     copied: dict[str, int]
 
@@ -127,14 +136,15 @@ class _Bundle:
 
 
 def read_kernel(
-    name: str, program: str, utilization: str, kind: DeviceKind
+    name: str, program: str, utilization: str, schedule: str, kind: DeviceKind
 ) -> KernelReport:
-    """Parses the two dumps of a kernel.
+    """Parses the three dumps of a kernel.
 
     Args:
       name: of the kernel.
       program: text of `*final_bundles.txt`.
       utilization: text of `*final_hlo-static-per-bundle-utilization.txt`.
+      schedule: text of `*-packed-bundles-post-ra.txt`.
       kind: what it was compiled for.
 
     Raises:
@@ -150,9 +160,14 @@ def read_kernel(
     regions = _find_regions(bundles)
     spans = _find_loops(bundles, regions, kind.delay_slots)
     skipped = _find_skipped(bundles, regions, kind.delay_slots)
-    owner: list[int | None] = [None] * len(bundles)
-    for index, (first, last, _, _) in enumerate(spans):
-        owner[first : last + 1] = [index] * (last + 1 - first)
+    owner = _owners(len(bundles), spans)
+    cycles = _read_bundles(schedule)
+    timed = _find_loops(cycles, _find_regions(cycles), kind.delay_slots)
+    if [span[2:] for span in timed] != [span[2:] for span in spans]:
+        raise ValueError(
+            f"kernel {name}: its schedule has other loops than its bundles"
+        )
+    per_loop = collections.Counter(_owners(len(cycles), timed))
 
     def copies(of):
         total: dict[str, int] = {}
@@ -179,12 +194,22 @@ def read_kernel(
                 first=first,
                 last=last,
                 mix=_mix(capacity, [rows[i] for i in own]),
+                cycles=per_loop[index],
                 skippable=sum(skipped[i] > skipped[first] for i in own),
                 copied=copied,
                 unsized=unsized,
             )
         )
-    return KernelReport(name, _mix(capacity, rows), tuple(loops), copies(None)[0])
+    mix, outside = _mix(capacity, rows), copies(None)[0]
+    return KernelReport(name, mix, len(cycles), tuple(loops), outside)
+
+
+def _owners(count: int, spans) -> list[int | None]:
+    """The innermost loop of each bundle."""
+    owner: list[int | None] = [None] * count
+    for index, (first, last, _, _) in enumerate(spans):
+        owner[first : last + 1] = [index] * (last + 1 - first)
+    return owner
 
 
 def _mix(capacity: dict[str, int], rows: Sequence[dict[str, int]]) -> Mix:

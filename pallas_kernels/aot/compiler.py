@@ -35,10 +35,11 @@ _NO_TPU = {
 _DUMP_FLAGS = (
     "--xla_jf_dump_llo_text=true",
     # Of some seventy files per kernel only the last ones are read.
-    "--xla_jf_dump_llo_pass_label_regex=.*final.*bundle.*",
+    "--xla_jf_dump_llo_pass_label_regex=.*(final.*bundle|packed-bundles-post-ra).*",
 )
 _UTILIZATION = "final_hlo-static-per-bundle-utilization"
-_DUMPED = re.compile(r"\d+-(.+)-\d+-(final_bundles|" + _UTILIZATION + r")\.txt")
+_PARTS = ("final_bundles", _UTILIZATION, "packed-bundles-post-ra")
+_DUMPED = re.compile(r"\d+-(.+)-\d+-(" + "|".join(_PARTS) + r")\.txt")
 _KERNEL = re.compile(
     r"%([\w.\-]+) = .*? custom-call\(.*custom_call_target=\"tpu_custom_call\""
 )
@@ -328,7 +329,7 @@ def _read_dumps(names: set[str], kind: DeviceKind) -> tuple[KernelReport, ...]:
         )
     reports = []
     for name, files in dumps.items():
-        texts = [files[part].read_text() for part in ("final_bundles", _UTILIZATION)]
+        texts = [files[part].read_text() for part in _PARTS]
         reports.append(read_kernel(name, *texts, kind))
     _clear_dumps()
     return tuple(reports)

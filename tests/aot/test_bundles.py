@@ -15,31 +15,31 @@ from pallas_kernels.aot import DEVICE_KINDS, read_kernel
 SAMPLES = Path(__file__).parent / "samples"
 
 
-def sample(kind: str) -> tuple[str, str]:
-    return tuple(
-        (SAMPLES / f"{kind}_{part}.txt").read_text()
-        for part in ("program", "utilization")
-    )
+def sample(kind: str) -> dict[str, str]:
+    return {
+        part: (SAMPLES / f"{kind}_{part}.txt").read_text()
+        for part in ("program", "utilization", "schedule")
+    }
 
 
-def read(kind: str, program=None, utilization=None):
-    texts = sample(kind)
+def read(kind: str, **changed: str):
     return read_kernel(
-        "sample.1", program or texts[0], utilization or texts[1], DEVICE_KINDS[kind]
+        "sample.1", **{**sample(kind), **changed}, kind=DEVICE_KINDS[kind]
     )
 
 
 @pytest.mark.parametrize(
-    ("kind", "bundles", "outer", "inner", "skippable"),
+    ("kind", "bundles", "outer", "inner", "skippable", "cycles"),
     [
-        ("v5e", 71, (0x7, 0x42), (0x15, 0x3B), 8),
+        ("v5e", 71, (0x7, 0x42), (0x15, 0x3B), 8, (219, 0xCB - 0x15 + 1)),
         # Delays after branches vary here: 0x48 has one bundle, 0x3f has six.
-        ("tpu7x", 78, (0xD, 0x49), (0x1B, 0x45), 5),
+        ("tpu7x", 78, (0xD, 0x49), (0x1B, 0x45), 5, (319, 0x12D - 0x20 + 1)),
     ],
 )
-def test_loops(kind, bundles, outer, inner, skippable):
+def test_loops(kind, bundles, outer, inner, skippable, cycles):
     kernel = read(kind)
     assert kernel.bundles == bundles
+    assert (kernel.cycles, kernel.loops[1].cycles) == cycles
     slots, pages = kernel.loops
     assert [(x.first, x.last) for x in kernel.loops] == [outer, inner]
     assert (slots.parent, pages.parent) == (None, 0)
@@ -60,9 +60,9 @@ def test_copies():
 
 
 def test_copy_of_unknown_size():
-    program, _ = sample("v5e")
+    program = sample("v5e")["program"]
     program = program.replace("granules=*/128, /*vmem", "granules=*/%s9_s4, /*vmem")
-    pages = read("v5e", program).loops[1]
+    pages = read("v5e", program=program).loops[1]
     assert (pages.copied, pages.unsized) == ({}, 1)
 
 
@@ -79,28 +79,29 @@ def test_mix():
 
 
 def test_spills():
-    program, utilization = sample("v5e")
-    head, body = utilization.split("== UTILIZATION:\n")
+    head, body = sample("v5e")["utilization"].split("== UTILIZATION:\n")
     rows = [row.split() for row in body.splitlines()]
     rows[0x30][6], rows[0x30][8] = "3", "2"
     rows[0x05][8] = "1"
     body = "\n".join(" ".join(row) for row in rows)
-    kernel = read("v5e", None, f"{head}== UTILIZATION:\n{body}\n")
+    kernel = read("v5e", utilization=f"{head}== UTILIZATION:\n{body}\n")
     assert (kernel.mix.fills, kernel.mix.spills) == (3, 3)
     assert (kernel.loops[1].mix.fills, kernel.loops[1].mix.spills) == (3, 2)
 
 
 @pytest.mark.parametrize(
-    ("cut", "expected"),
+    ("part", "cut", "expected"),
     [
-        (lambda p, u: (p, u.rsplit("\n", 2)[0]), "71 bundles, but 70 rows"),
-        (lambda p, u: (p, u.replace("MXU", "TXU")), "another form"),
-        (lambda p, u: (p, "nothing"), "another form"),
-        (lambda p, u: ("nothing", u), "0 bundles"),
-        (lambda p, u: (p.replace("  0x3d ", "  0xff "), u), "bundle 61 is missing"),
-        (lambda p, u: (p.replace("$region55", "$region49"), u), "no branch back"),
+        ("utilization", lambda x: x.rsplit("\n", 2)[0], "71 bundles, but 70 rows"),
+        ("utilization", lambda x: x.replace("MXU", "TXU"), "another form"),
+        ("utilization", lambda x: "nothing", "another form"),
+        ("program", lambda x: "nothing", "0 bundles"),
+        ("program", lambda x: x.replace("  0x3d ", "  0xff "), "bundle 61 is missing"),
+        ("program", lambda x: x.replace("$region55", "$region49"), "no branch back"),
+        ("schedule", lambda x: x.split("0x15 LB")[0], "no branch back"),
+        ("schedule", lambda x: "nothing", "other loops"),
     ],
 )
-def test_dumps_of_another_form(cut, expected):
+def test_dumps_of_another_form(part, cut, expected):
     with pytest.raises(ValueError, match=expected):
-        read("v5e", *cut(*sample("v5e")))
+        read("v5e", **{part: cut(sample("v5e")[part])})

@@ -70,6 +70,7 @@ def test_kernel_on_every_generation(tpu_compiler, kind):
     assert pages.depth == 2
     assert pages.copied == {"hbm_to_vmem": ROWS * WIDTH * 2}
     assert 0 < pages.mix.mxu_share < 1 and pages.mix.spills == 0
+    assert pages.cycles > pages.bundles
     assert json.loads(json.dumps(report.to_dict()))["source"] == "compiler's estimates"
     with pytest.raises(KeyError, match="squares"):
         report.kernel("circles")
