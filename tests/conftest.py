@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+
+# Before jax starts: with libtpu installed it would look for a TPU first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from treespec_jax.checkpoints.streaming import TextStream
+
 SENTENCES = [
     "once upon a time there was a little girl named lily",
     "the cat sat on the mat and looked at the dog",
@@ -62,6 +64,23 @@ def same_parameters(first, second) -> bool:
         and np.array_equal(np.asarray(ours[path][...]), np.asarray(theirs[path][...]))
         for path in ours
     )
+
+
+# Characters of one to four bytes, joined and combining ones among them.
+CHARACTERS = "a e\u0301 é你好한😀\u200d👩🏽\u0300\u3000\n\t𒀱"
+
+
+def check_stream(reader, text, share):
+    """A stream of the tokens behind a prompt that ends anywhere, in a character too."""
+    ids = reader.encode(text)
+    whole = reader.decode(ids)
+    assert "\ufffd" not in whole
+    cut = round(share * len(ids))
+    before = TextStream(reader).push(ids[:cut])
+    stream = TextStream(reader, ids[:cut])
+    pieces = [stream.push([token]) for token in ids[cut:]]
+    assert before + "".join(pieces) == whole
+    assert stream.flush() == ""
 
 
 def train_sentencepiece(folder, name="tokenizer", **options):

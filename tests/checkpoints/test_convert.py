@@ -83,6 +83,6 @@ def test_help_is_no_mistake():
 
 def test_damaged_checkpoint_is_one_line(tmp_path):
     save(load(GOLDEN / "llama_tied"), tmp_path / "in")
-    (tmp_path / "in" / "params" / "_METADATA").unlink()
+    (tmp_path / "in" / "params" / "0000" / "_METADATA").unlink()
     done = start(SCRIPT, f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}")
-    one_line(done, "params/_METADATA cannot be read (No such file or directory)")
+    one_line(done, "params/0000/_METADATA cannot be read (No such file or directory)")

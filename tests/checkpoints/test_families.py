@@ -374,6 +374,34 @@ def test_values_that_cannot_be(refuses, key, value, expected):
     refuses(expected, golden("llama_grouped"), **{key: value})
 
 
+ODD = [None, "x", "", "2", [], {}, [[1]], {"a": {}}, -1, 0, 1.5, 1e400, True, [None]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_values_are_read_or_refused_in_one_line(read, name):
+    """Whatever a key holds: a configuration comes out, or a message about it."""
+
+    def attempt(values, what):
+        try:
+            found = dataclasses.asdict(read(values))
+            for part in (found, found["rotary"], found["local_rotary"] or {}):
+                texts = {key for key, value in part.items() if isinstance(value, str)}
+                assert texts <= {"family", "activation", "scaling"}, what
+        except UserError as error:
+            assert "\n" not in str(error)
+        except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+            pytest.fail(f"{what}: {error!r}")
+
+    values = golden(name)
+    for part in [values, *(v for v in values.values() if isinstance(v, dict))]:
+        for key, before in part.items():
+            for odd in ODD:
+                part[key] = odd
+                attempt(values, f"{key}={odd!r}")
+            part[key] = before
+    read(values)
+
+
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [

@@ -5,12 +5,16 @@ tests/golden/make_tokenizers.py made the files.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.checkpoints.support import CHARACTERS, check_stream
 from treespec_jax.checkpoints import load_tokenizer
 from treespec_jax.checkpoints.streaming import TextStream
 from treespec_jax.checkpoints.tokenizers import SentencePieceTokenizer
@@ -20,10 +24,15 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizers"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
 
 
+@functools.cache
+def loaded(name):
+    return load_tokenizer(GOLDEN / name)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     folder = GOLDEN / request.param
-    return load_tokenizer(folder), json.loads((folder / "expected.json").read_text())
+    return loaded(request.param), json.loads((folder / "expected.json").read_text())
 
 
 def comparable(reader, text: str) -> bool:
@@ -105,3 +114,10 @@ def test_a_copy_behaves_as_the_original(family, tmp_path):
         assert again.encode(text) == reader.encode(text)
     chat = expected["chats"][0]
     assert again.encode_chat(chat["messages"]) == chat["ids"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(CHARACTERS, max_size=16), share=st.floats(0, 1))
+def test_a_stream_never_breaks_a_character(name, text, share):
+    check_stream(loaded(name), f"{text}<|end|>{text}", share)

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints.support import train_sentencepiece, write_llama2c_tokenizer
+from tests.checkpoints.support import (
+    CHARACTERS,
+    check_stream,
+    train_sentencepiece,
+    write_llama2c_tokenizer,
+)
 from treespec_jax.checkpoints.tokenizers import (
     HuggingFaceTokenizer,
     Llama2cTokenizer,
@@ -236,6 +241,13 @@ def test_stream_never_splits_a_character(every, name, text):
     assert len(ids) > len(text) or name == "bytes"
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) + stream.flush() == reader.decode(ids)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(CHARACTERS, max_size=16), share=st.floats(0, 1))
+def test_stream_behind_any_part_of_a_text(every, name, text, share):
+    check_stream(every[name], text, share)
 
 
 def test_stream_keeps_the_space_of_a_continuation(every):

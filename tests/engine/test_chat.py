@@ -35,7 +35,11 @@ def llm(tokenizer):
     last = tokenizer.encode_chat(HELLO)[-1]
     wanted = ("\u2581the", "<0xC3>", "<0xA9>", "\u2581a", "</s>")
     answer = [pieces[piece] for piece in wanted]
-    model = scripted(tokenizer, follow([last, *answer]))
+    # A row that pads the embedding, and stands for nothing.
+    answer.insert(2, tokenizer.vocab_size + 3)
+    model = scripted(
+        tokenizer, follow([last, *answer]), vocab_size=tokenizer.vocab_size + 8
+    )
     return LLM(
         model,
         speculative={"model": model, "tree": "chain:2"},
@@ -51,7 +55,7 @@ def llm(tokenizer):
 def test_answers_are_those_to_the_written_conversation(llm, tokenizer):
     (one,) = llm.chat(HELLO, PARAMS)
     (same,) = llm.generate(tokenizer.encode_chat(HELLO), PARAMS)
-    assert one.token_ids == same.token_ids
+    assert one.token_ids == same.token_ids and len(one.token_ids) == 6
     assert one.finish_reason == "stop" and one.prompt == HELLO
     # An answer begins a text: the space of its first word is not part of it.
     assert (one.text, same.text) == ("the\u00e9 a", " the\u00e9 a")
@@ -119,6 +123,6 @@ def test_tokens_without_a_row_are_refused(tokenizer):
     """Added tokens past the embedding, as some checkpoints have them."""
     reader = load_tokenizer(GOLDEN / "mistral")
     model = LLM(scripted(reader, {}, vocab_size=reader.vocab_size - 1), max_len=32)
-    assert model.notes[0].endswith("from '<tool>' on cannot be used")
+    assert model.notes[0].endswith("from '[/INST]' on cannot be used")
     with pytest.raises(UserError, match=f"token id {reader.vocab_size - 1} is outside"):
-        model.generate("a <tool> b")
+        model.generate("a [/INST] b")

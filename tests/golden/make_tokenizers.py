@@ -278,13 +278,14 @@ def gemma():
 
 
 def mistral():
-    """Metaspace, and added tokens that take the space beside them along."""
+    """Metaspace, and added tokens that take the space beside them along; two more
+    that the configuration only names."""
     made = with_byte_fallback(["<unk>", "<s>", "</s>"])
     made.pre_tokenizer = pre_tokenizers.Metaspace(
         SPACE, prepend_scheme="first", split=False
     )
     made.decoder = strip_decoder()
-    made.add_special_tokens(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
     made.add_tokens(
         [
             tk.AddedToken("<mask>", lstrip=True),
@@ -297,6 +298,7 @@ def mistral():
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
+        "additional_special_tokens": ["[INST]", "[/INST]"],
         "chat_template": BRACKETS,
     }
 
