@@ -60,7 +60,7 @@ def load(
     """Reads a checkpoint; memory peaks at the parameters and a few MiB.
 
     Args:
-      path: a Hugging Face Llama folder, a llama2.c version 0 `.bin` file, or a folder
+      path: a Hugging Face folder, a llama2.c version 0 `.bin` file, or a folder
         that `save` wrote.
       dtype: float32, bfloat16 or float16; None: as stored.
       tokenizer: a file to use instead of the one found with the weights.
