@@ -28,6 +28,9 @@ _CHAT = flags.DEFINE_bool(
     "answer prompts by the checkpoint's chat template; without any, talk on stdin",
 )
 _SYSTEM = flags.DEFINE_string("system", None, "system message, with --chat")
+_CHAT_OPTION = flags.DEFINE_multi_string(
+    "chat_option", None, "NAME=JSON for the chat template to see; repeatable"
+)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "tokens to emit at most")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy")
 _TOP_K = flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens; 0: all")
@@ -83,6 +86,7 @@ def main(_):
             experiment,
             texts,
             opening=opening,
+            options=prompts.options(_CHAT_OPTION.value),
             compare=_COMPARE.value,
             as_json=_JSON.value,
             compilation_cache=_CACHE.value,

@@ -106,9 +106,23 @@ def test_a_conversation_on_stdin(chat):
     assert out.startswith(first["text"] + "\n")
 
 
+@pytest.mark.slow
+def test_options_reach_the_template(chat):
+    """One that stands for what the template would see of the tokenizer."""
+    given = ["--prompt=the cat", "--json"]
+    option = '--chat_option=bos_token="<s>the cat "'
+    lengths = [
+        json.loads(chat(*given, *more).out)["stats"]["prompt_tokens"]
+        for more in ([], [option], [option, "--compare"])
+    ]
+    assert lengths[0] < lengths[1] == lengths[2]
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        (["--chat_option=a"], "--chat_option=a: expected NAME=JSON"),
+        (["--chat_option==1"], "--chat_option==1: expected NAME=JSON"),
         (
             ["--prompt=a", "--prompts_file=b"],
             "give --prompt or --prompts_file, got both",

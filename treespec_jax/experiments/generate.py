@@ -30,6 +30,7 @@ class Job:
       prompts: texts to continue, or conversations to answer.
       opening: messages in front of a conversation to hold on stdin, if there are no
         prompts.
+      options: further values for the chat template to see.
       compare: also decode plainly and compare.
       as_json: print one JSON object instead of text.
       compilation_cache: see `runtime.set_up`.
@@ -39,6 +40,7 @@ class Job:
     settings: Experiment
     prompts: Sequence[Prompt]
     opening: list[dict[str, Any]] | None = None
+    options: dict[str, Any] | None = None
     compare: bool = False
     as_json: bool = False
     compilation_cache: str | None = None
@@ -56,7 +58,7 @@ def run(job: Job, out: TextIO | None = None) -> None:
     settings, params = _without_idle_slots(job), job.settings.sampling
     # Before jax starts and weights are read, so that a mistake is answered at once.
     prompts = list(job.prompts) or [[*job.opening, *_GREETING]]
-    encoded = models.check(settings, prompts, [settings.tree])
+    encoded = models.check(settings, prompts, [settings.tree], job.options)
     runtime.set_up(job.compilation_cache)
     began = time.perf_counter()
     pair = models.load_pair(settings)
@@ -74,24 +76,25 @@ def run(job: Job, out: TextIO | None = None) -> None:
     shown = None if job.as_json else out
     if not job.prompts:
         prompts, completions = dialogue.hold(
-            lambda messages: _stream(llm, messages, params, shown)[0], job.opening
+            lambda messages: _stream(llm, messages, params, shown, job.options)[0],
+            job.opening,
         )
         parts = [c.stats for c in completions]
         seconds = [sum(getattr(s, name) for s in parts) for name in _SECONDS]
         stats = total(parts, *seconds)
     elif len(prompts) == 1:
-        completion, first = _stream(llm, prompts[0], params, shown)
+        completion, first = _stream(llm, prompts[0], params, shown, job.options)
         completions, stats = [completion], completion.stats
         timing["first_token_seconds"] = first - job.started
     else:
-        generation, seconds = models.decode(llm, prompts, params)
+        generation, seconds = models.decode(llm, prompts, params, job.options)
         completions = list(generation)
         stats = dataclasses.replace(generation.stats, decode_seconds=seconds)
         if shown:
             _print_texts(completions, out)
     comparison = None
     if job.compare and prompts:
-        comparison = _compare(settings, llm, pair, encoded, prompts, completions)
+        comparison = _compare(job, settings, llm, pair, encoded, prompts, completions)
     if job.as_json:
         report = {
             "settings": _in_force(settings, llm),
@@ -116,10 +119,13 @@ def _without_idle_slots(job: Job) -> Experiment:
     return dataclasses.replace(job.settings, engine=engine)
 
 
-def _stream(llm, prompt: Prompt, params, out):
+def _stream(llm, prompt: Prompt, params, out, options):
     """Runs one prompt; shows its text if `out`. Returns it and when it began."""
     chat = not isinstance(prompt, str)
-    pieces = (llm.stream_chat if chat else llm.stream)(prompt, params)
+    if chat:
+        pieces = llm.stream_chat(prompt, params, options)
+    else:
+        pieces = llm.stream(prompt, params)
     if out and not chat:
         print(prompt, end="", file=out, flush=True)
     first = None
@@ -142,7 +148,7 @@ def _print_texts(completions, out) -> None:
         print(f"> {prompt}\n{completion.text.strip()}\n", file=out)
 
 
-def _compare(settings, llm, pair, encoded, prompts, completions) -> dict[str, Any]:
+def _compare(job, settings, llm, pair, encoded, prompts, completions) -> dict[str, Any]:
     """Decodes plainly, and again with the tree, both compiled before."""
     params = settings.sampling
     plain = models.make_llm(settings, pair, "none")
@@ -150,7 +156,7 @@ def _compare(settings, llm, pair, encoded, prompts, completions) -> dict[str, An
     speeds = {"tree": 0.0, "plain": 0.0}
     for _ in range(_ROUNDS):
         for name, model in (("plain", plain), ("tree", llm)):
-            generation, seconds = models.decode(model, prompts, params)
+            generation, seconds = models.decode(model, prompts, params, job.options)
             speeds[name] = max(speeds[name], generation.stats.tokens / seconds)
             if name == "plain":
                 reference = generation

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from treespec_jax import limits
 from treespec_jax.config import SamplingParams
@@ -23,7 +24,10 @@ class Pair:
 
 
 def check(
-    settings: Experiment, prompts: Iterable[Prompt], trees: Iterable[str]
+    settings: Experiment,
+    prompts: Iterable[Prompt],
+    trees: Iterable[str],
+    options: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Token ids of the prompts, once all that weights are not needed for is right.
 
@@ -33,6 +37,7 @@ def check(
       settings: with their paths looked up.
       prompts: texts, or conversations.
       trees: shapes that will be grown.
+      options: further values for a chat template to see.
 
     Raises:
       UserError: a checkpoint whose configuration or tokenizer cannot be read, a pair
@@ -57,7 +62,7 @@ def check(
         )
     tokenizer = target.tokenizer
     encoded = [
-        tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p)
+        tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p, options)
         for p in prompts
     ]
     for ids in encoded:
@@ -145,7 +150,7 @@ def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
         llm.generate([[0] * length], SamplingParams(max_tokens=1, ignore_eos=True))
 
 
-def decode(llm, prompts, params):
+def decode(llm, prompts, params, options=None):
     """Generates; returns the `Generation` and seconds of all but prefill.
 
     By the clock on the wall, so that the host's work between dispatches counts.
@@ -154,9 +159,13 @@ def decode(llm, prompts, params):
       llm: an `LLM`.
       prompts: texts and token ids, or conversations.
       params: for all of them, or each.
+      options: further values for a chat template to see.
     """
     chat = prompts and prompts[0] and isinstance(prompts[0][0], dict)
     began = time.perf_counter()
-    generation = (llm.chat if chat else llm.generate)(prompts, params)
+    if chat:
+        generation = llm.chat(prompts, params, options)
+    else:
+        generation = llm.generate(prompts, params)
     seconds = time.perf_counter() - began - generation.stats.prefill_seconds
     return generation, seconds

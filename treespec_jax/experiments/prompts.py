@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,27 @@ def opening(system: str | None) -> list[dict[str, Any]]:
     if not system.strip():
         raise UserError("--system is empty; leave it out or give it words")
     return [{"role": "system", "content": system}]
+
+
+def options(given: Sequence[str] | None) -> dict[str, Any]:
+    """Values by name, of texts like enable_thinking=false.
+
+    Raises:
+      UserError: no such text, or a value that is not JSON.
+    """
+    found = {}
+    for text in given or ():
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UserError(
+                f"--chat_option={text}: expected NAME=JSON, enable_thinking=false for "
+                "example"
+            )
+    return found
 
 
 def read(file: str) -> list[str]:
