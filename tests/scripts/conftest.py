@@ -101,7 +101,9 @@ def run_script(capsys, monkeypatch, compilation_cache):
 
     def run(name: str, *args: str) -> Result:
         known = set(flags.FLAGS)
-        argv = [name, f"--compilation_cache={compilation_cache}", *args]
+        argv = [name, *args]
+        if '"compilation_cache"' in (SCRIPTS / name).read_text():
+            argv.insert(1, f"--compilation_cache={compilation_cache}")
         monkeypatch.setattr(sys, "argv", argv)
         capsys.readouterr()
         try:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax import limits
-from treespec_jax.acceptance import facts, rules
 from treespec_jax.checkpoints import LoadedModel, load
 from treespec_jax.checkpoints.chat import (
     Message,
@@ -107,8 +106,7 @@ class LLM:
 
     Raises:
       UserError: a checkpoint that cannot be read, vocabularies that differ, a
-        malformed tree, a rule that would not be lossless for it, or sizes that do not
-        fit.
+        malformed tree, or sizes that do not fit.
     """
 
     def __init__(
@@ -132,7 +130,6 @@ class LLM:
         # Everything that can be wrong is checked before weights are read.
         shape = shapes.parse("none" if spec.method == "none" else spec.tree)
         plain = shape.depth == 0
-        draws = facts.choose_draws(spec.rule, spec.draws, shape)
         if not plain and spec.model is None:
             raise UserError(
                 "speculative method 'draft_model' needs a model; give its path"
@@ -166,7 +163,7 @@ class LLM:
         drafter = NoDrafter()
         if draft is not None:
             rows = target.config.vocab_size
-            drafter = DraftModel(draft.model, shape, spec.tau, rows, draws)
+            drafter = DraftModel(draft.model, shape, spec.tau, rows)
         self.config = target.config
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.dtype = str(jnp.dtype(target.dtype))
@@ -176,7 +173,6 @@ class LLM:
             drafter,
             EngineConfig(**sizes, max_len=max_len),
             target.config.eos_ids,
-            None if plain else rules.make(spec),
         )
 
     def generate(

@@ -1,0 +1,81 @@
+"""The kernel's cost per prefix: bytes against arithmetic, cycles against each other."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.tree_attention import estimate, tree_attention
+from pallas_kernels.tree_attention.sizes import BlockSizes
+
+K, G, H, PAGE, SLOTS, PAGES = 8, 4, 128, 128, 4, 16
+
+
+def arrays(T):
+    shape, dtype = jax.ShapeDtypeStruct, jnp.bfloat16
+    return (
+        shape((SLOTS, T, K * G, H), dtype),
+        shape((SLOTS * PAGES + 1, K, 2, PAGE, H), dtype),
+        shape((SLOTS, PAGES), jnp.int32),
+        shape((SLOTS,), jnp.int32),
+        shape((SLOTS, K, 2, T, H), dtype),
+        shape((SLOTS, T, T), jnp.bool_),
+    )
+
+
+@pytest.fixture(scope="module")
+def cost(tpu_compiler):
+    """Compiles for v5e; returns the cost, the arguments and the sizes."""
+
+    @functools.cache
+    def measure(T, **options):
+        sizes, given = BlockSizes(**options), arrays(T)
+        attend = functools.partial(
+            tree_attention, scale=0.1, implementation="tpu", block_sizes=sizes
+        )
+        report = aot.compile_for("v5e:2x2", attend, *given).report
+        kernel = report.kernel("tree_attention")
+        kind = aot.DEVICE_KINDS["v5e"]
+        return estimate.prefix_cost(kernel, kind, given, sizes), given, sizes
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("T", "options"),
+    [
+        (2, dict(block_rows=512, unroll=8)),
+        (32, dict(block_rows=256, unroll=1)),
+        (32, dict(block_rows=128, unroll=2, heads=4)),
+    ],
+)
+def test_every_row_of_prefix_is_read_once(cost, T, options):
+    """However the call is cut up; and with it the call's traffic is the least."""
+    found, given, sizes = cost(T, **options)
+    assert found.copied == found.least == 128 * 2 * H * 2
+    assert 0 < found.mxu_share < 1 < found.bundles < found.cycles
+    assert found.stream_cycles == pytest.approx(120, rel=0.01)
+    traffic = estimate.call_bytes(found, given, sizes, PAGES * PAGE)
+    assert traffic.least == SLOTS * 2 * H * 2 * (K * PAGES * PAGE + T * K * (G + 1))
+    assert traffic.least <= traffic.moved <= 1.05 * traffic.least
+
+
+def test_cost_does_not_depend_on_the_block(cost):
+    """Blocks of other lengths: the same work per row, but for the block's overhead."""
+    short = cost(32, block_rows=128, unroll=1)[0]
+    long = cost(32, block_rows=256, unroll=1)[0]
+    assert 0.5 * short.cycles < long.cycles < short.cycles
+    narrow = cost(32, block_rows=256, unroll=1, heads=4)[0]
+    assert narrow.cycles == pytest.approx(long.cycles, rel=0.1)
+
+
+def test_calls_that_the_kernel_does_not_take(cost):
+    found, given, sizes = cost(2, block_rows=512, unroll=8)
+    q, pages, *rest = given
+    odd = jax.ShapeDtypeStruct((*pages.shape[:3], 24, H), pages.dtype)
+    with pytest.raises(ValueError, match="24 rows"):
+        estimate.call_bytes(found, (q, odd, *rest), sizes, 100)

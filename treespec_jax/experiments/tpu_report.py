@@ -1,0 +1,343 @@
+"""What the TPU compiler says of this program's step and kernel; no TPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import aot
+from pallas_kernels.tree_attention import estimate, tree_attention
+from pallas_kernels.tree_attention.sizes import LANES, choose
+from treespec_jax import sharding
+from treespec_jax.config import EngineConfig, ModelConfig, check_int
+from treespec_jax.drafting.draft_model import DraftModel
+from treespec_jax.drafting.none import NoDrafter
+from treespec_jax.engine.engine import Engine
+from treespec_jax.errors import UserError
+from treespec_jax.experiments import output
+from treespec_jax.experiments.table import markdown
+from treespec_jax.models import presets
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.trees import shapes
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to compile.
+
+    Attributes:
+      topology: see `pallas_kernels.aot.DEVICE_KINDS`.
+      model: the target's preset.
+      draft: the drafter's preset; None: `small_drafter` of the target.
+      tree: a tree shape, or "none".
+      batch: B, slots.
+      context: rows of prefix per slot.
+      page_size: cache rows per page.
+      dtype: of weights and cache.
+      devices: that share the weights (tensor parallelism).
+      nodes: T of the kernel's table.
+      tau: of the drafter.
+    """
+
+    topology: str = "v5e:2x2"
+    model: str = "llama-3.2-1b"
+    draft: str | None = None
+    tree: str = "regular:4x2x1"
+    batch: int = 8
+    context: int = 2048
+    page_size: int = 128
+    dtype: str = "bfloat16"
+    devices: int = 1
+    nodes: tuple[int, ...] = (1, 16, 64, 128, 256)
+    tau: float = 0.7
+
+    def __post_init__(self):
+        for name in ("batch", "context", "devices"):
+            check_int(name, getattr(self, name), 1)
+        for count in self.nodes:
+            check_int("nodes", count, 1)
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"dtype {self.dtype!r} is unknown; choose from {', '.join(DTYPES)}"
+            )
+        try:
+            aot.device_kind(self.topology)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def kind(self) -> aot.DeviceKind:
+        return aot.device_kind(self.topology)
+
+    @property
+    def target(self) -> ModelConfig:
+        return presets.get(self.model)
+
+    @property
+    def drafter(self) -> ModelConfig:
+        return presets.get(self.draft) if self.draft else small_drafter(self.target)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelResult:
+    """The kernel alone: its program, its cost per prefix, and its HBM traffic."""
+
+    report: aot.Report
+    kernel: aot.KernelReport
+    prefix: estimate.PrefixCost
+    traffic: estimate.CallBytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        parts = dataclasses.asdict(self.prefix), dataclasses.asdict(self.traffic)
+        return {**self.report.to_dict(), "prefix": parts[0], "traffic": parts[1]}
+
+
+def small_drafter(target: ModelConfig) -> ModelConfig:
+    """Four narrow layers over the target's vocabulary."""
+    return dataclasses.replace(
+        target,
+        embed_dim=512,
+        mlp_dim=1536,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=64,
+        window=None,
+        local_layers=(),
+        local_rotary=None,
+    )
+
+
+def abstract_model(config: ModelConfig, dtype: str) -> Transformer:
+    """A model with shapes in place of parameters."""
+    return nnx.eval_shape(
+        lambda: Transformer(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    )
+
+
+def abstract_engine(job: Job) -> Engine:
+    """An engine of abstract models; its `program` can be lowered and compiled.
+
+    Raises:
+      UserError: a preset, tree or size that does not fit.
+    """
+    drafter = NoDrafter()
+    shape = shapes.parse(job.tree)
+    if job.tree != "none":
+        model = abstract_model(job.drafter, job.dtype)
+        drafter = DraftModel(model, shape, job.tau)
+    config = EngineConfig(
+        max_batch=job.batch, max_len=job.context, page_size=job.page_size
+    )
+    return Engine(abstract_model(job.target, job.dtype), drafter, config)
+
+
+def compile_step(job: Job) -> aot.Compilation:
+    """Compiles a dispatch: draft, verify, accept and commit in a loop.
+
+    Raises:
+      UserError: what cannot be compiled, or no compiler.
+    """
+    function, arguments = abstract_engine(job).program()
+    if job.devices > 1:
+        arguments = _share(job, arguments)
+    return _compile(
+        job, function, *arguments, donate_argnums=1, least_bytes=_step_bytes(job)
+    )
+
+
+def compile_kernel(job: Job, nodes: int) -> KernelResult:
+    """Compiles tree attention alone at the target's shape, with `nodes` new rows.
+
+    Raises:
+      UserError: what cannot be compiled, or no compiler.
+    """
+    c, dtype = job.target, jnp.dtype(job.dtype)
+    B, T, K, H = job.batch, nodes, c.num_kv_heads, c.head_dim
+    pages, width = -(-job.context // job.page_size), -(-H // LANES) * LANES
+    shape = jax.ShapeDtypeStruct
+    arrays = (
+        shape((B, T, c.num_heads, H), dtype),
+        shape((B * pages + 1, K, 2, job.page_size, width), dtype),
+        shape((B, pages), jnp.int32),
+        shape((B,), jnp.int32),
+        shape((B, K, 2, T, H), dtype),
+        shape((B, T, T), jnp.bool_),
+    )
+    sizes = choose(job.kind.kind, T * c.queries_per_kv)
+    attend = functools.partial(
+        tree_attention, scale=H**-0.5, implementation="tpu", block_sizes=sizes
+    )
+    report = _compile(job, attend, *arrays, kernels=True).report
+    kernel = report.kernel("tree_attention")
+    cost = estimate.prefix_cost(kernel, job.kind, arrays, sizes)
+    moved = estimate.call_bytes(cost, arrays, sizes, job.context)
+    return KernelResult(report, kernel, cost, moved)
+
+
+def run(job: Job, kernel: bool = True, step: bool = True, folder: str = "") -> None:
+    """Compiles, prints tables and, if `folder` is named, writes report.json and .md.
+
+    Raises:
+      UserError: what cannot be compiled or written.
+    """
+    if folder:
+        with output.folder(folder) as path:
+            report, text = _report(job, kernel, step)
+            (path / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+            (path / "report.md").write_text(text + "\n")
+    else:
+        _, text = _report(job, kernel, step)
+    print(text)
+
+
+def _report(job: Job, kernel: bool, step: bool) -> tuple[dict[str, Any], str]:
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    report = {"source": "compiler's estimates", "job": dataclasses.asdict(job)}
+    report["versions"] = versions
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    text = [f"Compiler's estimates, not measurements: {job.kind.kind}, {named}.", ""]
+    if kernel:
+        rows = {nodes: compile_kernel(job, nodes) for nodes in job.nodes}
+        report["kernel"] = {nodes: row.to_dict() for nodes, row in rows.items()}
+        text += [kernel_table(job, rows), ""]
+    if step:
+        result = compile_step(job).report
+        report["step"] = result.to_dict()
+        text += [step_table(job, result), ""]
+    return report, "\n".join(text)
+
+
+def kernel_table(job: Job, results: dict[int, KernelResult]) -> str:
+    """A row per number of nodes."""
+    c = job.target
+    head = "nodes", "rows", "bundles", "cycles", "bundles / D", "cycles / D", "MXU"
+    rows = [(*head, "spills", "bytes / least", "temporaries")]
+    for nodes, result in results.items():
+        cost, traffic = result.prefix, result.traffic
+        rows.append(
+            (
+                f"{nodes}",
+                f"{nodes * c.queries_per_kv}",
+                f"{cost.bundles:.0f}",
+                f"{cost.cycles:.0f}",
+                f"{cost.bundles / cost.stream_cycles:.2f}",
+                f"{cost.cycles / cost.stream_cycles:.2f}",
+                f"{100 * cost.mxu_share:.0f} %",
+                f"{result.kernel.mix.spills}",
+                f"{traffic.moved / traffic.least:.3f}",
+                _mb(result.report.temporary_bytes),
+            )
+        )
+    return (
+        f"Kernel at the shape of {job.model} (K={c.num_kv_heads}, "
+        f"G={c.queries_per_kv}, H={c.head_dim}, {job.dtype}), {job.batch} slots × "
+        f"{job.context} rows of prefix, pages of {job.page_size}. Bundles and cycles "
+        "are those of 128 rows of prefix and one key/value head, which memory delivers "
+        f"in D = {cost.stream_cycles:.0f} cycles:\n\n" + markdown(rows)
+    )
+
+
+def step_table(job: Job, report: aot.Report) -> str:
+    """Two columns: what, and how much."""
+    kind, roof = job.kind, report.roofline
+    cycles = report.estimated_cycles / kind.clock
+    given = report.optimal_seconds
+    rows = [
+        ("figure", "estimate"),
+        ("arguments", _mb(report.argument_bytes)),
+        ("of them updated in place", _mb(report.aliased_bytes)),
+        ("temporaries", _mb(report.temporary_bytes)),
+        ("program", _mb(report.code_bytes)),
+        ("bytes accessed", _mb(report.bytes_accessed)),
+        ("least bytes of HBM", _mb(report.least_bytes)),
+        ("operations", f"{report.flops / 1e9:.1f} G"),
+        ("roofline, memory", f"{1e3 * roof.memory:.2f} ms"),
+        ("roofline, compute", f"{1e3 * roof.compute:.2f} ms"),
+        ("time, by the compiler", f"{1e3 * given:.2f} ms" if given else "not given"),
+        ("cycles of all fusions, as time", f"{1e3 * cycles:.2f} ms"),
+        (
+            "kernels",
+            ", ".join(f"{n} × {k}" for k, n in report.instances.items()) or "-",
+        ),
+        ("compilation, on this machine", f"{report.compile_seconds:.0f} s"),
+    ]
+    return (
+        f"Step of {job.model} with tree {job.tree}, {job.dtype}, {job.batch} slots × "
+        f"{job.context} rows, {report.num_devices} device(s), figures of one; loops "
+        "and both sides of conditionals count once:\n\n" + markdown(rows)
+    )
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _compile(job: Job, function, *arguments, **options) -> aot.Compilation:
+    options = {"kernels": False, **options}
+    try:
+        return aot.compile_for(job.topology, function, *arguments, **options)
+    except (ValueError, aot.CompilerUnavailable) as error:
+        raise UserError(str(error)) from error
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the TPU compiler refuses this program: {reason}") from error
+
+
+def _step_bytes(job: Job) -> int:
+    """Weights and prefix of every forward pass once, per device."""
+    itemsize = jnp.dtype(job.dtype).itemsize
+
+    def one_pass(config):
+        model = abstract_model(config, job.dtype)
+        weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+        if not config.tied_embeddings:  # only a few rows of the table are read
+            weights -= config.vocab_size * config.embed_dim
+        rows = config.num_layers * 2 * config.num_kv_heads * config.head_dim
+        return (weights + job.batch * job.context * rows) * itemsize
+
+    total = one_pass(job.target)
+    if job.tree != "none":
+        total += shapes.parse(job.tree).depth * one_pass(job.drafter)
+    return total // job.devices
+
+
+def _share(job: Job, arguments):
+    """Puts the shardings of tensor parallelism on the arguments of a dispatch."""
+    devices = aot.topology_devices(job.topology)
+    mesh = sharding.make_mesh({sharding.TENSOR: job.devices}, devices)
+    (target, draft), state, control = arguments
+
+    def place(leaf, axes):
+        return jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=sharding.sharding_of(axes, leaf.shape, mesh),
+        )
+
+    def weights(config, leaves):
+        model = abstract_model(config, job.dtype)
+        variables = jax.tree.leaves(
+            nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+        axes = [variable.logical_axes for variable in variables]
+        return tuple(place(*pair) for pair in zip(leaves, axes, strict=True))
+
+    def everything_else(leaf):
+        axes = ["any"] * jnp.ndim(leaf)
+        if len(axes) == 5:  # pages
+            axes[1] = "kv_heads"
+        return place(leaf, axes)
+
+    leaves = weights(job.target, target), weights(job.drafter, draft) if draft else ()
+    return leaves, *jax.tree.map(everything_else, (state, control))
