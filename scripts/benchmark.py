@@ -15,6 +15,10 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "tokens to emit per promp
 _REPEAT = flags.DEFINE_integer("repeat", None, "rounds of all shapes on all prompts")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy")
 _SEED = flags.DEFINE_integer("seed", None, "of the noise of the first prompt")
+_RULE = flags.DEFINE_string("rule", None, "exact, token, block, traversal, typical")
+_DRAWS = flags.DEFINE_string(
+    "draws", None, "shared, sampled, with_replacement, best; else as the rule has it"
+)
 _DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16")
 _MAX_BATCH = flags.DEFINE_integer("max_batch", None, "texts decoded together; else 1")
 _MAX_LEN = flags.DEFINE_integer("max_len", None, "tokens per text, prompt included")
@@ -34,6 +38,8 @@ def main(_):
             "target": _TARGET.value,
             "draft": _DRAFT.value,
             "tokenizer": _TOKENIZER.value,
+            "rule": _RULE.value,
+            "draws": _DRAWS.value,
             "dtype": _DTYPE.value,
             "sampling.max_tokens": _MAX_TOKENS.value,
             "sampling.temperature": _TEMPERATURE.value,

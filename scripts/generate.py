@@ -40,6 +40,10 @@ _SEED = flags.DEFINE_integer("seed", None, "of the noise")
 _STOP = flags.DEFINE_multi_string("stop", None, "text that ends the output; repeatable")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", None, "go on past the end of text")
 _LOGPROBS = flags.DEFINE_bool("logprobs", None, "log p of every token, with --json")
+_RULE = flags.DEFINE_string("rule", None, "exact, token, block, traversal, typical")
+_DRAWS = flags.DEFINE_string(
+    "draws", None, "shared, sampled, with_replacement, best; else as the rule has it"
+)
 _DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16")
 _MAX_LEN = flags.DEFINE_integer("max_len", None, "tokens per text, prompt included")
 _MAX_BATCH = flags.DEFINE_integer("max_batch", None, "texts decoded together")
@@ -63,6 +67,8 @@ def main(_):
             "draft": _DRAFT.value,
             "tokenizer": _TOKENIZER.value,
             "tree": _TREE.value,
+            "rule": _RULE.value,
+            "draws": _DRAWS.value,
             "dtype": _DTYPE.value,
             "sampling.max_tokens": _MAX_TOKENS.value,
             "sampling.temperature": _TEMPERATURE.value,

@@ -337,12 +337,23 @@ class SpeculativeConfig:
       tree: a tree shape, see `treespec_jax.trees.shapes.parse`.
       tau: temperature of the drafter's estimate that a child is right,
         softmax(score / tau); orders the paths of a dynamic tree.
+      rule: which drafted tokens are kept: "exact" (the text of plain decoding, token
+        for token), "token", "block", "traversal", "terminal" (other texts of the same
+        law) or "typical" (lossy), see `treespec_jax.acceptance`.
+      draws: how the drafter draws a tree, see `acceptance.facts`; "": as the rule
+        usually has it.
+      typical_eps: under the typical rule a token this likely always passes, in (0, 1].
+      typical_delta: its bound is min(eps, delta exp(-entropy)), in (0, 1].
     """
 
     method: str = "draft_model"
     model: Any = None
     tree: str = "chain:5"
     tau: float = 0.7
+    rule: str = "exact"
+    draws: str = ""
+    typical_eps: float = 0.09
+    typical_delta: float = 0.3
 
     METHODS = ("none", "draft_model")
 
@@ -353,6 +364,8 @@ class SpeculativeConfig:
                 f"{', '.join(self.METHODS)}"
             )
         check_float("speculative tau", self.tau, 0, open_low=True)
+        for name in ("typical_eps", "typical_delta"):
+            check_float(f"speculative {name}", getattr(self, name), 0, 1, open_low=True)
 
 
 @dataclasses.dataclass(frozen=True)

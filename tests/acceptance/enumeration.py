@@ -8,6 +8,7 @@ A lossless rule gives p's own law whatever p, q and the generator are.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -39,6 +40,15 @@ class World:
             for path in itertools.product(range(vocab), repeat=length):
                 p, q = rng.dirichlet([alpha] * vocab, size=2)
                 self.p[path], self.q[path] = p, mix * p + (1 - mix) * q
+
+    def replace(self, p=None, q=None) -> World:
+        """The same with functions of the old distributions in place of p or q."""
+        world = copy.copy(self)
+        if p is not None:
+            world.p = {path: p(own) for path, own in self.p.items()}
+        if q is not None:
+            world.q = {path: q(own) for path, own in self.q.items()}
+        return world
 
     def chance(self, path: Path) -> float:
         """Of a text under p."""
@@ -117,7 +127,7 @@ def draw(world: World, levels: Wish, depth: int, replacement=False) -> list[Tree
     Args:
       world: its q is drawn from.
       levels: parents of the nodes of the next level, given the tree so far and its
-        newest level; ascending.
+        newest level; ascending, -1 for places left empty.
       depth: C.
       replacement: siblings are drawn independently.
     """
@@ -140,7 +150,7 @@ def draw(world: World, levels: Wish, depth: int, replacement=False) -> list[Tree
 
 def _born(world, tree: Tree, parent: int, replacement) -> Iterator[Tree]:
     """The tree with one more child of `parent`."""
-    path = tree.paths[parent]
+    path = tree.paths[parent] if parent >= 0 else None
     q = np.zeros(0) if path is None else world.q[path].copy()
     if path is not None and not replacement:
         for sibling in tree.children(parent):
@@ -149,7 +159,7 @@ def _born(world, tree: Tree, parent: int, replacement) -> Iterator[Tree]:
 
     def grown(path, share, before):
         return Tree(
-            [*tree.parents, parent],
+            [*tree.parents, max(parent, 0)],
             [*tree.paths, path],
             [*tree.shares, share],
             [*tree.left, mass],

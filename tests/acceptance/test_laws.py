@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from tests.acceptance import enumeration as ref
-from tests.acceptance.driving import shipped_law
+from tests.acceptance.driving import arrays, judge, shipped_law
 from treespec_jax.acceptance.block import BlockRule
+from treespec_jax.acceptance.terminal import TerminalRule
 from treespec_jax.acceptance.token import TokenRule
 from treespec_jax.acceptance.traversal import TraversalRule
 from treespec_jax.drafting import sampled
@@ -66,27 +67,26 @@ def meta_of(name, replacement=False) -> dict:
 
 
 def allotted(world, sizes):
-    """Parents of the next level of a dynamic tree, one node after the other."""
+    """Parents of the next level of a dynamic tree: one child at a time."""
 
     def levels(tree, level):
         depth = list(np.cumsum(sizes) - sizes).index(level[0])
-        budget, unseen = sizes[depth + 1], sampled.COVERED**depth
-        parents = []
+        budget = sizes[depth + 1]
+        most = min(budget, world.vocab)
+        worth = {}
         for node in level:
             path = tree.paths[node]
-            chance = 0.0
             if path is not None:
-                chance = float(
-                    np.prod([world.q[path[:i]][x] for i, x in enumerate(path)])
-                )
-            wish = int(np.ceil(budget * (chance / max(unseen, chance + 1e-9))))
-            wish = budget if node == level[-1] else min(wish, budget)
-            wish = wish if chance > 0 else 0
-            parents += [node] * wish
-            budget -= wish
-            unseen = max(unseen - chance, 0.0)
+                steps = [world.q[path[:i]][x] for i, x in enumerate(path)]
+                worth[node] = float(np.prod(steps))
+        parents = []
+        for _ in range(budget):
+            open_ = [n for n in worth if parents.count(n) < most and worth[n] > 0]
+            if open_:
+                parents.append(max(open_, key=worth.get))
+                worth[parents[-1]] *= sampled.DECAY
         # Places that nobody got stay empty.
-        return parents + [level[-1]] * budget
+        return sorted(parents) + [-1] * (budget - len(parents))
 
     return levels
 
@@ -121,3 +121,129 @@ def test_sampled_trees(rule, name):
         assert np.abs(law - want).max() < EXACT
         own = sum(t.chance * ref.accepted(paper(world, t)) for t in trees)
         assert mean == pytest.approx(own, abs=EXACT)
+
+
+@pytest.mark.parametrize("name", ["chain2", "late", "full"])
+def test_siblings_drawn_with_replacement(name):
+    """Equal siblings among them; only the token rule has a form for these."""
+    for world in ref.worlds(2)[1::3]:
+        trees = trees_of(name, world, replacement=True)
+        want = world.law()
+        own = ref.text_law(world, trees, ref.token, replacement=True)
+        assert np.abs(own - want).max() < EXACT
+        with jax.enable_x64(True):
+            law, _ = shipped_law(TokenRule(), world, trees, meta_of(name, True))
+        assert np.abs(law - want).max() < EXACT
+
+
+def best_tree(world, topology):
+    """The tree of q's likeliest tokens, rank by rank."""
+    topology = Topology(topology)
+    paths = [()]
+    for node in range(1, topology.num_nodes):
+        above = paths[topology.parents[node]]
+        order = np.argsort(-world.q[above], kind="stable")
+        paths.append((*above, int(order[topology.ranks[node]])))
+    count = len(paths)
+    parents = [max(p, 0) for p in topology.parents]
+    return ref.Tree(parents, paths, [1.0] * count, [1.0] * count, [0.0] * count)
+
+
+@pytest.mark.parametrize("name", ["chain3", "full", "tapered", "lopsided"])
+def test_the_terminal_form_is_exact_match_in_law(name):
+    """The law of p, node by node that of following samples; E = sum of p(path)."""
+    for world in ref.worlds(depth_of(name)):
+        tree = best_tree(world, TOPOLOGIES[name])
+        with jax.enable_x64(True):
+            law, mean = shipped_law(TerminalRule(), world, [tree], one_draw=True)
+        assert np.abs(law - world.law()).max() < EXACT
+        followed = ref.accepted(ref.follow(world, tree))
+        chances = sum(world.chance(path) for path in tree.paths[1:])
+        assert mean == pytest.approx(followed, abs=EXACT)
+        assert mean == pytest.approx(chances, abs=EXACT)
+
+
+def test_traversal_on_a_chain_is_the_block_rule():
+    """The same thresholds and the same laws of the last token, node by node."""
+    for world in ref.worlds(3):
+        tree, scores = arrays(world, trees_of("chain3", world), meta_of("chain3"))
+        rng = np.random.default_rng(0)
+        accept = rng.random(tree.tokens.shape)
+        with jax.enable_x64(True):
+            ours = judge(TraversalRule(), tree, scores, accept)
+            theirs = judge(BlockRule(), tree, scores, accept)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_what_the_block_rule_accepts():
+    """E[k] = sum of E[w_i], and never less than the token rule."""
+    for world in ref.worlds(3):
+        trees = trees_of("chain3", world)
+        with jax.enable_x64(True):
+            _, block = shipped_law(BlockRule(), world, trees, meta_of("chain3"))
+            _, token = shipped_law(TokenRule(), world, trees, meta_of("chain3"))
+        total = 0.0
+        for tree in trees:
+            w = 1.0
+            for path in tree.paths[1:]:
+                ratio = world.p[path[:-1]][path[-1]] / world.q[path[:-1]][path[-1]]
+                w = min(1.0, w * ratio)
+                total += tree.chance * w
+        assert block == pytest.approx(total, abs=EXACT)
+        assert block >= token - EXACT
+
+
+def one_hot(x):
+    return np.eye(len(x))[x.argmax()]
+
+
+def without_first(x):
+    """No chance for token 0."""
+    return np.array([0.0, *x[1:]]) / x[1:].sum()
+
+
+EDGES = {
+    "q = p": lambda w: w.replace(),
+    "q lacks a token": lambda w: w.replace(q=without_first),
+    "p lacks a token": lambda w: w.replace(p=without_first),
+    "p one-hot": lambda w: w.replace(p=one_hot),
+    "q one-hot": lambda w: w.replace(q=one_hot),
+    "both one-hot": lambda w: w.replace(p=one_hot, q=one_hot),
+    "q nearly one-hot": lambda w: w.replace(
+        q=lambda x: (one_hot(x) + 1e-9 * x) / (1 + 1e-9)
+    ),
+}
+
+
+def edge_world(name, depth):
+    mix = 1.0 if name == "q = p" else 0.3
+    return EDGES[name](ref.World(depth, 1.0, mix, seed=5))
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(
+    "rule, name", [("token", "full"), ("block", "chain3"), ("traversal", "full")]
+)
+def test_degenerate_distributions(rule, name, edge):
+    """Exact in float64; in float32, what the engine runs, to a few roundings."""
+    world = edge_world(edge, depth_of(name))
+    trees, want = trees_of(name, world), world.law()
+    with jax.enable_x64(True):
+        law, _ = shipped_law(RULES[rule][0], world, trees, meta_of(name))
+    assert np.abs(law - want).max() < EXACT
+    law, _ = shipped_law(RULES[rule][0], world, trees, meta_of(name), tolerance=1e-6)
+    assert np.abs(law - want).max() < 2e-6
+
+
+@pytest.mark.parametrize(
+    "rule, name", [("token", "full"), ("block", "chain3"), ("traversal", "full")]
+)
+def test_a_drafter_of_fewer_tokens(rule, name):
+    """Its columns are shorter than the target's; the last token is never drafted."""
+    base = ref.World(depth_of(name), 1.0, 0.3, seed=7)
+    world = base.replace(q=lambda x: np.array([*x[:-1], 0.0]) / x[:-1].sum())
+    trees = trees_of(name, world)
+    with jax.enable_x64(True):
+        law, _ = shipped_law(RULES[rule][0], world, trees, meta_of(name), draft_vocab=2)
+    assert np.abs(law - world.law()).max() < EXACT

@@ -2,12 +2,25 @@
 
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from treespec_jax.checkpoints import load, save
+from tests.checkpoints.support import same_parameters
+from treespec_jax.checkpoints import (
+    conversion,
+    convert,
+    describe,
+    load,
+    native,
+    save,
+)
+from treespec_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -43,7 +56,7 @@ def test_converts(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "parameters in bfloat16, no tokenizer" in done.stdout
-    assert "14/14" in done.stderr
+    assert "writing: 100%" in done.stderr
     assert "WARNING" not in done.stderr and "note: " not in done.stderr
     assert load(tmp_path / "out").dtype.name == "bfloat16"
 
@@ -86,3 +99,183 @@ def test_damaged_checkpoint_is_one_line(tmp_path):
     (tmp_path / "in" / "params" / "0000" / "_METADATA").unlink()
     done = start(SCRIPT, f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}")
     one_line(done, "params/0000/_METADATA cannot be read (No such file or directory)")
+
+
+@pytest.fixture
+def source(tmp_path):
+    return pathlib.Path(shutil.copytree(GOLDEN / "llama_grouped", tmp_path / "in"))
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """As with a large model: many groups. 14 here, of one parameter each."""
+    monkeypatch.setattr(native, "_GROUP", 1)
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Names of the groups that are written; `fail_at` of them stops as a full disk."""
+    seen = []
+    plain = native.write_group
+
+    def write(folder, name, arrays):
+        if len(seen) == write.fail_at:
+            raise OSError(28, "No space left on device")
+        seen.append(name)
+        return plain(folder, name, arrays)
+
+    write.fail_at, write.seen = None, seen
+    monkeypatch.setattr(conversion, "write_group", write)
+    return write
+
+
+def stop(source, output, writes, at, dtype=None):
+    """A conversion that meets a full disk after `at` groups."""
+    writes.fail_at = at
+    with pytest.raises(UserError, match="No space left on device; the same command"):
+        convert(describe(source), output, dtype)
+    writes.fail_at = None
+    writes.seen.clear()
+
+
+def whole(source, output, dtype=None):
+    """Asserts that `output` is what `source` converts to, with nothing beside."""
+    assert same_parameters(load(output).model, load(source, dtype).model)
+    assert load(output).config == load(source).config
+    assert {path.name for path in output.parent.iterdir()} == {"in", output.name}
+    names = {path.name for path in output.iterdir()}
+    assert names == {"metadata.json", "params"}
+
+
+def test_goes_on_where_it_stopped(source, tmp_path, small_groups, writes):
+    output = tmp_path / "out"
+    stop(source, output, writes, 6)
+    # What is there is not taken for a checkpoint.
+    assert not output.exists()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load(tmp_path / ".out.partial")
+    done = convert(describe(source), output)
+    assert writes.seen == [f"{i:04d}" for i in range(6, 15)]
+    assert done.resumed > 0
+    whole(source, output)
+
+
+def test_an_earlier_output_stays_until_the_new_one_is_whole(
+    source, tmp_path, small_groups, writes
+):
+    output = tmp_path / "out"
+    convert(describe(source), output, "bfloat16")
+    stop(source, output, writes, len(writes.seen) + 3)
+    assert load(output).dtype.name == "bfloat16"
+    convert(describe(source), output)
+    whole(source, output)
+
+
+def test_a_part_that_was_damaged_since_is_written_again(
+    source, tmp_path, small_groups, writes
+):
+    stop(source, tmp_path / "out", writes, 6)
+    partial = tmp_path / ".out.partial"
+    (partial / "params" / "0002" / "manifest.ocdbt").write_bytes(b"x")
+    # The group that was being written, and a line that was.
+    (partial / "params" / "0006.orbax-checkpoint-tmp").mkdir()
+    with (partial / "journal.jsonl").open("a") as file:
+        file.write('{"group": "0006", "fi')
+    convert(describe(source), tmp_path / "out")
+    assert writes.seen == ["0002", *(f"{i:04d}" for i in range(6, 15))]
+    whole(source, tmp_path / "out")
+
+
+def change_time(source):
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    return {}
+
+
+def change_values(source):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][:] = 2
+    save_file(tensors, source / "model.safetensors")
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_time,
+        change_values,
+        lambda _: {"dtype": "bfloat16"},
+        lambda _: {"restart": True},
+    ],
+)
+def test_another_conversion_starts_over(source, tmp_path, small_groups, writes, change):
+    stop(source, tmp_path / "out", writes, 6)
+    how = change(source)
+    done = convert(describe(source), tmp_path / "out", **how)
+    assert len(writes.seen) == 15 and done.resumed == 0
+    whole(source, tmp_path / "out", how.get("dtype"))
+
+
+def test_a_damaged_source_leaves_nothing(source, tmp_path, small_groups):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match="model.norm.weight holds NaN or infinity"):
+        convert(describe(source), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_two_at_once(source, tmp_path):
+    with (
+        conversion._locked(tmp_path / ".out.partial"),
+        pytest.raises(UserError, match="written by another conversion; wait"),
+    ):
+        convert(describe(source), tmp_path / "out")
+    convert(describe(source), tmp_path / "out")
+    whole(source, tmp_path / "out")
+
+
+KILLED = """
+import os, signal, sys
+from treespec_jax.checkpoints import conversion, describe, native
+
+native._GROUP = 1
+plain = native.write_group
+
+def write(folder, name, arrays):
+    files = plain(folder, name, arrays)
+    if name == "0004":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return files
+
+conversion.write_group = write
+conversion.convert(describe(sys.argv[1]), sys.argv[2])
+"""
+
+
+def test_a_kill(source, tmp_path, small_groups, writes):
+    """Between a group's files and its line in the journal."""
+    done = start("-c", KILLED, source, tmp_path / "out")
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    convert(describe(source), tmp_path / "out")
+    assert writes.seen == [f"{i:04d}" for i in range(4, 15)]
+    whole(source, tmp_path / "out")
+
+
+def test_a_disk_that_is_full(source, tmp_path):
+    """The system refuses to write; then there is room, and it goes on."""
+    flags = SCRIPT, f"--input={source}", f"--output={tmp_path / 'out'}"
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 96; exec "$@"', "sh", sys.executable, *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2, done.stderr
+    # tensorstore's other threads may still complain while the process ends.
+    (last,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert last.startswith("error: cannot write") and "File too large" in last
+    assert "the same command goes on from here" in last
+    assert not (tmp_path / "out").exists()
+    assert start(*flags).returncode == 0
+    whole(source, tmp_path / "out")

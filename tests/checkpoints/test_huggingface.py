@@ -246,6 +246,122 @@ def test_damaged_index(folder):
         load(folder)
 
 
+def change_header(path, change, length=None):
+    """Rewrites the JSON in front of a safetensors file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = change(data[8 : 8 + size])
+    front = len(header) if length is None else length
+    path.write_bytes(front.to_bytes(8, "little") + header + data[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("change", "length"),
+    [
+        (lambda header: header, 1 << 62),
+        (lambda header: header, 3),
+        (lambda header: b"x" * len(header), None),
+        (lambda header: b"[1]", None),
+        # Values that would lie behind the end of the file, or on those of another.
+        (
+            lambda header: header.replace(b'"data_offsets":[0,', b'"data_offsets":[9,'),
+            None,
+        ),
+        (lambda header: header.replace(b'"shape":[112,', b'"shape":[113,'), None),
+    ],
+)
+def test_wrong_headers(folder, change, length):
+    path = folder / "model.safetensors"
+    change_header(path, change, length)
+    with pytest.raises(UserError, match="model.safetensors cannot be read") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_pointer_of_git_lfs(folder):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "model.safetensors").write_text(text)
+    with pytest.raises(UserError, match="is a Git LFS pointer, .*; run git lfs pull"):
+        load(folder)
+
+
+def change_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    values = json.loads(path.read_text())
+    change(values["weight_map"])
+    path.write_text(json.dumps(values))
+
+
+def test_index_that_names_the_wrong_shard(folder):
+    first, second = shard(folder)
+    held = load_file(folder / first)
+    name = next(iter(held))
+    change_index(folder, lambda names: names.update({name: second}))
+    with pytest.raises(
+        UserError, match=f"says that {second} holds tensor {name}, {first} does;"
+    ):
+        load(folder)
+
+
+def test_index_that_names_a_tensor_nobody_has(folder):
+    first, _ = shard(folder)
+    change_index(folder, lambda names: names.update(ghost=first))
+    with pytest.raises(UserError, match="holds tensor ghost, which no file does;"):
+        load(folder)
+
+
+def test_index_that_lacks_a_tensor(folder):
+    first, _ = shard(folder)
+    name = next(iter(load_file(folder / first)))
+    change_index(folder, lambda names: names.pop(name))
+    with pytest.raises(UserError, match=f"{name}, which model.safetensors.index.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize("file", ["../b.safetensors", 3, ""])
+def test_index_that_leads_elsewhere(folder, file):
+    shard(folder)
+    change_index(folder, lambda names: names.update({QUERY: file}))
+    with pytest.raises(UserError, match=f"tensor {QUERY} into .* no file of its"):
+        load(folder)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_tensor_in_two_shards(folder, index):
+    first, second = shard(folder)
+    held = load_file(folder / first)
+    name = next(iter(held))
+    save_file({**load_file(folder / second), name: held[name]}, folder / second)
+    if not index:
+        (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=f"{name} is both in .*{first} and in {second}"):
+        load(folder)
+
+
+def test_shards_without_an_index(folder, good):
+    shard(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert same_parameters(load(folder).model, good.model)
+
+
+def test_the_same_weights_under_another_name_are_left_alone(folder, good):
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert same_parameters(load(folder).model, good.model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("F8_E4M3", "float8_e4m3fn"), ("U8", "uint8"), ("BOOL", "bool")]
+)
+def test_dtypes_that_hold_no_plain_weights(folder, kind, name):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[QUERY] = np.ones((64, 64), np.uint8)
+    save_file(tensors, folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    change_header(path, lambda header: header.replace(b'"U8"', f'"{kind}"'.encode()))
+    with pytest.raises(UserError, match=f"{QUERY} is {name}; quantised weights are"):
+        load(folder)
+
+
 def test_paths_that_hold_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at .*nowhere; check the path"):
         load(tmp_path / "nowhere")

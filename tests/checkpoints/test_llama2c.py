@@ -109,7 +109,7 @@ def model_file(tmp_path):
 
 def test_tokenizer_with_more_pieces_than_embeddings(model_file, tmp_path):
     path = write_llama2c_tokenizer(tmp_path / "tok.bin", [("a", -1.0)])
-    with pytest.raises(UserError, match="tok.bin has 260 pieces, the model .* only 53"):
+    with pytest.raises(UserError, match="tok.bin has 260 pieces, the model .*53"):
         load(model_file)
     with pytest.raises(UserError, match="260 pieces"):
         load(model_file, tokenizer=path)

@@ -17,6 +17,7 @@ from treespec_jax.checkpoints.tokenizers import (
 _WITH_JAX = {
     "LoadedModel": "treespec_jax.checkpoints.loading",
     "check_output": "treespec_jax.checkpoints.native",
+    "convert": "treespec_jax.checkpoints.conversion",
     "load": "treespec_jax.checkpoints.loading",
     "save": "treespec_jax.checkpoints.native",
 }
@@ -29,6 +30,7 @@ __all__ = [
     "check_output",
     "check_rows",
     "compare_vocabularies",
+    "convert",
     "describe",
     "load",
     "load_tokenizer",

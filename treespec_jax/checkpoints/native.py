@@ -16,7 +16,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -195,7 +197,7 @@ def write_group(
         use_ocdbt=True, use_zarr3=False, use_compression=False
     )
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(params / name, args=ocp.args.PyTreeSave(tree, save_args=how))
     # Holds nothing but the path at which it was written; object stores need it, a
     # folder is whole because it was renamed.
@@ -279,8 +281,26 @@ def writing(path: Path, hint: str = "") -> Iterator[None]:
         raise
     # orbax reports a full disk as ValueError or RuntimeError.
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or _short(error)
+        # tensorstore puts the system's answer behind a page of its own.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        told = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
+        reason = told or _short(error)
         raise UserError(f"cannot write {path}: {reason}{hint}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks of orbax's threads: what goes wrong is raised, too."""
+    from absl import logging
+
+    hook, threading.excepthook = threading.excepthook, lambda _: None
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+        logging.set_verbosity(verbosity)
 
 
 def check_files(folder: Path, written: Mapping[str, Any]) -> None:

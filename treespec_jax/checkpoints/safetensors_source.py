@@ -149,7 +149,7 @@ def _find(folder: Path) -> tuple[Iterable[Path], tuple[Path, Mapping[str, str]] 
         if not isinstance(names, Mapping) or not names:
             raise UserError(f"{index} lacks a weight_map; download it again")
         for name, file in names.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or not file or Path(file).name != file:
                 raise UserError(
                     f"{index} puts tensor {name} into {file!r}, which is no file of "
                     "its folder; download it again"

@@ -1,9 +1,9 @@
 """Trees drawn at random from the drafter, for rules that weigh a node by its chance.
 
 Siblings are drawn one after the other from q, the drafter's law under the request's own
-temperature, top-k, top-p and min-p, and keep that order. What a tree looks like may
-depend on q and on what was drawn *before* a node in depth-first order, never on the
-node itself or on what comes after it; otherwise no rule is lossless (see `allot`).
+temperature, top-k, top-p and min-p, and keep that order. Where nodes go may depend on q
+and on the levels above, never on what a node turns out to be: none is dropped, moved or
+sorted once it is drawn, or no rule would be lossless.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from treespec_jax.acceptance import draw, policy
-from treespec_jax.acceptance.select import top_k
+from treespec_jax.acceptance.select import top_k, top_k_rows
 from treespec_jax.drafting.protocol import NORMALISED, DraftContext, Expand
 from treespec_jax.trees.shapes import DynamicShape, StaticShape, TreeShape
 from treespec_jax.trees.token_tree import (
@@ -24,9 +24,9 @@ from treespec_jax.trees.token_tree import (
     static_tree,
 )
 
-# Share of a node's chance that its drawn children are expected to cover: how a level of
-# a dynamic tree is shared out before its last node is known. Any value is lossless.
-COVERED = 0.7
+# Worth of a node's second child against its first, of its third against its second, …
+# when a level of a dynamic tree is shared out. Any value is lossless.
+DECAY = 0.5
 
 
 def grow(
@@ -138,8 +138,13 @@ def _grow_static(shape: StaticShape, context, logits_VR, expand, replacement):
         )
         scores.append(own_scores)
         totals.append(own_total)
-        for kept, x in zip((tokens, log_q, left), drawn, strict=True):
-            kept.append(x[:, slot, rank])
+        token_BJ, log_BJ, left_BJ = (x[:, slot, rank] for x in drawn)
+        # Nothing is below a place that was left empty.
+        column = parents[slot] - topology.level(depth)[0]
+        log_BJ = jnp.where(log_q[depth][:, column] > -jnp.inf, log_BJ, -jnp.inf)
+        tokens.append(token_BJ)
+        log_q.append(log_BJ)
+        left.append(left_BJ)
     tokens_BT, log_q_BT, left_BT = (
         jnp.concatenate(x, axis=1) for x in (tokens, log_q, left)
     )
@@ -165,36 +170,30 @@ def level_sizes(shape: DynamicShape) -> tuple[int, ...]:
     return (1, *(int(n) + 1 for n in np.diff(ends, prepend=0)))
 
 
-def allot(chance_BW: jax.Array, budget: int, expected: float) -> jax.Array:
-    """How many children each node of a level gets, int32 [B, W], `budget` at most.
+def allot(chance_BW: jax.Array, budget: int, most: int) -> jax.Array:
+    """How many children each node of a level gets, int32 [B, W].
 
-    By its share of the chance `expected` on the level and not passed yet, and from what
-    the nodes before it left: a node's own path chance and earlier ones decide, later
-    ones do not. (Sharing a level out by all of its path chances looks as harmless, and
-    biases the traversal rule: whether a node's family is rejected then tells of a node
-    drawn after it.) The last node takes what is left.
+    The next child goes where path chance times DECAY per child already there is most;
+    a node without chance gets none. Nodes compete within a level, which no rule minds:
+    all of the level is drawn, nothing below it, and the chance that a rule rejects a
+    node's whole family does not depend on the family's shape.
     """
-    W = chance_BW.shape[1]
-    left_B = jnp.full(chance_BW.shape[0], budget, jnp.int32)
-    unseen_B = jnp.full(chance_BW.shape[0], expected, chance_BW.dtype)
-    counts = []
-    for at in range(W):
-        own_B = chance_BW[:, at]
-        share_B = own_B / jnp.maximum(unseen_B, own_B + 1e-9)
-        wish_B = jnp.ceil(left_B * share_B).astype(jnp.int32)
-        if at == W - 1:
-            wish_B = left_B
-        count_B = jnp.where(own_B > 0, jnp.minimum(wish_B, left_B), 0)
-        counts.append(count_B)
-        left_B -= count_B
-        unseen_B = jnp.maximum(unseen_B - own_B, 0.0)
-    return jnp.stack(counts, axis=1)
+    B, W = chance_BW.shape
+    worth_BWK = chance_BW[:, :, None] * DECAY ** jnp.arange(most)
+    worth_BJ = worth_BWK.reshape(B, W * most)
+    values, at_BN = top_k_rows(worth_BJ, min(budget, W * most))
+    given = jnp.where(values > 0, 1, 0).astype(jnp.int32)
+    return (
+        jnp.zeros((B, W), jnp.int32)
+        .at[jnp.arange(B)[:, None], at_BN // most]
+        .add(given)
+    )
 
 
 def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand):
     """Level by level: every node of a level is expanded and gets its share of the next.
 
-    Children are numbered parent by parent, so that a level stands in depth-first order.
+    Children are numbered parent by parent.
     """
     B = context.root.shape[0]
     sizes = level_sizes(shape)
@@ -221,7 +220,7 @@ def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand):
         most.append(count)
         # The k-th place of every family is drawn by uniforms of its own.
         uniforms = context.uniforms[:, first + W : first + W + below]
-        number_BW = allot(path[depth], below, COVERED**depth)
+        number_BW = allot(path[depth], below, count)
         start_BW = jnp.cumsum(number_BW, axis=1) - number_BW
         at_BWK = start_BW[:, :, None] + jnp.arange(count)
         uniforms = uniforms[slot_B1[:, :, None], jnp.minimum(at_BWK, below - 1)]

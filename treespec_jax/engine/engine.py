@@ -197,6 +197,7 @@ class Engine:
         """Queues a request; raises what `check` raises."""
         self.check(request)
         request.stats.prompt_tokens = len(request.prompt)
+        request.stats.rule = self.rule.name
         request.stats.nodes = self.drafter.num_nodes - 1
         request.stats.emitted_counts = [0] * (self.drafter.depth + 2)
         self._waiting.append(request)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax import limits
+from treespec_jax.acceptance import facts, rules
 from treespec_jax.checkpoints import LoadedModel, load
 from treespec_jax.checkpoints.chat import (
     Message,
@@ -106,7 +107,8 @@ class LLM:
 
     Raises:
       UserError: a checkpoint that cannot be read, vocabularies that differ, a
-        malformed tree, or sizes that do not fit.
+        malformed tree, a rule that would not be lossless for it, or sizes that do not
+        fit.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class LLM:
         # Everything that can be wrong is checked before weights are read.
         shape = shapes.parse("none" if spec.method == "none" else spec.tree)
         plain = shape.depth == 0
+        draws = facts.choose_draws(spec.rule, spec.draws, shape)
         if not plain and spec.model is None:
             raise UserError(
                 "speculative method 'draft_model' needs a model; give its path"
@@ -163,7 +166,7 @@ class LLM:
         drafter = NoDrafter()
         if draft is not None:
             rows = target.config.vocab_size
-            drafter = DraftModel(draft.model, shape, spec.tau, rows)
+            drafter = DraftModel(draft.model, shape, spec.tau, rows, draws)
         self.config = target.config
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.dtype = str(jnp.dtype(target.dtype))
@@ -173,6 +176,7 @@ class LLM:
             drafter,
             EngineConfig(**sizes, max_len=max_len),
             target.config.eos_ids,
+            None if plain else rules.make(spec),
         )
 
     def generate(

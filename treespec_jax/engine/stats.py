@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from treespec_jax.acceptance import facts
+
 
 @dataclasses.dataclass
 class Stats:
@@ -17,6 +19,7 @@ class Stats:
       tokens: tokens emitted.
       steps: steps in which the request was active.
       nodes: T - 1, drafted nodes per step.
+      rule: which drafted tokens were kept.
       emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
       prefill_seconds: wall time of prefill.
       decode_seconds: wall time of decoding; requests of a batch overlap, so a sum over
@@ -28,6 +31,7 @@ class Stats:
     tokens: int = 0
     steps: int = 0
     nodes: int = 0
+    rule: str = "exact"
     emitted_counts: list[int] = dataclasses.field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -37,6 +41,11 @@ class Stats:
         self.steps += 1
         self.tokens += emitted
         self.emitted_counts[emitted] += 1
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokens have the law of plain decoding."""
+        return facts.FACTS[self.rule].lossless
 
     @property
     def drafted(self) -> int:
@@ -74,6 +83,8 @@ class Stats:
             **{
                 name: getattr(self, name)
                 for name in (
+                    "rule",
+                    "lossless",
                     "requests",
                     "prompt_tokens",
                     "tokens",
@@ -103,6 +114,7 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
         tokens=sum(p.tokens for p in parts),
         steps=sum(p.steps for p in parts),
         nodes=max((p.nodes for p in parts), default=0),
+        rule=parts[0].rule if parts else "exact",
         emitted_counts=counts,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,

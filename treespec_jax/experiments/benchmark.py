@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from treespec_jax.acceptance import facts
 from treespec_jax.engine.stats import Stats, total
 from treespec_jax.experiments import (
     costs,
@@ -48,9 +49,12 @@ def run(settings: Experiment, folder: str) -> None:
     """Measures everything and writes table, JSON and plot to `folder`.
 
     Raises:
-      UserError: an unwritable folder, an unreadable prompt or checkpoint, or settings
-        that do not fit together.
+      UserError: an unwritable folder, a rule that does not fit a shape, an unreadable
+        prompt or checkpoint, or settings that do not fit together.
     """
+    for name in settings.benchmark.shapes:
+        if shapes.parse(name).depth:
+            facts.choose_draws(settings.rule, settings.draws, shapes.parse(name))
     file = settings.benchmark.prompts
     texts = prompts.read(file) if file else list(prompts.STORIES)
     with output.folder(folder) as work:

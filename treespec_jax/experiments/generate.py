@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from treespec_jax.acceptance import facts
 from treespec_jax.engine.stats import total
 from treespec_jax.experiments import dialogue, models, runtime, table
 from treespec_jax.experiments.prompts import Prompt
@@ -108,7 +109,7 @@ def run(job: Job, out: TextIO | None = None) -> None:
         return
     print(_table(settings, stats, timing), file=out)
     if comparison:
-        print(_comparison_lines(comparison), file=out)
+        print(_comparison_lines(comparison, settings), file=out)
 
 
 def _without_idle_slots(job: Job) -> Experiment:
@@ -210,6 +211,7 @@ def _completion(completion) -> dict[str, Any]:
 def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
     rows = [
         ("tree", settings.tree),
+        ("rule", f"{stats.rule} ({facts.FACTS[stats.rule].label})"),
         ("tokens", str(stats.tokens)),
         ("steps", str(stats.steps)),
         ("tokens per step", f"{stats.tokens_per_step:.2f}"),
@@ -226,9 +228,13 @@ def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
     return table.aligned(rows)
 
 
-def _comparison_lines(comparison: dict[str, Any]) -> str:
+def _comparison_lines(comparison: dict[str, Any], settings: Experiment) -> str:
+    label = facts.FACTS[settings.rule].label
     if comparison["identical"]:
         verdict = "identical to plain decoding"
+    elif settings.rule != "exact" and settings.sampling.temperature > 0:
+        law = "of the same law" if label == "lossless" else "of another law (LOSSY)"
+        verdict = f"others than those of plain decoding, and {law}"
     else:
         d = comparison["first_difference"]
         verdict = (

@@ -107,6 +107,8 @@ def make_llm(settings: Experiment, pair: Pair, tree: str):
             "model": pair.draft,
             "tree": tree,
             "tau": settings.tau,
+            "rule": settings.rule,
+            "draws": settings.draws,
         }
     return LLM(
         pair.target,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from treespec_jax.acceptance import facts
 from treespec_jax.experiments.table import markdown, percents
 
 
@@ -15,7 +16,8 @@ def table(results: dict[str, Any]) -> str:
     sampling = s["sampling"]
     kind = "greedy" if not sampling["temperature"] else f"T={sampling['temperature']:g}"
     lines = [
-        f"{s['dtype']}, {kind}, {len(results['prompts'])} prompts × "
+        f"rule {s['rule']} ({facts.FACTS[s['rule']].label}), {s['dtype']}, {kind}, "
+        f"{len(results['prompts'])} prompts × "
         f"{sampling['max_tokens']} tokens, batch {s['engine']['max_batch']}, "
         f"{s['benchmark']['repeat']} rounds; jax {v['jax']}, {v['device_kind']}, "
         f"{v['cpus']} CPUs",
@@ -34,7 +36,11 @@ def table(results: dict[str, Any]) -> str:
         "% of the bandwidth."
     )
     unlike = {n: f["texts_unlike_plain"] for n, f in results["shapes"].items()}
-    if any(unlike.values()):
+    if s["rule"] != "exact" and sampling["temperature"]:
+        lossless = facts.FACTS[s["rule"]].lossless
+        law = "of the law of plain decoding" if lossless else "LOSSY"
+        lines.append(f"Rule {s['rule']}: texts are others, {law}.")
+    elif any(unlike.values()):
         named = ", ".join(f"{n}: {count}" for n, count in unlike.items() if count)
         lines.append(f"TEXTS THAT DIFFER FROM PLAIN DECODING: {named}")
     else:

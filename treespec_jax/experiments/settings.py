@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from treespec_jax.acceptance import facts
 from treespec_jax.config import (
     EngineConfig,
     SamplingParams,
@@ -80,6 +81,8 @@ class Experiment:
       tokenizer: a file to use instead of the one found with the weights.
       tree: a tree shape, see `trees.shapes.parse`.
       tau: temperature of the drafter's estimate that a child is right.
+      rule: which drafted tokens are kept, see `config.SpeculativeConfig`.
+      draws: how the drafter draws a tree, see `acceptance.facts`.
       dtype: of weights, activations and cache; empty: see `LLM`.
       sampling: what each prompt asks for.
       engine: fixed sizes.
@@ -91,19 +94,24 @@ class Experiment:
     tokenizer: str = ""
     tree: str = "chain:5"
     tau: float = 0.7
+    rule: str = "exact"
+    draws: str = ""
     dtype: str = ""
     sampling: SamplingParams = SamplingParams()
     engine: EngineSettings = EngineSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
 
     def __post_init__(self):
-        for name in ("target", "draft", "tokenizer", "tree", "dtype"):
+        for name in ("target", "draft", "tokenizer", "tree", "rule", "draws", "dtype"):
             value = getattr(self, name)
             if not isinstance(value, (str, Path)):
                 raise UserError(f"{name} must be a text, got {value!r}")
             object.__setattr__(self, name, str(value))
-        depth = shapes.parse(self.tree).depth
+        shape = shapes.parse(self.tree)
+        depth = shape.depth
         check_float("tau", self.tau, 0, open_low=True)
+        if depth:
+            facts.choose_draws(self.rule, self.draws, shape)
         if self.dtype and self.dtype not in DTYPES:
             raise UserError(
                 f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"

@@ -1,0 +1,209 @@
+"""Every rule in the whole engine: the law of two tokens, greedy texts, labels.
+
+Chi-square of the first two tokens of REQUESTS requests that differ in their seed,
+against the target's exact probabilities (one causal pass without cache), at level
+0.001. The first step may emit one of them or both, so that the second is at times a
+drafted token, at times the bonus, at times the next step's. Power: as many draws from
+a law with a tenth of the drafter's mixed in must be refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.oracles import full_logits
+from treespec_jax.acceptance import facts, rules
+from treespec_jax.config import (
+    EngineConfig,
+    ModelConfig,
+    SamplingParams,
+    SpeculativeConfig,
+)
+from treespec_jax.drafting.draft_model import DraftModel
+from treespec_jax.drafting.none import NoDrafter
+from treespec_jax.engine.engine import Engine, Request
+from treespec_jax.engine.stats import total
+from treespec_jax.errors import UserError
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.trees import shapes
+
+V, REQUESTS = 6, 3072
+PROMPT = [1, 4, 2]
+SAMPLED = SamplingParams(max_tokens=2, temperature=0.8, top_k=5)
+GREEDY = SamplingParams(max_tokens=12)
+# Quantile 0.999 of chi-square by degrees of freedom.
+CRITICAL = {23: 49.73, 24: 51.18}
+MODEL = ModelConfig(
+    vocab_size=V,
+    embed_dim=16,
+    mlp_dim=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_positions=64,
+)
+CASES = [
+    ("exact", "regular:2x1", ""),
+    ("token", "regular:2x1", ""),
+    ("token", "dynamic:4@2", ""),
+    ("token", "regular:2x1", "with_replacement"),
+    ("block", "chain:2", ""),
+    ("traversal", "regular:2x1", ""),
+    ("terminal", "dynamic:4@2", ""),
+]
+
+
+def model(seed) -> Transformer:
+    made = Transformer(MODEL, rngs=nnx.Rngs(seed))
+    made.norm.scale[...] = made.norm.scale[...] * 2.0
+    return made
+
+
+@pytest.fixture(scope="module")
+def target():
+    return model(0)
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    """Between the target and another model."""
+    made, other = model(0), model(1)
+    for name in ("embedding", "head"):
+        mine, its = getattr(made, name), getattr(other, name)
+        mine[...] = 0.8 * mine[...] + 0.6 * its[...]
+    return made
+
+
+def build(target, draft, rule, tree, draws="") -> Engine:
+    shape = shapes.parse(tree)
+    spec = SpeculativeConfig(model=draft, tree=tree, rule=rule, draws=draws)
+    how = facts.choose_draws(rule, draws, shape)
+    drafter = DraftModel(draft, shape, 0.7, draws=how) if shape.depth else NoDrafter()
+    config = EngineConfig(
+        max_batch=64, max_len=24, page_size=8, steps_per_dispatch=2, prefill_chunks=(4,)
+    )
+    return Engine(target, drafter, config, rule=rules.make(spec))
+
+
+def run(engine, params) -> list[Request]:
+    requests = [Request(PROMPT, p) for p in params]
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
+        engine.advance()
+    return requests
+
+
+def law_of(model) -> np.ndarray:
+    """[V, V] of the next two tokens under the policy."""
+
+    def policy(ids):
+        logits = full_logits(model, ids, size=32)[-1].astype(np.float64)
+        scaled = logits / SAMPLED.temperature
+        scaled[scaled < np.sort(scaled)[-SAMPLED.top_k]] = -np.inf
+        p = np.exp(scaled - scaled.max())
+        return p / p.sum()
+
+    first = policy(PROMPT)
+    return first[:, None] * np.stack([policy([*PROMPT, x]) for x in range(V)])
+
+
+def chi_square(counts, law):
+    """Statistic and degrees of freedom, over cells that can occur."""
+    some = law > 0
+    assert not counts[~some].any()
+    expected = counts.sum() * law[some]
+    return float(((counts[some] - expected) ** 2 / expected).sum()), some.sum() - 1
+
+
+@pytest.fixture(scope="module")
+def law(target):
+    return law_of(target)
+
+
+@pytest.fixture(scope="module")
+def greedy_text(target):
+    """By one causal pass per token."""
+    ids = list(PROMPT)
+    for _ in range(GREEDY.max_tokens):
+        ids.append(int(full_logits(target, ids, size=32)[-1].argmax()))
+    return ids[len(PROMPT) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule, tree, draws", CASES)
+def test_two_tokens_have_the_targets_law(
+    rule, tree, draws, target, draft, law, greedy_text, capsys
+):
+    engine = build(target, draft, rule, tree, draws)
+    # A greedy request among sampled ones.
+    params = [dataclasses.replace(SAMPLED, seed=n) for n in range(REQUESTS)]
+    *requests, greedy = run(engine, [*params, GREEDY])
+    assert greedy.tokens == greedy_text
+    # And alone: all of the batch is greedy.
+    (alone,) = run(engine, [GREEDY])
+    assert alone.tokens == greedy_text and alone.stats.lossless
+    assert engine.compilations["dispatch"] == 1
+    counts = np.zeros((V, V))
+    for request in requests:
+        counts[tuple(request.tokens)] += 1
+    statistic, freedom = chi_square(counts, law)
+    stats = total([r.stats for r in requests], 0, 0)
+    with capsys.disabled():
+        print(
+            f"\n{rule} {tree} {draws}: chi-square {statistic:.1f} of {freedom}, "
+            f"{stats.tokens_per_step:.2f} tokens per step"
+        )
+    assert stats.rule == rule and stats.tokens_per_step > 1.05
+    assert statistic < CRITICAL[freedom]
+
+
+def test_the_test_has_power(law, draft):
+    """As stated above."""
+    wrong = 0.9 * law + 0.1 * law_of(draft)
+    wrong = np.where(law > 0, wrong, 0)
+    wrong /= wrong.sum()
+    for seed in range(3):
+        draws = np.random.default_rng(seed).multinomial(REQUESTS, wrong.ravel())
+        statistic, freedom = chi_square(draws.reshape(V, V), law)
+        assert statistic > CRITICAL[freedom]
+
+
+@pytest.mark.slow
+def test_typical_acceptance_is_labelled_lossy(target, draft, law, greedy_text):
+    """Greedy it is greedy matching; sampled it is another law, and says so."""
+    engine = build(target, draft, "typical", "regular:2x1")
+    params = [dataclasses.replace(SAMPLED, seed=n) for n in range(REQUESTS)]
+    *requests, greedy = run(engine, [*params, GREEDY])
+    assert greedy.tokens == greedy_text
+    counts = np.zeros((V, V))
+    for request in requests:
+        counts[tuple(request.tokens)] += 1
+    stats = total([r.stats for r in requests], 0, 0).as_dict()
+    assert stats["rule"] == "typical" and stats["lossless"] is False
+    statistic, freedom = chi_square(counts, law)
+    assert statistic > 3 * CRITICAL[freedom]
+
+
+def test_an_engine_refuses_what_its_rule_cannot_judge(target, draft):
+    """Whatever made the drafter."""
+    drafter = DraftModel(draft, shapes.parse("dynamic:4@2"), 0.7, draws="shared")
+    rule = rules.make(SpeculativeConfig(rule="token"))
+    with pytest.raises(UserError, match="never pruned or re-ranked"):
+        Engine(target, drafter, EngineConfig(max_batch=1, max_len=24), rule=rule)
+
+
+def test_plain_decoding_by_a_sampling_rule_needs_no_proposal(target, law):
+    """A tree that is its root: the last token is a draw of p."""
+    engine = build(target, None, "token", "none")
+    params = [dataclasses.replace(SAMPLED, seed=n) for n in range(REQUESTS)]
+    counts = np.zeros((V, V))
+    for request in run(engine, params):
+        counts[tuple(request.tokens)] += 1
+    statistic, freedom = chi_square(counts, law)
+    assert statistic < CRITICAL[freedom]
