@@ -69,6 +69,9 @@ class Job:
             raise UserError(
                 f"dtype {self.dtype!r} is unknown; choose from {', '.join(DTYPES)}"
             )
+        shapes.parse(self.tree)
+        for name in filter(None, (self.model, self.draft)):
+            presets.get(name)
         try:
             aot.device_kind(self.topology)
         except ValueError as error:
@@ -202,6 +205,10 @@ def run(job: Job, kernel: bool = True, step: bool = True, folder: str = "") -> N
 
 
 def _report(job: Job, kernel: bool, step: bool) -> tuple[dict[str, Any], str]:
+    try:
+        aot.prepare(dump=kernel)
+    except aot.CompilerUnavailable as error:
+        raise UserError(str(error)) from None
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     report = {"source": "compiler's estimates", "job": dataclasses.asdict(job)}
     report["versions"] = versions
@@ -287,7 +294,7 @@ def _compile(job: Job, function, *arguments, **options) -> aot.Compilation:
     options = {"kernels": False, **options}
     try:
         return aot.compile_for(job.topology, function, *arguments, **options)
-    except (ValueError, aot.CompilerUnavailable) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().splitlines()[0]
