@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.tree_attention import quantize_rows
 from tests.conftest import TINY
 from treespec_jax.cache import pages as paging
 
@@ -97,6 +98,33 @@ def test_values_are_cast_to_the_cache():
     assert got[0].dtype == jnp.bfloat16
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("most", [paging.MAX_ROW_WRITES, 0], ids=["rows", "scatter"])
+def test_int8_pages_take_rows_and_scales(most, monkeypatch):
+    """What is written is the quantised row; wider pages keep their zeros."""
+    monkeypatch.setattr(paging, "MAX_ROW_WRITES", most)
+    pages, kv, path = make()
+    empty = np.zeros((9, K, 2, PAGE, H + 4), np.int8), np.zeros((9, K, 2, PAGE + 8))
+    before = tuple(
+        tuple(jnp.asarray(x, t) for x, t in zip(empty, "bf", strict=True))
+        for _ in range(L)
+    )
+    lengths, counts = (6, 13, 4), (4, 3, 2)
+    call = jax.jit(lambda *args: paging.commit(*args))
+    as_int = [np.asarray(x, np.int32) for x in (lengths, counts)]
+    after = call(before, TABLE, as_int[0], kv, path, as_int[1], np.bool_(True))
+    clean = [np.zeros_like(layer) for layer in pages]
+    rows, scales = zip(*(quantize_rows(layer) for layer in kv), strict=True)
+    want = by_hand(clean, TABLE, lengths, rows, path, counts)
+    want_scales = by_hand(
+        clean, TABLE, lengths, [s[..., None] for s in scales], path, counts
+    )
+    for (whole, scale), row, row_scale in zip(after, want, want_scales, strict=True):
+        assert whole.dtype == jnp.int8 and scale.dtype == jnp.float32
+        np.testing.assert_array_equal(whole[1:, ..., :H], row)
+        assert not whole[..., H:].any() and not scale[..., PAGE:].any()
+        np.testing.assert_allclose(scale[1:, ..., :PAGE], row_scale[..., 0], rtol=1e-6)
 
 
 def test_the_scatter_equals_row_writes(monkeypatch):

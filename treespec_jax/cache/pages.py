@@ -6,10 +6,13 @@ not be kept are written there, so that every write is unconditional and in place
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.tree_attention import quantize_rows
 from treespec_jax.config import ModelConfig
 
 TRASH_PAGE = 0
@@ -37,7 +40,8 @@ def commit(
     """Writes the first `count` rows of `path` after each slot's prefix.
 
     Args:
-      pages: per layer [P, K, 2, page, H]; donated or carried, updated in place.
+      pages: per layer [P, K, 2, page, W >= H], or a pair of such pages in int8 and
+        their float32 scales [P, K, 2, X >= page]; donated or carried, updated in place.
       page_table: int32 [B, max_pages].
       lengths: int32 [B], rows of prefix before the write.
       kv: per layer [B, K, 2, T, H], a forward's own rows.
@@ -51,7 +55,8 @@ def commit(
       The pages with the rows written.
     """
     B, C = path_BC.shape
-    page = pages[0].shape[3]
+    quantised = isinstance(pages[0], tuple)
+    _, K, _, page, _ = jax.tree.leaves(pages)[0].shape
     offset_C = jnp.arange(C)
     at_BC = lengths[:, None] + offset_C
     slot_BC = jnp.minimum(at_BC // page, page_table.shape[1] - 1)
@@ -61,21 +66,32 @@ def commit(
     row_BC = at_BC % page
 
     def write(layer_pages, layer_kv):
-        rows = jnp.take_along_axis(
-            layer_kv, path_BC[:, None, None, :, None], axis=3
-        ).astype(layer_pages.dtype)
-        if B * C > MAX_ROW_WRITES:
-            return layer_pages.at[ids_BC, :, :, row_BC].set(
-                rows.transpose(0, 3, 1, 2, 4)
-            )
-        for b in range(B):
-            for c in range(C):
-                layer_pages = lax.dynamic_update_slice(
-                    layer_pages,
-                    rows[b : b + 1, :, :, c : c + 1],
-                    (ids_BC[b, c], 0, 0, row_BC[b, c], 0),
-                )
-        return layer_pages
+        rows = jnp.take_along_axis(layer_kv, path_BC[:, None, None, :, None], axis=3)
+        if not quantised:
+            return place(layer_pages, rows)
+        return tuple(map(place, layer_pages, quantize_rows(rows)))
+
+    def place(pages, rows_BK2C):
+        """Writes rows [B, K, 2, C, H], or what there is one of per row [B, K, 2, C]."""
+        rows_BK2C = rows_BK2C.astype(pages.dtype)
+        wide = rows_BK2C.shape[4:]
+        many = B * C > MAX_ROW_WRITES
+        if many and not quantised:
+            part = tuple(map(slice, wide))
+            rows_BCK2 = jnp.moveaxis(rows_BK2C, 3, 1)
+            return pages.at[ids_BC, :, :, row_BC, *part].set(rows_BCK2)
+
+        def write_row(i, pages):
+            b, c, zeros = i // C, i % C, (0,) * len(wide)
+            size = 1, K, 2, 1, *wide
+            row = lax.dynamic_slice(rows_BK2C, (b, 0, 0, c, *zeros), size)
+            at = ids_BC[b, c], 0, 0, row_BC[b, c], *zeros
+            return lax.dynamic_update_slice(pages, row, at)
+
+        if many:
+            # On a TPU, XLA copies the whole of an int8 array to scatter into it.
+            return lax.fori_loop(0, B * C, write_row, pages)
+        return functools.reduce(lambda done, i: write_row(i, done), range(B * C), pages)
 
     with jax.named_scope("commit"):
         return tuple(write(p, k) for p, k in zip(pages, kv, strict=True))
