@@ -10,7 +10,8 @@ Triton serves both generations with one kernel; Mosaic GPU reaches tensor cores 
 Hopper and later only. Every block is a power of two there, so that what a head width,
 a page or a tree lacks to one is masked.
 
-Letters as in `api`; R rows of a tile, S keys of a block, W the head width as loaded.
+Letters as in `api`; R rows of a tile, S keys of a block, D the head width
+rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class _Static:
     K: int
     G: int
     H: int
-    W: int
+    D: int
     page: int
     rows: int
     keys: int
@@ -95,8 +96,8 @@ def _kernel(static: _Static, *refs):
     depth_ref = take(windowed)  # [B, U]
     table_ref = take(prefix)  # [B, max_pages]
     lengths_ref = take(prefix)  # [B]
-    pages_ref = take(prefix)  # [P, K, 2, page, H]
-    scales_ref = take(static.quantised)  # [P, K, 2, page]
+    pages_ref = take(prefix)  # [P, K, 2, page, >= H]
+    scales_ref = take(static.quantised)  # [P, K, 2, >= page]
     out_ref = take()  # [B, T, N, H], or [splits, B, T, N, H] float32
     top_ref = take(static.splits > 1)  # [splits, B, T, N]
     total_ref = take(static.splits > 1)  # [splits, B, T, N]
@@ -108,14 +109,14 @@ def _kernel(static: _Static, *refs):
     used_R = row_R < static.T * static.G
     t_R = lax.div(row_R, static.G)
     n_R = k * static.G + lax.rem(row_R, static.G)
-    lane_W = lax.iota(jnp.int32, static.W)[None]
-    lanes = None if static.W == static.H else lane_W < static.H
+    lane_D = lax.iota(jnp.int32, static.D)[None]
+    lanes = None if static.D == static.H else lane_D < static.H
     row_mask = _both(used_R[:, None], lanes)
-    q_RW = _read(q_ref, b, t_R[:, None], n_R[:, None], lane_W, mask=row_mask)
+    q_RD = _read(q_ref, b, t_R[:, None], n_R[:, None], lane_D, mask=row_mask)
 
-    def scores(keys_SW, scale_S=None):
+    def scores(keys_SD, scale_S=None):
         """In units of log2, float32."""
-        s_RS = _dot(q_RW, keys_SW, CONTRACT_LAST)
+        s_RS = _dot(q_RD, keys_SD, CONTRACT_LAST)
         if scale_S is not None:
             s_RS = s_RS * scale_S[None]
         if static.soft_cap is None:
@@ -123,17 +124,17 @@ def _kernel(static: _Static, *refs):
         capped = jnp.tanh(s_RS * (static.scale / static.soft_cap))
         return capped * (static.soft_cap * LOG2_E)
 
-    def add(carry, s_RS, values_SW, scale_S=None):
+    def add(carry, s_RS, values_SD, scale_S=None):
         """One more block; `s_RS` is -inf where masked, the values are finite there."""
-        top_R, total_R, acc_RW = carry
+        top_R, total_R, acc_RD = carry
         new_R = jnp.maximum(top_R, jnp.max(s_RS, axis=1))
         p_RS = jnp.exp2(s_RS - new_R[:, None])
         shrink_R = jnp.exp2(top_R - new_R)
         total_R = total_R * shrink_R + jnp.sum(p_RS, axis=1)
         if scale_S is not None:
             p_RS = p_RS * scale_S[None]
-        pv_RW = _dot(p_RS.astype(values_SW.dtype), values_SW, CONTRACT_INNER)
-        return new_R, total_R, acc_RW * shrink_R[:, None] + pv_RW
+        pv_RD = _dot(p_RS.astype(values_SD.dtype), values_SD, CONTRACT_INNER)
+        return new_R, total_R, acc_RD * shrink_R[:, None] + pv_RD
 
     if windowed:
         depth_R = _read(depth_ref, b, static.U - static.T + t_R, mask=used_R)
@@ -141,7 +142,7 @@ def _kernel(static: _Static, *refs):
     carry = (
         jnp.full((static.rows,), LOWEST, jnp.float32),
         jnp.zeros((static.rows,), jnp.float32),
-        jnp.zeros((static.rows, static.W), jnp.float32),
+        jnp.zeros((static.rows, static.D), jnp.float32),
     )
 
     if prefix:
@@ -186,13 +187,13 @@ def _kernel(static: _Static, *refs):
             mask = _both(filled_S[:, None] if partial else None, lanes)
 
             def rows(which):
-                rows_SW = _read(
-                    pages_ref, page_S1, k, which, offset_S[:, None], lane_W, mask=mask
+                rows_SD = _read(
+                    pages_ref, page_S1, k, which, offset_S[:, None], lane_D, mask=mask
                 )
                 if not static.quantised:
-                    return rows_SW, None
+                    return rows_SD, None
                 scale_S = _read(scales_ref, page, k, which, offset_S, mask=filled_S)
-                return rows_SW.astype(q_RW.dtype), scale_S.astype(jnp.float32)
+                return rows_SD.astype(q_RD.dtype), scale_S.astype(jnp.float32)
 
             s_RS = scores(*rows(0))
             if partial:
@@ -215,8 +216,8 @@ def _kernel(static: _Static, *refs):
         u_S = i * static.tree_keys + lax.iota(jnp.int32, static.tree_keys)
         there_S = u_S < static.U
         mask = _both(there_S[:, None], lanes)
-        keys_SW, values_SW = (
-            _read(tree_ref, b, k, which, u_S[:, None], lane_W, mask=mask)
+        keys_SD, values_SD = (
+            _read(tree_ref, b, k, which, u_S[:, None], lane_D, mask=mask)
             for which in (0, 1)
         )
         seen = used_R[:, None] & there_S[None]
@@ -224,24 +225,24 @@ def _kernel(static: _Static, *refs):
         if windowed:
             depth_S = _read(depth_ref, b, u_S, mask=there_S)
             seen = seen & (depth_R[:, None] - depth_S[None] < static.window)
-        return add(carry, jnp.where(seen, scores(keys_SW), -jnp.inf), values_SW)
+        return add(carry, jnp.where(seen, scores(keys_SD), -jnp.inf), values_SD)
 
     # Parts of the prefix are dealt out from the first; the last has the least to do.
     tree_blocks = pl.cdiv(static.U, static.tree_keys)
     if static.splits > 1:
         tree_blocks *= (split == static.splits - 1).astype(jnp.int32)
     carry = lax.fori_loop(0, tree_blocks, tree_block, tuple(carry))
-    top_R, total_R, acc_RW = carry
+    top_R, total_R, acc_RD = carry
 
     if static.splits > 1:
         at = split, b, t_R, n_R
         plgpu.store(top_ref.at[at], top_R, mask=used_R)
         plgpu.store(total_ref.at[at], total_R, mask=used_R)
-        at = split, b, t_R[:, None], n_R[:, None], lane_W
+        at = split, b, t_R[:, None], n_R[:, None], lane_D
     else:
-        acc_RW = acc_RW / jnp.where(total_R > 0, total_R, 1.0)[:, None]
-        at = b, t_R[:, None], n_R[:, None], lane_W
-    plgpu.store(out_ref.at[at], acc_RW.astype(out_ref.dtype), mask=row_mask)
+        acc_RD = acc_RD / jnp.where(total_R > 0, total_R, 1.0)[:, None]
+        at = b, t_R[:, None], n_R[:, None], lane_D
+    plgpu.store(out_ref.at[at], acc_RD.astype(out_ref.dtype), mask=row_mask)
 
 
 def unsupported(q, kv_pages) -> str | None:
@@ -264,12 +265,12 @@ def tree_attention(
     lengths,
     tree_kv,
     tree_mask,
+    tree_depth=None,
+    kv_scales=None,
     *,
     scale,
     window=None,
     soft_cap=None,
-    tree_depth=None,
-    kv_scales=None,
     sizes: GpuBlockSizes | None = None,
     device_kind: str | None = None,
     interpret=False,
@@ -285,9 +286,9 @@ def tree_attention(
     B, T, N, H = q.shape
     K, U = tree_kv.shape[1], tree_kv.shape[3]
     G = N // K
-    W = max(SMALLEST, power_of_two(H))
+    D = max(SMALLEST, power_of_two(H))
     if sizes is None:
-        sizes = default_sizes(q.dtype.itemsize, T * G, W, device_kind)
+        sizes = default_sizes(q.dtype.itemsize, T * G, D, device_kind)
     prefix = kv_pages is not None
     page = kv_pages.shape[3] if prefix else 0
     capacity = page_table.shape[1] * page if prefix else 0
@@ -299,7 +300,7 @@ def tree_attention(
         K=K,
         G=G,
         H=H,
-        W=W,
+        D=D,
         page=page,
         rows=sizes.rows,
         keys=sizes.keys,

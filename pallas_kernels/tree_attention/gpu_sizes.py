@@ -59,25 +59,29 @@ class GpuBlockSizes:
 
 # Multiprocessors by device kind (the vendors' data sheets), for `programs`.
 _MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132}
-# UNTUNED: chosen from the sizes of registers and shared memory and from what Triton
-# reports for sm_80 and sm_90; nothing here has been timed on a device.
-# (width of a number in bytes, most query rows) -> sizes, the first that fits is taken;
-# `programs` counts programs per multiprocessor. Rows beyond `rows` take more tiles.
-_DEFAULTS = {
-    "A100": (
-        ((2, 32), GpuBlockSizes(rows=32, keys=64, warps=4, stages=3, programs=2)),
-        ((2, 64), GpuBlockSizes(rows=64, keys=64, warps=4, stages=3, programs=1)),
-        ((2, None), GpuBlockSizes(rows=128, keys=64, warps=8, stages=2, programs=1)),
-        ((4, None), GpuBlockSizes(rows=32, keys=32, warps=4, stages=2, programs=2)),
-    ),
-    "H100": (
-        ((2, 32), GpuBlockSizes(rows=32, keys=64, warps=4, stages=3, programs=2)),
-        ((2, 64), GpuBlockSizes(rows=64, keys=64, warps=4, stages=3, programs=2)),
-        ((2, None), GpuBlockSizes(rows=128, keys=64, warps=8, stages=3, programs=1)),
-        ((4, None), GpuBlockSizes(rows=32, keys=32, warps=4, stages=2, programs=2)),
-    ),
-}
-_DEFAULTS["H200"] = _DEFAULTS["H100"]
+# UNTUNED: nothing here has been timed on a device. Chosen by the size of shared memory,
+# and so that Triton's compiler spills (almost) no registers on sm_80 and sm_90.
+# Bytes of a number, greatest head width and most query rows -> sizes; the first that
+# fits is taken. `programs` is per multiprocessor here. More rows than a tile has take
+# more tiles.
+_Table = tuple[tuple[int, int, int | None, GpuBlockSizes], ...]
+_HOPPER: _Table = (
+    (2, 128, 32, GpuBlockSizes(rows=32, keys=64, warps=4, stages=3, programs=2)),
+    (2, 128, 64, GpuBlockSizes(rows=64, keys=64, warps=4, stages=3, programs=2)),
+    (2, 128, None, GpuBlockSizes(rows=128, keys=64, warps=8, stages=3, programs=1)),
+    (2, 256, 32, GpuBlockSizes(rows=32, keys=32, warps=4, stages=3, programs=2)),
+    (2, 256, None, GpuBlockSizes(rows=64, keys=32, warps=8, stages=2, programs=1)),
+    (4, 256, None, GpuBlockSizes(rows=32, keys=16, warps=8, stages=3, programs=2)),
+)
+_AMPERE: _Table = (
+    (2, 128, 32, GpuBlockSizes(rows=32, keys=64, warps=4, stages=3, programs=2)),
+    (2, 128, 64, GpuBlockSizes(rows=64, keys=64, warps=4, stages=3, programs=1)),
+    (2, 128, None, GpuBlockSizes(rows=128, keys=32, warps=8, stages=3, programs=1)),
+    (2, 256, 32, GpuBlockSizes(rows=32, keys=32, warps=4, stages=3, programs=1)),
+    (2, 256, None, GpuBlockSizes(rows=64, keys=32, warps=8, stages=2, programs=1)),
+    (4, 256, None, GpuBlockSizes(rows=32, keys=16, warps=8, stages=3, programs=2)),
+)
+TABLE: dict[str, _Table] = {"A100": _AMPERE, "H100": _HOPPER, "H200": _HOPPER}
 
 
 def default_sizes(
@@ -88,18 +92,18 @@ def default_sizes(
     Args:
       itemsize: bytes of a number of the queries.
       rows: query rows of one slot and key/value head.
-      width: head width, rounded up to a power of two.
+      width: of a head, at most 256.
       device_kind: as `jax.Device.device_kind` says; None or unknown: as on an H100.
     """
-    found = re.search("|".join(_DEFAULTS), device_kind or "")
+    found = re.search("|".join(TABLE), device_kind or "")
     kind = found.group() if found else "H100"
     sizes = next(
         sizes
-        for (size, most), sizes in _DEFAULTS[kind]
-        if size == itemsize and (most is None or rows <= most)
+        for size, widest, most, sizes in TABLE[kind]
+        if size == itemsize and width <= widest and (most is None or rows <= most)
     )
-    # Wider heads take the room of more keys.
-    keys = max(SMALLEST, sizes.keys * 128 // max(width, 128))
-    tile = min(sizes.rows, max(SMALLEST, power_of_two(rows)))
-    programs = sizes.programs * _MULTIPROCESSORS[kind]
-    return dataclasses.replace(sizes, rows=tile, keys=keys, programs=programs)
+    return dataclasses.replace(
+        sizes,
+        rows=min(sizes.rows, max(SMALLEST, power_of_two(rows))),
+        programs=sizes.programs * _MULTIPROCESSORS[kind],
+    )
