@@ -7,6 +7,11 @@ import contextlib
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # deprecated in jax 0.11, and to be removed one day
+    triton = None
+
 
 def gpu_target(device_kind: str = "NVIDIA H100"):
     """A context in which kernels lower for a GPU that this machine need not have.

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tree_attention import reference, tpu
+from pallas_kernels.tree_attention import gpu, reference, tpu
+from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes, default_sizes
 from pallas_kernels.tree_attention.sizes import BlockSizes, choose
 
-IMPLEMENTATIONS = ("reference", "tpu")
+# Platforms by the name of their kernel.
+KERNELS = {"tpu": "tpu", "gpu": "cuda"}
+IMPLEMENTATIONS = ("reference", *KERNELS)
 
 
 def tree_attention(
@@ -34,12 +37,12 @@ def tree_attention(
     kv_scales: jax.Array | None = None,
     implementation: str | None = None,
     device_kind: str | None = None,
-    block_sizes: BlockSizes | None = None,
+    block_sizes: BlockSizes | GpuBlockSizes | None = None,
     interpret: bool | object = False,
 ) -> jax.Array:
     """Softmax attention over (prefix rows 0..length-1) and the allowed tree rows.
 
-    The TPU kernel is for inference: its gradient is the reference's, which exists
+    The kernels are for inference: their gradient is the reference's, which exists
     without a prefix only (the loop over a prefix has no known end).
 
     Args:
@@ -48,7 +51,7 @@ def tree_attention(
         zeros. The TPU kernel wants W to be a multiple of 128: memory holds whole lanes
         in any case, but XLA keeps narrower rows transposed, and would copy all pages
         before each call.
-      page_table: int32 [B, max_pages]; entries past a slot's length are read and
+      page_table: int32 [B, max_pages]; entries past a slot's length may be read and
         masked, so they must name some page.
       lengths: int32 [B], rows of prefix per slot.
       tree_kv: [B, K, 2, U, H]; the last T of the U rows are this call's own.
@@ -66,7 +69,7 @@ def tree_attention(
         the shapes.
       device_kind: `jax.Device.device_kind` to choose block sizes for; None: sizes that
         fit every kind.
-      block_sizes: instead of the chosen ones.
+      block_sizes: instead of the chosen ones; their type says for which kernel.
       interpret: True or `pltpu.InterpretParams`: runs a named kernel anywhere, slowly.
 
     Returns:
@@ -88,7 +91,7 @@ def tree_attention(
         want = q.shape[0], tree_kv.shape[3]
         if tree_depth.shape != want:
             raise ValueError(f"tree_depth is {tree_depth.shape}, want {want}")
-    if interpret and implementation != "tpu":
+    if interpret and implementation not in KERNELS:
         raise ValueError(f"interpret needs a kernel's name, not {implementation!r}")
     arrays = [q, kv_pages, page_table, lengths, tree_kv, tree_mask]
     arrays += [tree_depth if window is not None else None, kv_scales]
@@ -97,26 +100,43 @@ def tree_attention(
     )
     if implementation == "reference":
         return plain(*arrays)
-    rows = q.shape[1] * q.shape[2] // tree_kv.shape[1]
-    sizes = block_sizes or choose(device_kind, rows)
-    reason = tpu.unsupported(q, kv_pages, page_table, tree_kv, kv_scales, window, sizes)
-    if reason is not None:
-        if implementation is not None:
-            raise ValueError(f"the TPU kernel cannot run: {reason}")
+    kernels = {}
+    for name in KERNELS if implementation is None else [implementation]:
+        sizes, reason = _plan(name, arrays, window, device_kind, block_sizes)
+        options = scale, window, soft_cap, sizes, interpret
+        if reason is None:
+            kernels[KERNELS[name]] = functools.partial(_kernel, name, options)
+        elif implementation is not None:
+            raise ValueError(f"the {name.upper()} kernel cannot run: {reason}")
+    if implementation is not None:
+        return kernels[KERNELS[implementation]](*arrays)
+    if not kernels:
         return plain(*arrays)
-    options = scale, window, soft_cap, sizes, interpret
-    if implementation == "tpu":
-        return _on_tpu(options, *arrays)
-    return lax.platform_dependent(
-        *arrays, tpu=functools.partial(_on_tpu, options), default=plain
+    return lax.platform_dependent(*arrays, **kernels, default=plain)
+
+
+def _plan(name, arrays, window, device_kind, block_sizes):
+    """Block sizes for a kernel, and why it cannot take the call, None if it can."""
+    q, kv_pages, page_table, _, tree_kv, _, _, kv_scales = arrays
+    rows = q.shape[1] * q.shape[2] // tree_kv.shape[1]
+    if name == "gpu":
+        reason = gpu.unsupported(q, kv_pages, tree_kv)
+        if reason is not None or isinstance(block_sizes, GpuBlockSizes):
+            return block_sizes, reason
+        return default_sizes(q.dtype.itemsize, rows, q.shape[3], device_kind), None
+    given = isinstance(block_sizes, BlockSizes)
+    sizes = block_sizes if given else choose(device_kind, rows)
+    return sizes, tpu.unsupported(
+        q, kv_pages, page_table, tree_kv, kv_scales, window, sizes
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=0)  # Traced once for all layers.
-def _on_tpu(options, *arrays):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))  # Traced once for all layers.
+def _kernel(name, options, *arrays):
     scale, window, soft_cap, sizes, interpret = options
-    return tpu.tree_attention(
+    run = {"tpu": tpu.tree_attention, "gpu": gpu.tree_attention}[name]
+    return run(
         *arrays,
         scale=scale,
         window=window,
@@ -126,12 +146,12 @@ def _on_tpu(options, *arrays):
     )
 
 
-def _forward(options, *arrays):
-    return _on_tpu(options, *arrays), arrays
+def _forward(name, options, *arrays):
+    return _kernel(name, options, *arrays), arrays
 
 
-def _backward(options, arrays, gradient):
-    scale, window, soft_cap, _, _ = options
+def _backward(name, options, arrays, gradient):
+    scale, window, soft_cap, *_ = options
 
     def plain(q, kv_pages, tree_kv):
         _, _, table, lengths, _, mask, depth, scales = arrays
@@ -155,7 +175,7 @@ def _backward(options, arrays, gradient):
     return to_q, to_pages, None, None, to_tree, None, None, None
 
 
-_on_tpu.defvjp(_forward, _backward)
+_kernel.defvjp(_forward, _backward)
 
 
 def _validate(q, kv_pages, page_table, lengths, tree_kv, tree_mask, kv_scales):

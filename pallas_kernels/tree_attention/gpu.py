@@ -24,12 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.compat import triton as plgpu
 from pallas_kernels.tree_attention.gpu_sizes import (
     SMALLEST,
     GpuBlockSizes,
-    default_sizes,
     power_of_two,
 )
 
@@ -83,7 +82,7 @@ def _both(*masks):
     return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
-def _kernel(static: _Static, *refs):
+def tree_attention_kernel(static: _Static, *refs):
     refs = list(refs)
 
     def take(wanted=True):
@@ -245,15 +244,22 @@ def _kernel(static: _Static, *refs):
     plgpu.store(out_ref.at[at], acc_RD.astype(out_ref.dtype), mask=row_mask)
 
 
-def unsupported(q, kv_pages) -> str | None:
-    """Why the kernel can't take arguments that fit the contract, or None if it can."""
+def unsupported(q, kv_pages, tree_kv) -> str | None:
+    """Why the kernel cannot take such a call, in a sentence; None: it can."""
+    if plgpu is None:
+        return "this jax has no Triton back end of Pallas any more"
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"q is {q.dtype}, want float32, bfloat16 or float16"
-    if power_of_two(q.shape[3]) > 256:
-        return f"head width {q.shape[3]} is more than 256"
-    quantised = kv_pages is not None and kv_pages.dtype == jnp.int8
+    if tree_kv.dtype != q.dtype:
+        return f"tree_kv {tree_kv.dtype} is not of the type of q {q.dtype}"
+    if q.shape[3] > 256:
+        return f"heads {q.shape[3]} wide are wider than 256"
+    if kv_pages is None:
+        return None
+    if kv_pages.dtype not in (q.dtype, jnp.int8):
+        return f"kv_pages is {kv_pages.dtype}, want {q.dtype} as q, or int8"
     # Pallas counts offsets in 32 signed bits up to 2^32 bytes, and then in 64.
-    if quantised and 2**31 <= kv_pages.size <= 2**32:
+    if kv_pages.dtype == jnp.int8 and 2**31 <= kv_pages.size <= 2**32:
         return f"{kv_pages.size} bytes of int8 pages, want less than 2^31"
     return None
 
@@ -271,24 +277,19 @@ def tree_attention(
     scale,
     window=None,
     soft_cap=None,
-    sizes: GpuBlockSizes | None = None,
-    device_kind: str | None = None,
+    sizes: GpuBlockSizes,
     interpret=False,
 ):
     """See `api.tree_attention`.
 
     Args:
-      q: as there, and so on to `kv_scales`.
-      sizes: how to cut the call up; None: by the shapes and `device_kind`.
-      device_kind: which device's sizes to take; None: an H100's.
+      sizes: how to cut the call up.
       interpret: run on any platform, slowly, through Pallas's interpreter.
     """
     B, T, N, H = q.shape
     K, U = tree_kv.shape[1], tree_kv.shape[3]
     G = N // K
     D = max(SMALLEST, power_of_two(H))
-    if sizes is None:
-        sizes = default_sizes(q.dtype.itemsize, T * G, D, device_kind)
     prefix = kv_pages is not None
     page = kv_pages.shape[3] if prefix else 0
     capacity = page_table.shape[1] * page if prefix else 0
@@ -336,8 +337,8 @@ def tree_attention(
         if kv_scales is not None:
             row_bytes += K * 2 * kv_scales.dtype.itemsize
     out = pl.pallas_call(
-        functools.partial(_kernel, static),
-        name="tree_attention",
+        functools.partial(tree_attention_kernel, static),
+        name="tree_attention",  # Triton takes the function's name instead
         grid=(tiles, splits, B * K),
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(

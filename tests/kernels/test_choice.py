@@ -14,7 +14,7 @@ from pallas_kernels.tree_attention import BlockSizes, quantize_rows, tree_attent
 from tests.kernels.oracle import make_case
 
 SIZES = BlockSizes(block_rows=32, rows=16, max_rows=64)
-KERNELS = ("tpu",)
+KERNELS = ("tpu", "gpu")
 attend = jax.jit(
     functools.partial(tree_attention, scale=0.1, block_sizes=SIZES, interpret=True),
     static_argnames="implementation",
@@ -76,23 +76,30 @@ def test_without_a_prefix(implementation):
         jax.grad(lambda q: jnp.sum(call(q, pages, table, lengths, kv, mask)))(q)
 
 
-def test_a_kernel_does_not_run_elsewhere():
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_kernel_does_not_run_elsewhere(implementation):
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
-        tree_attention(*a_case().arrays(), scale=0.1, implementation="tpu")
+        tree_attention(*a_case().arrays(), scale=0.1, implementation=implementation)
 
 
-def kernels_in(case, **options) -> bool:
+def kernels_in(case, **options) -> set[str]:
+    """The kernels in a program, told apart by their compilers' parameters."""
     call = functools.partial(tree_attention, scale=0.1, **options)
-    return "pallas_call" in str(jax.make_jaxpr(call)(*case.arrays()))
+    program = str(jax.make_jaxpr(call)(*case.arrays()))
+    marks = {"tpu": "vmem_limit_bytes=", "gpu": "num_warps="}
+    return {name for name, mark in marks.items() if mark in program}
 
 
 def test_the_platform_chooses():
-    """The kernel is in the program, and another platform's lowering leaves it out."""
+    """The kernels are in the program, and other platforms' lowering leaves them out."""
     case = a_case()
-    assert kernels_in(case)
+    assert kernels_in(case) == {"tpu", "gpu"}
+    for name in KERNELS:
+        assert kernels_in(case, implementation=name) == {name}
+    assert not kernels_in(case, implementation="reference")
     call = jax.jit(functools.partial(tree_attention, scale=0.1))
     text = call.lower(*case.arrays()).as_text()
-    assert "while" in text and "tpu_custom_call" not in text
+    assert "while" in text and "custom_call" not in text
     out = call(*case.arrays())
     plain = tree_attention(*case.arrays(), scale=0.1, implementation="reference")
     np.testing.assert_allclose(out, plain, atol=1e-6)
@@ -107,7 +114,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_shapes_that_the_kernel_cannot_take(message):
-    """Named, it is an error that says why; unnamed, the reference runs."""
+    """Named, it is an error that says why; unnamed, the reference runs there."""
     changes = REFUSED[message]
     pages = changes.pop("max_pages", None)
     case = a_case(**changes)
@@ -116,7 +123,7 @@ def test_shapes_that_the_kernel_cannot_take(message):
         case = dataclasses.replace(case, page_table=table)
     with pytest.raises(ValueError, match=message):
         tree_attention(*case.arrays(), scale=0.1, implementation="tpu")
-    assert not kernels_in(case)
+    assert kernels_in(case) == {"gpu"}
 
 
 def test_types_that_the_kernel_cannot_take():

@@ -15,11 +15,21 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tree_attention import BlockSizes, quantize_rows, tree_attention
+from pallas_kernels.tree_attention import (
+    BlockSizes,
+    GpuBlockSizes,
+    quantize_rows,
+    tree_attention,
+)
 from tests.kernels.oracle import Case, attention, make_case, poison
 
-IMPLEMENTATIONS = ("reference", "tpu")
+IMPLEMENTATIONS = ("reference", "tpu", "gpu")
 LANES = 128
+# Three parts of the prefix where the queries of a slot and head fit one tile; blocks of
+# one page or of several.
+GPU_SIZES = GpuBlockSizes(
+    rows=16, keys=32, warps=4, stages=2, programs=12, split_rows=32
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +101,7 @@ def compiled(call: Call, implementation: str, interpret=True):
             tree_attention,
             scale=call.H**-0.5,
             implementation=implementation,
-            block_sizes=call.sizes,
+            block_sizes=GPU_SIZES if implementation == "gpu" else call.sizes,
             interpret=interpret if implementation != "reference" else False,
             **call.options(),
         )
