@@ -82,7 +82,7 @@ def _both(*masks):
     return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
-def tree_attention_kernel(static: _Static, *refs):
+def _kernel(static: _Static, *refs):
     refs = list(refs)
 
     def take(wanted=True):
@@ -337,8 +337,8 @@ def tree_attention(
         if kv_scales is not None:
             row_bytes += K * 2 * kv_scales.dtype.itemsize
     out = pl.pallas_call(
-        functools.partial(tree_attention_kernel, static),
-        name="tree_attention",  # Triton takes the function's name instead
+        functools.partial(_kernel, static),
+        name="tree_attention",
         grid=(tiles, splits, B * K),
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(
