@@ -191,7 +191,10 @@ def candidate(settings: Settings, inputs: Inputs, method: str, T: int) -> Candid
     if method == KERNEL:
         return (
             lambda *args: tree_attention(
-                *args, scale=settings.scale, implementation=settings.implementation
+                *args,
+                scale=settings.scale,
+                implementation=settings.implementation,
+                device_kind=jax.devices()[0].device_kind,
             ),
             (q, *paged),
         )
