@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import platform
 
 # Before jax starts: with libtpu installed it would look for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -55,3 +57,16 @@ def ragged_prompts() -> list[list[int]]:
     """Five prompts from one token to several chunks and pages long."""
     rng = np.random.default_rng(0)
     return [rng.integers(3, 97, n).tolist() for n in (1, 5, 17, 40, 3)]
+
+
+@pytest.fixture(scope="session")
+def tpu_compiler():
+    """Skips where libtpu cannot be; fails, by use, where it is there but broken."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("libtpu exists for Linux on x86-64 only")
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed; the test extra brings it")
+    from pallas_kernels import aot
+
+    aot.prepare()
+    return aot

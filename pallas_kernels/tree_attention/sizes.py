@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+from pathlib import Path
 
 LANES = 128
 
@@ -48,21 +51,19 @@ class BlockSizes:
             raise ValueError(f"unroll={self.unroll} is more than heads={self.heads}")
 
 
-# By query rows per key/value head (T * G): up to the first number take its sizes.
-# v4 has 16 MiB of vector memory, the others more; a device that is not named here gets
-# what fits all.
-_DEFAULT = (
-    (32, BlockSizes(block_rows=512, unroll=8)),
-    (None, BlockSizes(block_rows=256, rows=128, unroll=1)),
-)
-TABLE: dict[str | None, tuple[tuple[int | None, BlockSizes], ...]] = {
-    None: _DEFAULT,
-    "TPU v4": _DEFAULT,
-    "TPU v5 lite": _DEFAULT,
-    "TPU v5": _DEFAULT,
-    "TPU v6 lite": _DEFAULT,
-    "TPU7x": _DEFAULT,
-}
+# By device kind ("default": one that is not listed), then by query rows per key/value
+# head (T * G): up to `up_to` take an entry's sizes. Written by scripts/tune_kernel.py
+# for the listed kinds; v4 has 16 MiB of vector memory, the others more.
+SIZES_FILE = Path(__file__).with_name("tpu_sizes.json")
+
+
+@functools.cache
+def _table() -> dict[str, tuple[tuple[int | None, BlockSizes], ...]]:
+    def entry(up_to, **fields):
+        return up_to, BlockSizes(**fields)
+
+    kinds = json.loads(SIZES_FILE.read_text())
+    return {kind: tuple(entry(**x) for x in classes) for kind, classes in kinds.items()}
 
 
 def choose(device_kind: str | None, rows: int) -> BlockSizes:
@@ -73,7 +74,8 @@ def choose(device_kind: str | None, rows: int) -> BlockSizes:
         that fits all.
       rows: T * G.
     """
-    for most, sizes in TABLE.get(device_kind, TABLE[None]):
+    table = _table()
+    for most, sizes in table.get(device_kind, table["default"]):
         if most is None or rows <= most:
             return sizes
     raise AssertionError(f"no sizes for {rows} rows on {device_kind!r}")

@@ -8,7 +8,6 @@ import json
 import pytest
 
 from pallas_kernels.aot import compiler
-from tests.aot.conftest import tpu_compiler  # noqa: F401
 
 
 @pytest.fixture
@@ -17,7 +16,7 @@ def report(run_script, monkeypatch):
     return lambda *args: run_script("tpu_report.py", *args)
 
 
-def test_kernel(tpu_compiler, report, tmp_path):  # noqa: F811
+def test_kernel(tpu_compiler, report, tmp_path):
     given = ["--kernel_only", "--model=llama-3-8b", "--nodes=2,16", "--context=1024"]
     result = report(*given, f"--output={tmp_path / 'out'}")
     assert (result.code, result.err) == (0, "")

@@ -1,0 +1,219 @@
+"""Search over the block sizes of the TPU kernel.
+
+Without a device a candidate is ranked by the compiler's cycles per row of prefix, those
+of half-filled last blocks included, or by the time that memory takes to deliver the
+row, whichever is longer; with one, by measured time. A program that spills registers
+comes after all that do not: what a spill costs beside the schedule is not known.
+
+Trials are kept in a file as they end, so that a search goes on where it stopped, also
+after a candidate that ended the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import aot
+from pallas_kernels.tree_attention import estimate
+from pallas_kernels.tree_attention.api import tree_attention
+from pallas_kernels.tree_attention.sizes import SIZES_FILE, BlockSizes
+
+# Query rows per key/value head up to which a class of calls goes.
+CLASSES = (8, 16, 32, 64, 128, 256)
+_SPACE = {
+    "block_rows": (256, 512, 1024),
+    "unroll": (1, 2, 4, 8),
+    "rows": (64, 128),
+}
+# Estimates this close to the best count as equal; then the simplest program wins.
+_TIE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of one call: the search's stand-in for all calls of a class.
+
+    Attributes:
+      slots, prefix: texts, and rows of prefix of each; in the estimate, on average.
+      kv_heads, group, head_dim: K, G and H.
+      page: cache rows per page.
+      dtype: name.
+    """
+
+    slots: int = 8
+    prefix: int = 2048
+    kv_heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    page: int = 128
+    dtype: str = "bfloat16"
+
+    def arrays(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Arguments of a call with `rows` query rows per key/value head."""
+        B, K, G, H = self.slots, self.kv_heads, self.group, self.head_dim
+        T, pages = max(1, rows // G), -(-self.prefix // self.page)
+        shape, dtype = jax.ShapeDtypeStruct, jnp.dtype(self.dtype)
+        return (
+            shape((B, T, K * G, H), dtype),
+            shape((B * pages + 1, K, 2, self.page, H), dtype),
+            shape((B, pages), jnp.int32),
+            shape((B,), jnp.int32),
+            shape((B, K, 2, T, H), dtype),
+            shape((B, T, T), jnp.bool_),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A candidate's result.
+
+    Attributes:
+      sizes: the candidate.
+      cost: what to rank by: cycles (estimate) or seconds (measured); None: refused.
+      figures: what the cost comes from, or the refusal.
+    """
+
+    sizes: BlockSizes
+    cost: float | None
+    figures: dict[str, Any]
+
+
+def candidates(rows: int) -> Iterator[BlockSizes]:
+    """Block sizes worth trying for a class of calls, each program once."""
+    for values in itertools.product(*_SPACE.values()):
+        given = dict(zip(_SPACE, values, strict=True))
+        if given["rows"] > max(rows, min(_SPACE["rows"])):
+            continue  # the whole of the rows is one tile already
+        yield BlockSizes(**given)
+
+
+def estimate_trial(topology: str, shape: Shape, rows: int, sizes: BlockSizes) -> Trial:
+    """Ranks by the compiler's figures.
+
+    Raises:
+      ValueError: an unknown topology.
+    """
+    kind, arrays = aot.device_kind(topology), shape.arrays(rows)
+    function = _attend(shape, sizes)
+    try:
+        report = aot.compile_for(topology, function, *arrays).report
+        kernel = report.kernel("tree_attention")
+        cost = estimate.prefix_cost(kernel, kind, arrays, sizes)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        return Trial(sizes, None, {"refused": str(error).strip().splitlines()[0]})
+    figures = dataclasses.asdict(cost) | {"spills": kernel.mix.spills}
+    # A slot's last block is computed whole and is half full on average.
+    cycles = cost.cycles * (1 + sizes.block_rows / (2 * shape.prefix))
+    return Trial(sizes, max(cycles, cost.stream_cycles), figures)
+
+
+def measure_trial(shape: Shape, rows: int, sizes: BlockSizes, rounds: int = 7) -> Trial:
+    """Ranks by the median time of a call on this machine's TPU, slots full."""
+    key = jax.random.key(0)
+    q, pages, table, _, tree_kv, mask = shape.arrays(rows)
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    arguments = (
+        draw(key, q.shape, q.dtype),
+        draw(key, pages.shape, pages.dtype),
+        1 + jnp.arange(table.size, dtype=jnp.int32).reshape(table.shape),
+        jnp.full(shape.slots, shape.prefix, jnp.int32),
+        draw(key, tree_kv.shape, tree_kv.dtype),
+        jnp.broadcast_to(jnp.tril(jnp.ones(mask.shape[1:], bool)), mask.shape),
+    )
+    function = jax.jit(_attend(shape, sizes))
+    seconds = []
+    try:
+        for _ in range(rounds + 1):
+            begun = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            seconds.append(time.perf_counter() - begun)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        return Trial(sizes, None, {"refused": str(error).strip().splitlines()[0]})
+    cost = statistics.median(seconds[1:])
+    return Trial(sizes, cost, {"seconds": seconds[1:]})
+
+
+def best(trials: Sequence[Trial]) -> Trial | None:
+    """The cheapest without spills; among equals the least unrolled program."""
+    done = [trial for trial in trials if trial.cost is not None]
+    done = [trial for trial in done if not trial.figures.get("spills")] or done
+    if not done:
+        return None
+    limit = (1 + _TIE) * min(trial.cost for trial in done)
+    tied = [trial for trial in done if trial.cost <= limit]
+    return min(tied, key=lambda t: (t.sizes.unroll, t.sizes.block_rows, t.sizes.rows))
+
+
+class Journal:
+    """Trials on disk, a JSON line each.
+
+    Args:
+      path: of the file; made when the first trial ends.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._done: dict[str, Trial] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the process ended while it wrote
+            sizes = BlockSizes(**entry["sizes"])
+            trial = Trial(sizes, entry["cost"], entry["figures"])
+            self._done[json.dumps(entry["key"])] = trial
+
+    def run(self, key: Sequence[Any], trial) -> Trial:
+        """What `trial()` gives, or gave when this key last ran.
+
+        A key whose trial never ended, because it took the process with it, counts as
+        refused from then on.
+        """
+        name = json.dumps(list(key))
+        if name not in self._done:
+            sizes = BlockSizes(**key[-1])
+            self._write(key, Trial(sizes, None, {"refused": "it ended the process"}))
+            self._write(key, trial())
+        return self._done[name]
+
+    def _write(self, key, trial: Trial) -> None:
+        entry = {"key": list(key), **dataclasses.asdict(trial)}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self._done[json.dumps(list(key))] = trial
+
+
+def save(chosen: dict[str, dict[int, BlockSizes]], path: Path = SIZES_FILE) -> None:
+    """Replaces the entries of the device kinds in `chosen`, {kind: {rows: sizes}}.
+
+    The largest class also serves calls with more rows.
+    """
+    table = json.loads(path.read_text())
+    for kind, classes in chosen.items():
+        most = max(classes)
+        table[kind] = [
+            {"up_to": None if rows == most else rows, **dataclasses.asdict(sizes)}
+            for rows, sizes in sorted(classes.items())
+        ]
+    path.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _attend(shape: Shape, sizes: BlockSizes):
+    return functools.partial(
+        tree_attention,
+        scale=shape.head_dim**-0.5,
+        implementation="tpu",
+        block_sizes=sizes,
+    )

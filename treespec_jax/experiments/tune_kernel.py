@@ -1,0 +1,124 @@
+"""Runs the search over the kernel's block sizes, prints it, and writes its choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from pallas_kernels import aot
+from pallas_kernels.tree_attention import tuning
+from pallas_kernels.tree_attention.sizes import choose
+from treespec_jax.errors import UserError
+from treespec_jax.experiments.table import markdown
+
+
+def shape(**fields) -> tuning.Shape:
+    """The call to tune for; see `tuning.Shape`."""
+    return tuning.Shape(**fields)
+
+
+def classes(names: Sequence[str] | None) -> tuple[int, ...]:
+    """Classes of rows, ascending; None: all that calls are sorted into.
+
+    Raises:
+      UserError: not a whole number above 0.
+    """
+    if names is None:
+        return tuning.CLASSES
+    for name in names:
+        if not name.isdecimal() or int(name) < 1:
+            raise UserError(f"--rows={','.join(names)} must be whole numbers above 0")
+    return tuple(sorted({int(name) for name in names}))
+
+
+def run(
+    call: tuning.Shape,
+    topologies: Sequence[str],
+    rows: Sequence[int],
+    work: Path,
+    save: bool,
+) -> None:
+    """Tries all candidates of all classes, for each topology or on this device.
+
+    Args:
+      call: shape of the calls.
+      topologies: to rank for by the compiler; none: by time on this machine's TPU.
+      rows: classes of query rows per key/value head.
+      work: folder of finished trials.
+      save: replace the data file's entries.
+
+    Raises:
+      UserError: no TPU or no compiler, or a topology that is unknown.
+    """
+    journal = tuning.Journal(work / "trials.jsonl")
+    chosen: dict[str, dict[int, tuning.BlockSizes]] = {}
+    for place, kind, attempt in _places(call, topologies):
+        table = [("rows", "block_rows", "unroll", "tile", "cost", "default", "refused")]
+        for count in rows:
+            trials = []
+            default = choose(kind, count)
+            given = list(tuning.candidates(count))
+            for sizes in tqdm([default, *given], desc=f"{place} {count}", leave=False):
+                named = dataclasses.asdict(sizes)
+                key = place, dataclasses.asdict(call), count, named
+                trial = functools.partial(attempt, count, sizes)
+                trials.append(journal.run(key, trial))
+            found = tuning.best(trials)
+            if found is None:
+                raise UserError(
+                    f"{place}: the kernel takes no candidate at {count} rows: "
+                    f"{trials[0].figures['refused']}"
+                )
+            chosen.setdefault(kind, {})[count] = found.sizes
+            refused = sum(trial.cost is None for trial in trials)
+            table.append(
+                (
+                    f"{count}",
+                    f"{found.sizes.block_rows}",
+                    f"{found.sizes.unroll}",
+                    f"{found.sizes.rows}",
+                    _cost(found),
+                    _cost(trials[0]),
+                    f"{refused} of {len(trials)}",
+                )
+            )
+        what = "measured seconds" if not topologies else "compiler's estimate, cycles"
+        unit = "per call" if not topologies else "per 128 rows of prefix and head"
+        print(f"{kind}: cost is {what} {unit}\n\n{markdown(table)}\n")
+    if save:
+        tuning.save(chosen)
+        print(f"written to {tuning.SIZES_FILE}", file=sys.stderr)
+
+
+def _cost(trial: tuning.Trial) -> str:
+    return "refused" if trial.cost is None else f"{trial.cost:.3g}"
+
+
+def _places(call: tuning.Shape, topologies: Sequence[str]):
+    """(name, device kind, function of a trial) of every place to tune for."""
+    if not topologies:
+        device = jax.devices()[0]
+        if device.platform != "tpu":
+            raise UserError(
+                f"--measure needs a TPU, this machine has {device.device_kind}; leave "
+                "it out to rank by the compiler's figures"
+            )
+        yield (
+            device.device_kind,
+            device.device_kind,
+            lambda r, s: tuning.measure_trial(call, r, s),
+        )
+        return
+    try:
+        aot.prepare()
+        kinds = [aot.device_kind(topology).kind for topology in topologies]
+    except (aot.CompilerUnavailable, ValueError) as error:
+        raise UserError(str(error)) from None
+    for topology, kind in zip(topologies, kinds, strict=True):
+        yield topology, kind, functools.partial(tuning.estimate_trial, topology, call)
