@@ -36,6 +36,18 @@ _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy")
 _TOP_K = flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens; 0: all")
 _TOP_P = flags.DEFINE_float("top_p", None, "keep this mass of likeliest tokens")
 _MIN_P = flags.DEFINE_float("min_p", None, "keep tokens this likely against the best")
+_REPETITION = flags.DEFINE_float(
+    "repetition_penalty", None, "> 1 puts off tokens of the prompt and the output"
+)
+_PRESENCE = flags.DEFINE_float(
+    "presence_penalty", None, "taken off the logits of tokens that were emitted"
+)
+_FREQUENCY = flags.DEFINE_float(
+    "frequency_penalty", None, "taken off once per time that one was emitted"
+)
+_LOGIT_BIAS = flags.DEFINE_multi_string(
+    "logit_bias", None, "TOKEN=NUMBER, added to the logit of a token id; repeatable"
+)
 _SEED = flags.DEFINE_integer("seed", None, "of the noise")
 _STOP = flags.DEFINE_multi_string("stop", None, "text that ends the output; repeatable")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", None, "go on past the end of text")
@@ -75,6 +87,10 @@ def main(_):
             "sampling.top_k": _TOP_K.value,
             "sampling.top_p": _TOP_P.value,
             "sampling.min_p": _MIN_P.value,
+            "sampling.repetition_penalty": _REPETITION.value,
+            "sampling.presence_penalty": _PRESENCE.value,
+            "sampling.frequency_penalty": _FREQUENCY.value,
+            "sampling.logit_bias": settings.logit_bias(_LOGIT_BIAS.value),
             "sampling.seed": _SEED.value,
             "sampling.stop": _STOP.value,
             "sampling.ignore_eos": _IGNORE_EOS.value,

@@ -298,8 +298,16 @@ class SamplingParams:
       seed: of the request's noise; equal seeds give equal text (32 bits).
       stop: texts that end the output (they are not part of it).
       ignore_eos: go on past the end-of-text token.
-      logprobs: also return log p (natural, of the model before temperature and
-        truncation) of every emitted token.
+      logprobs: also return log p (natural, of the model before penalties, bias,
+        temperature and truncation) of every emitted token.
+      repetition_penalty: logits of tokens in the prompt or the output are divided by
+        it where positive, multiplied where not; 1 is none (`acceptance.penalties`).
+      presence_penalty: taken off the logits of tokens that were emitted, in [-2, 2];
+        the prompt does not count, here and below.
+      frequency_penalty: taken off once per time that the token was emitted, in
+        [-2, 2].
+      logit_bias: added to the logits of tokens, in [-100, 100] each: a mapping from
+        ids, kept as sorted pairs; MAX_LOGIT_BIAS tokens at most.
     """
 
     max_tokens: int = 128
@@ -311,6 +319,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    MAX_LOGIT_BIAS: ClassVar = 64
 
     def __post_init__(self):
         check_int("max_tokens", self.max_tokens, 1)
@@ -325,6 +339,41 @@ class SamplingParams:
         if not all(isinstance(s, str) and s for s in stop):
             raise UserError(f"stop must hold non-empty texts, got {self.stop!r}")
         object.__setattr__(self, "stop", stop)
+        check_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
+        check_float("presence_penalty", self.presence_penalty, -2, 2)
+        check_float("frequency_penalty", self.frequency_penalty, -2, 2)
+        object.__setattr__(self, "logit_bias", self._checked_bias())
+
+    def _checked_bias(self) -> tuple[tuple[int, float], ...]:
+        bias = self.logit_bias
+        try:
+            items = bias.items() if isinstance(bias, Mapping) else bias
+            pairs = sorted((token, value) for token, value in items)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"logit_bias must map token ids to numbers, got {bias!r}"
+            ) from None
+        if len(pairs) > self.MAX_LOGIT_BIAS:
+            raise UserError(
+                f"logit_bias has {len(pairs)} tokens; give {self.MAX_LOGIT_BIAS} "
+                "at most"
+            )
+        for token, value in pairs:
+            check_int("logit_bias token", token, 0)
+            check_float(f"logit_bias of token {token}", value, -100, 100)
+        if len({token for token, _ in pairs}) < len(pairs):
+            raise UserError(f"logit_bias names a token twice: {bias!r}")
+        return tuple((token, float(value)) for token, value in pairs)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the policy looks at the text so far, or has a bias."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+        )
 
 
 @dataclasses.dataclass(frozen=True)

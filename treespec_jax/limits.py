@@ -99,6 +99,16 @@ def check_tokens(ids: Iterable[int], vocab_size: int) -> None:
             )
 
 
+def check_bias(bias: Iterable[tuple[int, float]], vocab_size: int) -> None:
+    """Raises UserError: a logit bias for a token that the model lacks."""
+    for token, _ in bias:
+        if token >= vocab_size:
+            raise UserError(
+                f"logit_bias: token id {token} is outside the vocabulary of "
+                f"{vocab_size}; leave it out"
+            )
+
+
 def check_prompt(ids: Sequence[int], max_len: int) -> None:
     """Raises UserError: no token, or no room for a new one."""
     if not ids:

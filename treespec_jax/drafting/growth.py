@@ -43,6 +43,8 @@ def grow(
       tau: temperature of the estimated chance.
       draws: how nodes are drawn, see `acceptance.facts`.
     """
+    if context.penalties is not None:
+        root_logits_VB, expand = _penalised(context.penalties, root_logits_VB, expand)
     if draws in ("sampled", "with_replacement"):
         replacement = draws == "with_replacement"
         return sampled.grow(shape, context, root_logits_VB, expand, replacement)
@@ -50,6 +52,23 @@ def grow(
         if isinstance(shape, StaticShape):
             return _grow_static(shape, context, root_logits_VB, expand, tau)
         return _grow_dynamic(shape, context, root_logits_VB, expand, tau)
+
+
+def _penalised(penalties, root_logits_VB, expand: Expand):
+    """Both under the penalties of the policy, each node by its own path."""
+    B = root_logits_VB.shape[1]
+    nobody = jnp.zeros((B, 0), jnp.int32)
+    root_logits_VB = penalties.apply(root_logits_VB, nobody, jnp.zeros((B, 1, 0), bool))
+
+    def expand_and_penalise(tokens_BW, depth, mask_BWU, scratch):
+        # All nodes of a path were expanded: the mask marks just these.
+        tokens_BE, inner = (nobody, None) if scratch is None else scratch
+        logits_VR, inner = expand(tokens_BW, depth, mask_BWU, inner)
+        tokens_BU = jnp.concatenate([tokens_BE, tokens_BW], axis=1)
+        logits_VR = penalties.apply(logits_VR, tokens_BU, mask_BWU)
+        return logits_VR, (tokens_BU, inner)
+
+    return root_logits_VB, expand_and_penalise
 
 
 def best_children(logits_VR, depth, count, context: DraftContext, tau):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 from flax import nnx
 
+from treespec_jax.acceptance.penalties import Penalties
 from treespec_jax.acceptance.policy import Sampling
 from treespec_jax.trees.shapes import TreeShape
 from treespec_jax.trees.token_tree import TokenTree
@@ -35,6 +36,7 @@ class DraftContext:
         None unless the drafter draws "shared".
       uniforms: float32 [B, T, 2] in [0, 1) of the proposals' own stream, for the draw
         of each node; None unless the drafter samples.
+      penalties: of the policy; None if no request has any.
     """
 
     active: jax.Array
@@ -44,6 +46,7 @@ class DraftContext:
     sampling: Sampling
     noise: jax.Array | None
     uniforms: jax.Array | None = None
+    penalties: Penalties | None = None
 
 
 class Drafter(Protocol):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import facts, penalties
 from treespec_jax.acceptance.exact import ExactMatch
 from treespec_jax.acceptance.policy import Sampling
 from treespec_jax.acceptance.protocol import Rule
@@ -120,6 +120,7 @@ class Engine:
             "min_p": np.zeros(B, np.float32),
             "seed": np.zeros(B, np.uint32),
         }
+        self._penalties = penalties.Requests(B, config.max_len)
 
         def begin(leaves):
             self.compilations["begin"] += 1
@@ -267,6 +268,7 @@ class Engine:
         self._want_logprobs[index] = params.logprobs
         for name, values in self._sampling.items():
             values[index] = getattr(params, name)
+        self._penalties.insert(index, params)
         for start, size, count in prefill_plan(
             len(prompt) - 1, self.config.prefill_chunks
         ):
@@ -319,6 +321,13 @@ class Engine:
             sampling=Sampling(**self._sampling),
             want_logprobs=self._want_logprobs,
             max_steps=np.int32(steps),
+            text=self._penalties.so_far(
+                {
+                    index: (slot.request.prompt, slot.request.tokens)
+                    for index, slot in enumerate(self._slots)
+                    if slot is not None
+                }
+            ),
         )
         return control, starved
 

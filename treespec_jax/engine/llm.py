@@ -299,6 +299,7 @@ class LLM:
 
     def _checked(self, prompt, ids, params, context) -> _Reader:
         limits.check_tokens(ids, self.config.vocab_size)
+        limits.check_bias(params.logit_bias, self.config.vocab_size)
         if params.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer; the checkpoint has none")
         request = Request(prompt=ids, params=params)

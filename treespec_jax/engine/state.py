@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from treespec_jax.acceptance.penalties import TextSoFar
 from treespec_jax.acceptance.policy import Sampling
 
 
@@ -40,6 +41,7 @@ class Control:
       sampling: settings per slot.
       want_logprobs: bool [B].
       max_steps: int32 [], steps to run at most, up to the compiled bound.
+      text: what penalties look at; None, another program, if no request has any.
     """
 
     page_table: jax.Array
@@ -48,6 +50,7 @@ class Control:
     sampling: Sampling
     want_logprobs: jax.Array
     max_steps: jax.Array
+    text: TextSoFar | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from treespec_jax.acceptance import policy, streams
+from treespec_jax.acceptance.penalties import Penalties
 from treespec_jax.acceptance.protocol import Rule
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import run_chunk
@@ -43,10 +44,12 @@ def step(
     rule: Rule,
     state: DecodeState,
     control: Control,
+    penalties: Penalties | None = None,
 ):
     """Advances every active slot by one tree.
 
     The drafter must draw its trees in a way that `rule` may judge (`acceptance.facts`).
+    `penalties` are those of the text before this step.
 
     Returns:
       the new state, the new control (what remains), emitted tokens [B, C + 1], their
@@ -65,6 +68,7 @@ def step(
         lengths=lengths,
         page_table=control.page_table,
         sampling=sampling,
+        penalties=penalties,
         **_draft_randomness(drafter, rule, randomness, sampling, lengths, vocab),
     )
     with jax.named_scope("draft"):
@@ -73,7 +77,12 @@ def step(
         target, tree, state.pages, control.page_table, lengths
     )
     with jax.named_scope("accept"):
-        verdict = rule.decide(tree, logits_VR, sampling, randomness, depth)
+        scored_VR = logits_VR
+        if penalties is not None:
+            scored_VR = penalties.apply(
+                logits_VR, tree.tokens[:, 1:], tree.ancestors[:, :, 1:]
+            )
+        verdict = rule.decide(tree, scored_VR, sampling, randomness, depth)
         count_B, ended_B = _cut(verdict, control)
         count_B = jnp.where(active_B, count_B, 0)
         logprobs_BC = _logprobs(logits_VR, verdict, control)
@@ -171,13 +180,17 @@ def dispatch(
     )
 
     def unfinished(carry):
-        _, remaining, outbox = carry
+        _, remaining, _, outbox = carry
         return jnp.any(remaining > 0) & (outbox.steps < control.max_steps)
 
     def body(carry):
-        state, remaining, outbox = carry
+        state, remaining, penalties, outbox = carry
         now = dataclasses.replace(control, remaining=remaining)
-        state, now, tokens, counts, logprobs = step(target, drafter, rule, state, now)
+        state, now, tokens, counts, logprobs = step(
+            target, drafter, rule, state, now, penalties
+        )
+        if penalties is not None:
+            penalties = penalties.after(tokens, counts)
         at = outbox.steps
         outbox = Outbox(
             tokens=lax.dynamic_update_index_in_dim(outbox.tokens, tokens, at, 0),
@@ -185,10 +198,13 @@ def dispatch(
             logprobs=lax.dynamic_update_index_in_dim(outbox.logprobs, logprobs, at, 0),
             steps=at + 1,
         )
-        return state, now.remaining, outbox
+        return state, now.remaining, penalties, outbox
 
-    state, _, outbox = lax.while_loop(
-        unfinished, body, (state, control.remaining, outbox)
+    penalties = None
+    if control.text is not None:
+        penalties = control.text.tables(target.config.vocab_size)
+    state, _, _, outbox = lax.while_loop(
+        unfinished, body, (state, control.remaining, penalties, outbox)
     )
     return state, outbox
 

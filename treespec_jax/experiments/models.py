@@ -42,8 +42,8 @@ def check(
     Raises:
       UserError: a checkpoint whose configuration or tokenizer cannot be read, a pair
         of different vocabularies, max_len past the models' positions, a tree that is
-        deeper than max_len, no tokenizer, no chat template, or a prompt without room
-        in max_len.
+        deeper than max_len, no tokenizer, no chat template, a prompt without room in
+        max_len, or a logit bias for a token that the target lacks.
     """
     from treespec_jax.checkpoints import describe
 
@@ -65,6 +65,7 @@ def check(
         tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p, options)
         for p in prompts
     ]
+    limits.check_bias(settings.sampling.logit_bias, target.config.vocab_size)
     for ids in encoded:
         limits.check_tokens(ids, target.config.vocab_size)
         limits.check_prompt(ids, max_len)

@@ -6,7 +6,7 @@ Light to import, so that a bad setting is found before jax starts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,26 @@ def _checked(cls, values: Mapping[str, Any], what: str):
     except TypeError as error:
         # A number where a list belongs, for example.
         raise UserError(f"{what}: {error}; check its values") from None
+
+
+def logit_bias(texts: Sequence[str] | None) -> tuple[tuple[int, float], ...] | None:
+    """Pairs from TOKEN=NUMBER texts.
+
+    Raises:
+      UserError: not of that form.
+    """
+    if texts is None:
+        return None
+    pairs = []
+    for text in texts:
+        token, _, value = text.partition("=")
+        try:
+            pairs.append((int(token), float(value)))
+        except ValueError:
+            raise UserError(
+                f"--logit_bias={text!r} is not TOKEN=NUMBER, such as 13=-100"
+            ) from None
+    return tuple(pairs)
 
 
 def default_config():
