@@ -145,14 +145,19 @@ def measure_trial(shape: Shape, rows: int, sizes: BlockSizes, rounds: int = 7) -
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The cheapest without spills; among equals the least unrolled program."""
+    """The cheapest without spills; among equals, as where memory bounds all, the one
+    with the fewest cycles, and then the least unrolled."""
     done = [trial for trial in trials if trial.cost is not None]
     done = [trial for trial in done if not trial.figures.get("spills")] or done
     if not done:
         return None
     limit = (1 + _TIE) * min(trial.cost for trial in done)
-    tied = [trial for trial in done if trial.cost <= limit]
-    return min(tied, key=lambda t: (t.sizes.unroll, t.sizes.block_rows, t.sizes.rows))
+
+    def rank(trial):
+        sizes, cycles = trial.sizes, trial.figures.get("cycles", 0)
+        return cycles, sizes.unroll, sizes.block_rows, sizes.rows
+
+    return min((t for t in done if t.cost <= limit), key=rank)
 
 
 class Journal:
