@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from treespec_jax.experiments import (
     runtime,
 )
 from treespec_jax.experiments.bandwidth import ReadBandwidth
+from treespec_jax.experiments.output import say
 from treespec_jax.experiments.settings import Experiment
 from treespec_jax.trees import shapes
 
@@ -58,15 +56,10 @@ def run(settings: Experiment, folder: str) -> None:
     file = settings.benchmark.prompts
     texts = prompts.read(file) if file else list(prompts.STORIES)
     with output.folder(folder) as work:
-        with_plot = importlib.util.find_spec("matplotlib") is not None
-        if not with_plot:
-            _say("no plot: matplotlib is missing; pip install 'treespec-jax[train]'")
+        draw = plot.save if output.can_plot() else None
         results = measure(settings, texts)
         table = report.table(results)
-        (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        (work / "results.md").write_text(table + "\n")
-        if with_plot:
-            plot.save(results, work / "results.png")
+        output.write(work, results, table, draw)
     print(table)
     print(f"\nwrote {Path(folder) / 'results.md'}, results.json beside it")
 
@@ -80,20 +73,20 @@ def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
         llms[name] = models.make_llm(settings, pair, name)
         ids = models.encode(llms[name], texts, settings.sampling)
     for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
-        _say(f"note: {note}")
+        say(f"note: {note}")
     for name in names:
-        _say(f"compiling {name}")
+        say(f"compiling {name}")
         models.warm_up(llms[name], ids)
     bandwidth = ReadBandwidth()
     bandwidth.sample()
     rounds = []
     for number in range(settings.benchmark.repeat):
-        _say(f"round {number + 1} of {settings.benchmark.repeat}")
+        say(f"round {number + 1} of {settings.benchmark.repeat}")
         rounds.append(run_round(settings, llms, ids, number))
         bandwidth.sample()
     broken_down = {}
     for name in names:
-        _say(f"taking {name} apart")
+        say(f"taking {name} apart")
         prefix = _prefix(llms[name], ids[0], rounds[0]["none"].token_ids[0])
         broken_down[name] = costs.step_cost(
             llms[name].engine,
@@ -104,7 +97,7 @@ def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
             _COST_ROUNDS,
         )
         bandwidth.sample()
-    _say("cost of verifying more nodes")
+    say("cost of verifying more nodes")
     engine = llms["none"].engine.config
     length = min(len(ids[0]) + settings.sampling.max_tokens // 2, engine.max_len - 1)
     curve = costs.cost_curve(pair.target.model, engine, length, _COST_ROUNDS)
@@ -236,7 +229,3 @@ def _prefix(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
     room = config.max_len - 1 - config.steps_per_dispatch * (llm.drafter.depth + 1)
     text = [*prompt, *emitted[: len(emitted) // 2]]
     return text[: max(1, room)]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

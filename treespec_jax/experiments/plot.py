@@ -48,3 +48,46 @@ def _curve(axes, curve: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.set_xlabel("nodes verified in one pass")
     axes.set_ylabel("time, in passes over one node")
+
+
+def save_rules(results: dict[str, Any], path: Path) -> None:
+    """Writes a PNG: tokens per step and per second by shape and rule."""
+    from matplotlib.figure import Figure
+
+    figures = results["figures"]
+    temperatures = results["comparison"]["temperatures"]
+    shapes, rules = (
+        list(dict.fromkeys(f[name] for f in figures if f["shape"] != "none"))
+        for name in ("shape", "rule")
+    )
+    width = 0.8 / len(rules)
+    figure = Figure(figsize=(4.5 * len(temperatures), 7), layout="constrained")
+    grid = figure.subplots(2, len(temperatures), squeeze=False, sharey="row")
+    for row, (what, label) in enumerate(
+        [("tokens_per_step", "tokens per step"), ("tokens_per_second", "tok/s")]
+    ):
+        for axes, temperature in zip(grid[row], temperatures, strict=True):
+            for number, rule in enumerate(rules):
+                found = {
+                    f["shape"]: f[what]
+                    for f in figures
+                    if f["rule"] == rule and f["temperature"] == temperature
+                }
+                own = [s for s in shapes if s in found]
+                middle = [found[s]["median"] for s in own]
+                low = [found[s]["median"] - found[s]["min"] for s in own]
+                high = [found[s]["max"] - found[s]["median"] for s in own]
+                at = [shapes.index(s) + width * (number - len(rules) / 2) for s in own]
+                label_of = rule if rule != "typical" else "typical (lossy)"
+                axes.bar(at, middle, width, yerr=[low, high], label=label_of)
+            plain = next(
+                f[what]["median"]
+                for f in figures
+                if f["shape"] == "none" and f["temperature"] == temperature
+            )
+            axes.axhline(plain, color="0.5", linestyle=":", label="plain decoding")
+            axes.set_xticks(range(len(shapes)), shapes)
+            axes.set_title(f"temperature {temperature:g}")
+            axes.set_ylabel(label)
+    grid[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -72,6 +72,55 @@ class BenchmarkSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class RuleComparison:
+    """What scripts/compare_rules.py compares.
+
+    Attributes:
+      rules: names of `acceptance.facts.RULES`.
+      shapes: tree shapes other than `none`, which is always measured.
+      temperatures: of the requests.
+      repeat: rounds; each runs every rule, shape and temperature on every prompt, by
+        other seeds than the last.
+      prompts: a file of prompts; empty: the built-in story openings.
+    """
+
+    rules: tuple[str, ...] = facts.RULES
+    shapes: tuple[str, ...] = ("chain:5", "regular:3x2x1", "dynamic:15@5")
+    temperatures: tuple[float, ...] = (0.0, 0.5, 1.0)
+    repeat: int = 3
+    prompts: str = ""
+
+    def __post_init__(self):
+        for name in self.rules:
+            if name not in facts.FACTS:
+                raise UserError(
+                    f"rule {name!r} is unknown; choose from {', '.join(facts.RULES)}"
+                )
+        for name in self.shapes:
+            if shapes.parse(name).depth == 0:
+                raise UserError(
+                    f"--shapes={name}: plain decoding is measured anyway; leave it out"
+                )
+        try:
+            temperatures = tuple(float(t) for t in self.temperatures)
+        except ValueError:
+            raise UserError(
+                f"--temperatures must be numbers, got {','.join(self.temperatures)}"
+            ) from None
+        for value in temperatures:
+            check_float("temperature", value, 0)
+        for name, values in {
+            "rules": self.rules,
+            "shapes": self.shapes,
+            "temperatures": temperatures,
+        }.items():
+            if not values:
+                raise UserError(f"nothing to compare: --{name} is empty")
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        check_int("repeat", self.repeat, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that decides a run, checked.
 

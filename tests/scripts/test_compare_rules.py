@@ -1,0 +1,93 @@
+"""scripts/compare_rules.py end to end on tiny models; no figure is judged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from treespec_jax.errors import UserError
+from treespec_jax.experiments import compare_rules
+from treespec_jax.experiments.settings import RuleComparison
+
+
+@pytest.mark.slow
+def test_comparison(run_script, files, tmp_path):
+    (tmp_path / "p.txt").write_text("the cat\na dog\n")
+    folder = tmp_path / "results"
+    result = run_script(
+        "compare_rules.py",
+        f"--target={files.target}",
+        f"--draft={files.draft}",
+        f"--prompts_file={tmp_path / 'p.txt'}",
+        "--rules=exact,block,typical",
+        "--shapes=regular:2",
+        "--temperatures=0,1",
+        "--max_tokens=6",
+        "--max_len=32",
+        "--repeat=2",
+        f"--output={folder}",
+    )
+    assert result.code == 0, result.err
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["results.json", "results.md", "results.png"]
+    shown = (folder / "results.md").read_text()
+    assert shown.strip() in result.out
+    assert "refused: block on regular:2: rule 'block' judges chains only" in shown
+    assert "lossy" in shown
+
+    report = json.loads((folder / "results.json").read_text())
+    assert [(r["rule"], r["shape"]) for r in report["refused"]] == [
+        ("block", "regular:2")
+    ]
+    seen = [(f["rule"], f["shape"], f["temperature"]) for f in report["figures"]]
+    pairs = [("exact", "none"), ("exact", "regular:2"), ("typical", "regular:2")]
+    assert seen == [(*pair, t) for t in (0.0, 1.0) for pair in pairs]
+    for figures in report["figures"]:
+        assert figures["tokens"] == 2 * 2 * 6
+        assert figures["tokens_per_second"]["median"] > 0
+        assert len(figures["tokens_per_step"]["rounds"]) == 2
+        greedy = figures["temperature"] == 0
+        assert figures["lossless"] == (greedy or figures["rule"] != "typical")
+        if figures["shape"] == "none":
+            assert figures["tokens_per_step"]["max"] == 1
+            assert figures["ratio_to_plain"]["median"] == 1
+        else:
+            assert len(figures["acceptance_by_depth"]) == 1
+
+
+def test_what_is_refused_is_said_with_its_reason():
+    possible, refused = compare_rules.combinations(
+        RuleComparison(shapes=("chain:2", "dynamic:4@2"))
+    )
+    assert ("block", "chain:2") in possible and ("token", "dynamic:4@2") in possible
+    (only,) = refused
+    assert (only["rule"], only["shape"]) == ("block", "dynamic:4@2")
+    assert "chains only" in only["reason"]
+
+
+def test_mistakes(refuses, files, tmp_path):
+    def check(expected, *args):
+        refuses(expected, "compare_rules.py", *pair, *args)
+        assert list(tmp_path.iterdir()) == []
+
+    pair = [f"--target={files.target}", f"--draft={files.draft}"]
+    out = f"--output={tmp_path / 'results'}"
+    check("--output")
+    check("tokne", out, "--rules=tokne")
+    check("--shapes=none", out, "--shapes=none")
+    check("regular:0", out, "--shapes=regular:0")
+    check("--temperatures", out, "--temperatures=hot")
+    check("temperature", out, "--temperatures=-1")
+    check("repeat", out, "--repeat=0")
+    check("--rules", out, "--rules=")
+    check("chains only", out, "--rules=block", "--shapes=regular:2")
+    check("none.txt", out, f"--prompts_file={tmp_path / 'none.txt'}")
+    check("/no/such", out, "--draft=/no/such")
+    check("vocabular", out, f"--draft={files.foreign}")
+
+
+def test_a_comparison_checks_itself():
+    with pytest.raises(UserError, match="hot"):
+        RuleComparison(temperatures=("hot",))
+    assert RuleComparison(temperatures=("0", "0.0", "1")).temperatures == (0.0, 1.0)

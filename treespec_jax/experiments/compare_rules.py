@@ -1,0 +1,197 @@
+"""Every rule on every tree at several temperatures, on one pair of models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from treespec_jax.acceptance import facts
+from treespec_jax.errors import UserError
+from treespec_jax.experiments import models, output, plot, prompts, runtime
+from treespec_jax.experiments.benchmark import Run, run_round, spread
+from treespec_jax.experiments.output import say
+from treespec_jax.experiments.settings import Experiment, RuleComparison
+from treespec_jax.experiments.table import markdown
+from treespec_jax.trees import shapes
+
+# Rule and shape; plain decoding samples by the noise of the exact rule.
+Combination = tuple[str, str]
+PLAIN: Combination = ("exact", "none")
+
+
+def run(settings: Experiment, comparison: RuleComparison, folder: str) -> None:
+    """Measures everything and writes table, JSON and plot to `folder`.
+
+    Raises:
+      UserError: an unwritable folder, no rule that takes any of the trees, an
+        unreadable prompt or checkpoint, or settings that do not fit together.
+    """
+    possible, refused = combinations(comparison)
+    if not possible:
+        raise UserError(f"no rule takes any of the trees: {refused[0]['reason']}")
+    file = comparison.prompts
+    texts = prompts.read(file) if file else list(prompts.STORIES)
+    with output.folder(folder) as work:
+        draw = plot.save_rules if output.can_plot() else None
+        models.check(settings, texts, comparison.shapes)
+        results = measure(settings, comparison, possible, texts)
+        results["refused"] = refused
+        shown = table(results)
+        output.write(work, results, shown, draw)
+    print(shown)
+    print(f"\nwrote {Path(folder) / 'results.md'}, results.json beside it")
+
+
+def combinations(
+    comparison: RuleComparison,
+) -> tuple[list[Combination], list[dict[str, str]]]:
+    """What can be measured, and what a rule refuses, with its reason."""
+    possible, refused = [], []
+    for shape in comparison.shapes:
+        for rule in comparison.rules:
+            try:
+                facts.choose_draws(rule, "", shapes.parse(shape))
+            except UserError as error:
+                refused.append({"rule": rule, "shape": shape, "reason": str(error)})
+            else:
+                possible.append((rule, shape))
+    return possible, refused
+
+
+def measure(
+    settings: Experiment,
+    comparison: RuleComparison,
+    possible: Sequence[Combination],
+    texts: Sequence[str],
+) -> dict[str, Any]:
+    """All figures, as plain values for JSON."""
+    pair = models.load_pair(settings)
+    llms = {}
+    for rule, shape in [PLAIN, *possible]:
+        own = dataclasses.replace(settings, rule=rule, draws="", tree=shape)
+        llms[rule, shape] = models.make_llm(own, pair, shape)
+    plain = llms[PLAIN]
+    ids = models.encode(plain, texts, settings.sampling)
+    for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
+        say(f"note: {note}")
+    for (rule, shape), llm in llms.items():
+        say(f"compiling {rule} on {shape}")
+        models.warm_up(llm, ids)
+    rounds: dict[float, list[dict[Combination, Run]]] = {}
+    for number in range(comparison.repeat):
+        for temperature in comparison.temperatures:
+            say(
+                f"round {number + 1} of {comparison.repeat}, temperature "
+                f"{temperature:g}"
+            )
+            sampling = dataclasses.replace(
+                settings.sampling,
+                temperature=temperature,
+                seed=(settings.sampling.seed + number * len(ids)) % 2**32,
+            )
+            now = dataclasses.replace(settings, sampling=sampling)
+            done = run_round(now, llms, ids, number)
+            rounds.setdefault(temperature, []).append(done)
+    values = settings.as_dict()
+    values["dtype"] = plain.dtype
+    values["engine"] = dataclasses.asdict(plain.engine.config)
+    for name in ("tree", "rule", "draws", "benchmark"):
+        del values[name]
+    return {
+        "settings": values,
+        "comparison": dataclasses.asdict(comparison),
+        "prompts": list(texts),
+        "versions": runtime.versions(),
+        "figures": [
+            _summary(name, temperature, own)
+            for temperature, own in rounds.items()
+            for name in llms
+        ],
+    }
+
+
+def _summary(
+    name: Combination, temperature: float, rounds: Sequence[dict[Combination, Run]]
+) -> dict[str, Any]:
+    """Figures of one rule on one shape at one temperature."""
+    rule, shape = name
+    mine = [r[name].stats for r in rounds]
+    speeds = [stats.tokens_per_second for stats in mine]
+    plain = [r[PLAIN].stats.tokens_per_second for r in rounds]
+    ratios = [a / b for a, b in zip(speeds, plain, strict=True)]
+    return {
+        "rule": rule,
+        "shape": shape,
+        "temperature": temperature,
+        # Without a temperature every rule keeps what plain decoding would emit.
+        "lossless": facts.FACTS[rule].lossless or temperature == 0,
+        "draws": facts.FACTS[rule].draws[0] if name != PLAIN else None,
+        "tokens": sum(stats.tokens for stats in mine),
+        "steps": sum(stats.steps for stats in mine),
+        "tokens_per_step": spread([stats.tokens_per_step for stats in mine]),
+        "acceptance_by_depth": mine[0].acceptance_by_depth,
+        "tokens_per_second": spread(speeds),
+        "ratio_to_plain": spread(ratios),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table, the best of it in words, and what was refused."""
+    figures, versions = results["figures"], results["versions"]
+    temperatures = results["comparison"]["temperatures"]
+    sampling = results["settings"]["sampling"]
+    by_name: dict[Combination, dict[float, dict[str, Any]]] = {}
+    for one in figures:
+        by_name.setdefault((one["rule"], one["shape"]), {})[one["temperature"]] = one
+    head = ["shape", "rule", "law"]
+    for temperature in temperatures:
+        head += [f"tokens/step T={temperature:g}", "tok/s"]
+    rows = [head]
+    for (rule, shape), own in by_name.items():
+        row = [shape, "-" if (rule, shape) == PLAIN else rule, facts.FACTS[rule].label]
+        for temperature in temperatures:
+            one = own[temperature]
+            row += [
+                _spread(one["tokens_per_step"], ".2f"),
+                _spread(one["tokens_per_second"], ".1f"),
+            ]
+        rows.append(row)
+    lines = [
+        f"{results['settings']['dtype']}, {len(results['prompts'])} prompts × "
+        f"{sampling['max_tokens']} tokens, batch "
+        f"{results['settings']['engine']['max_batch']}, "
+        f"{results['comparison']['repeat']} rounds; jax {versions['jax']}, "
+        f"{versions['device_kind']}, {versions['cpus']} CPUs",
+        "",
+        markdown(rows),
+        "",
+        "Medians of rounds (min–max); each round has other seeds. At T=0 every rule "
+        "keeps what plain decoding would emit.",
+    ]
+    for temperature in temperatures:
+        lines.append(_best(temperature, figures))
+    for one in results["refused"]:
+        lines.append(f"refused: {one['rule']} on {one['shape']}: {one['reason']}")
+    return "\n".join(lines)
+
+
+def _best(temperature: float, figures: list[dict[str, Any]]) -> str:
+    """Which lossless combinations win."""
+    own = [f for f in figures if f["temperature"] == temperature and f["lossless"]]
+    named = []
+    for what in ("tokens_per_step", "tokens_per_second"):
+        best = max(own, key=lambda f: f[what]["median"])
+        rule = "plain decoding" if best["shape"] == "none" else best["rule"]
+        value = best[what]["median"]
+        named.append(f"{rule} on {best['shape']} ({value:.2f})")
+    return (
+        f"T={temperature:g}, lossless: most tokens per step {named[0]}, most tokens "
+        f"per second {named[1]}."
+    )
+
+
+def _spread(values: dict[str, float], form: str) -> str:
+    middle, low, high = (format(values[k], form) for k in ("median", "min", "max"))
+    return middle if low == high else f"{middle} ({low}–{high})"
