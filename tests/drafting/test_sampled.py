@@ -102,8 +102,8 @@ def test_every_tree_is_drawn_by_its_piece_of_the_uniforms(name, replacement):
                 assert got.draft_logprob[b, n] == pytest.approx(np.log(chance))
             for e, n in enumerate(meta["nodes"]):
                 if tree.paths[n] is not None:
-                    own = got.proposal.scores[:, b, e] - got.proposal.log_total[b, e]
-                    np.testing.assert_allclose(np.exp(own), world.q[tree.paths[n]])
+                    own = got.proposal.mass[:, b, e] / got.proposal.total[b, e]
+                    np.testing.assert_allclose(own, world.q[tree.paths[n]])
 
 
 def test_a_greedy_slot_gets_the_likeliest_tokens():

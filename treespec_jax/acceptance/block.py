@@ -21,39 +21,36 @@ class BlockRule(uniform.UniformRule):
 
     name = "block"
 
-    def judge(self, tree, scores_VBT, uniforms):
-        V, B, T = scores_VBT.shape
+    def judge(self, tree, target, uniforms):
+        V, B, T = target.logits.shape
         if tree.proposal is None:
-            return uniform.alone(scores_VBT)
-        proposal, slot_B1 = tree.proposal, jnp.arange(B)[:, None]
-        total_BT = uniform.log_totals(scores_VBT)
-        tokens_BC = tree.tokens[:, 1:]
-        above_C = jnp.arange(T - 1)
-        log_p = scores_VBT[tokens_BC, slot_B1, above_C] - total_BT[:, :-1]
-        log_q = proposal.scores[tokens_BC, slot_B1, above_C] - proposal.log_total
+            return uniform.alone(target)
+        dtype = target.logits.dtype
+        laws = target.laws()
+        gain_BT = families.log_ratios(tree, laws)
         # The chain ends before its first invalid node.
-        valid_BC = jnp.cumprod(tree.valid[:, 1:], axis=1, dtype=jnp.int32) > 0
-        # Where both are 0 the token is not to be accepted; where q alone is, it is.
-        gain_BC = jnp.where(log_p > -jnp.inf, log_p - log_q, -jnp.inf)
-        log_w = [jnp.zeros(B, scores_VBT.dtype)]
-        for at in range(T - 1):
-            grown_B = jnp.minimum(0.0, log_w[-1] + gain_BC[:, at])
-            log_w.append(jnp.where(valid_BC[:, at], grown_B, -jnp.inf))
+        valid_BT = jnp.cumprod(tree.valid, axis=1, dtype=jnp.int32) > 0
+        log_w = [jnp.zeros(B, dtype)]
+        for at in range(1, T):
+            # No weight stays none, whatever comes.
+            grown_B = jnp.minimum(0.0, log_w[-1] + gain_BT[:, at])
+            some_B = valid_BT[:, at] & (log_w[-1] > -jnp.inf)
+            log_w.append(jnp.where(some_B, grown_B, -jnp.inf))
         w_BT = jnp.exp(jnp.stack(log_w, axis=1))
         # Of nodes that have a child; the root needs none, it is always accepted.
         chance_BT = w_BT
         if T > 2:
-            p = jnp.exp(scores_VBT[:, :, 1:-1] - total_BT[:, 1:-1])
-            q = families.drafted(proposal, slice(1, None), V)
+            p = laws.probs().reshape(V, B, T)[:, :, 1:-1]
+            q = families.drafted(tree.proposal, slice(1, None), V)
             mass = jnp.sum(jnp.maximum(w_BT[:, 1:-1] * p - q, 0.0), axis=0)
             inner = families.covered(mass, w_BT[:, 1:-1])
-            inner = jnp.where(valid_BC[:, 1:], inner, w_BT[:, 1:-1])
+            inner = jnp.where(valid_BT[:, 2:], inner, w_BT[:, 1:-1])
             chance_BT = chance_BT.at[:, 1:-1].set(inner)
         passed_BT = (uniforms.accept < chance_BT).at[:, 0].set(True)
         node_B = jnp.max(jnp.where(passed_BT, jnp.arange(T), 0), axis=1)
         law_VB = families.last_law(
             tree,
-            scores_VBT,
+            target,
             families.children(tree),
             node_B,
             jnp.take_along_axis(w_BT, node_B[:, None], axis=1)[:, 0],

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax.acceptance import uniform
+from treespec_jax.acceptance import policy, uniform
 from treespec_jax.trees.token_tree import Proposal, TokenTree
 
 
@@ -43,10 +43,12 @@ class Children:
         """The first `count` children of some nodes (static numbers)."""
         return jax.tree.map(lambda x: x[:, nodes, :count], self)
 
-    def of_one(self, node_B: jax.Array) -> Children:
-        """Of one node per slot, [B, 1, K]."""
+    def of_one(self, node_B: jax.Array, count: int | None = None) -> Children:
+        """The first `count` children of one node per slot, [B, 1, count]."""
         at = node_B[:, None, None]
-        return jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=1), self)
+        return jax.tree.map(
+            lambda x: jnp.take_along_axis(x[:, :, :count], at, axis=1), self
+        )
 
 
 def children(tree: TokenTree) -> Children:
@@ -84,18 +86,22 @@ def levels(proposal: Proposal) -> Iterator[tuple[np.ndarray, slice, int]]:
 
 def drafted(proposal: Proposal, columns: slice, vocab: int) -> jax.Array:
     """q [V, B, nodes] of some columns, 0 past the drafter's vocabulary."""
-    scores = proposal.scores[:, :, columns]
-    q = jnp.exp(scores - proposal.log_total[:, columns])
-    return jnp.pad(q, ((0, vocab - q.shape[0]), (0, 0), (0, 0)))
+    scale = 1.0 / proposal.total[:, columns]
+    return _filled(proposal.mass[:, :, columns] * scale, vocab)
 
 
-def targeted(scores_VBT: jax.Array, nodes: np.ndarray) -> jax.Array:
-    """p [V, B, nodes] of some nodes."""
-    if len(nodes) == nodes[-1] - nodes[0] + 1:
-        own = scores_VBT[:, :, int(nodes[0]) : int(nodes[-1]) + 1]
-    else:
-        own = scores_VBT[:, :, nodes]
-    return jnp.exp(own - uniform.log_totals(own))
+def drafted_one(tree: TokenTree, node_B: jax.Array, vocab: int) -> jax.Array:
+    """q [V, B, 1] of one node per slot; of a leaf, some other node's."""
+    proposal = tree.proposal
+    place = np.zeros(tree.tokens.shape[1], np.int32)
+    place[list(proposal.nodes)] = np.arange(len(proposal.nodes))
+    at_B = jnp.asarray(place)[node_B]
+    total_B1 = jnp.take_along_axis(proposal.total, at_B[:, None], axis=1)
+    return _filled(uniform.column(proposal.mass, at_B) / total_B1, vocab)
+
+
+def _filled(q_VBE, vocab):
+    return jnp.pad(q_VBE, ((0, vocab - q_VBE.shape[0]), (0, 0), (0, 0)))
 
 
 def recur(
@@ -104,7 +110,7 @@ def recur(
     weight_BE: jax.Array,
     own: Children,
     replacement: bool,
-    finish: bool = True,
+    finish: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weights of the children, and the node's own once all of them are rejected.
 
@@ -114,36 +120,56 @@ def recur(
       weight_BE: a.
       own: their children.
       replacement: children were drawn independently.
-      finish: whether the last two results are wanted.
+      finish: what is wanted beside the children's weights, "weight" or "law" (both).
 
     Returns:
       weights [B, E, K], 0 where there is no child; the node's weight [B, E]; the law of
-      the token after it, [V, B, E].
+      the token after it up to a factor, [V, B, E].
     """
     at_V = jnp.arange(p_VBE.shape[0], dtype=jnp.int32)[:, None, None]
     count = own.tokens.shape[2]
-    weights = []
+    weights, drawn = [], jnp.zeros((), bool)
+    # P is kept as mass over its sum, which saves a pass over it per child.
+    mass_VBE, sum_BE = p_VBE, jnp.ones((), p_VBE.dtype)
     for turn in range(count):
         token, left, exists = (
             x[:, :, turn] for x in (own.tokens, own.left, own.exists)
         )
-        p_BE = jnp.take_along_axis(p_VBE, token[None], axis=0)[0]
+        p_BE = jnp.take_along_axis(mass_VBE, token[None], axis=0)[0] / sum_BE
         q_BE = jnp.take_along_axis(q_VBE, token[None], axis=0)[0] / left
-        # A greedy slot's child may have a q that rounds to 0: worth 1 if p is not 0.
+        # A greedy slot's child may have no q at all: worth 1 if p is not 0.
         worth = jnp.minimum(1.0, weight_BE * p_BE / jnp.where(q_BE > 0, q_BE, 1.0))
         worth = jnp.where(q_BE > 0, worth, 1.0)
         alive = exists & (p_BE > 0) & (weight_BE > 0)
         weights.append(jnp.where(alive, worth, 0.0))
-        if turn == count - 1 and not finish:
-            break
-        uncovered = jnp.maximum(weight_BE * p_VBE - q_VBE / left, 0.0)
-        mass_BE = jnp.sum(uncovered, axis=0)
-        some = exists & (mass_BE > 0)
-        p_VBE = jnp.where(some, uncovered / jnp.where(some, mass_BE, 1.0), p_VBE)
-        weight_BE = jnp.where(exists, covered(mass_BE, weight_BE), weight_BE)
+        share_BE = weight_BE / sum_BE
+        rest_q = q_VBE * (1.0 / left)
         if not replacement:
-            q_VBE = jnp.where((at_V == token) & exists, 0.0, q_VBE)
-    return jnp.stack(weights, axis=2), weight_BE, p_VBE
+            rest_q = jnp.where(drawn, 0.0, rest_q)
+        uncovered = jnp.maximum(share_BE * mass_VBE - rest_q, 0.0)
+        own_sum = jnp.sum(uncovered, axis=0)
+        some = exists & (own_sum > 0)
+        weight_BE = jnp.where(exists, covered(own_sum, weight_BE), weight_BE)
+        if turn < count - 1 or finish == "law":
+            mass_VBE = jnp.where(some, uncovered, mass_VBE)
+            sum_BE = jnp.where(some, own_sum, sum_BE)
+        drawn |= (at_V == token) & exists
+    return jnp.stack(weights, axis=2), weight_BE, mass_VBE
+
+
+def log_ratios(tree: TokenTree, laws: policy.Laws) -> jax.Array:
+    """log p(x) / q(x) of every token of a chain [B, T]; of the root, 0.
+
+    -inf where p is 0. A greedy slot's token may have no q: +inf unless p is 0 too.
+    """
+    B, T = tree.tokens.shape
+    proposal, slot_B1 = tree.proposal, jnp.arange(B)[:, None]
+    tokens_BC, above_C = tree.tokens[:, 1:], jnp.arange(T - 1)
+    columns_BC = above_C + T * slot_B1
+    p = laws.of(tokens_BC.ravel(), columns_BC.ravel()).reshape(B, T - 1)
+    q = proposal.mass[tokens_BC, slot_B1, above_C] / proposal.total
+    log_BC = jnp.where(p > 0, jnp.log(p) - jnp.log(q), -jnp.inf)
+    return jnp.pad(log_BC, ((0, 0), (1, 0)))
 
 
 def covered(mass: jax.Array, weight: jax.Array) -> jax.Array:
@@ -154,28 +180,18 @@ def covered(mass: jax.Array, weight: jax.Array) -> jax.Array:
 
 def last_law(
     tree: TokenTree,
-    scores_VBT: jax.Array,
+    target: uniform.Target,
     family: Children,
     node_B: jax.Array,
     weight_B: jax.Array,
 ) -> jax.Array:
     """Law [V, B] of the token after a node whose children were all rejected."""
-    proposal = tree.proposal
-    own = uniform.column(scores_VBT, node_B)[:, :, None]
-    p_VB1 = jnp.exp(own - uniform.log_totals(own))
-    place = np.zeros(tree.tokens.shape[1], np.int32)
-    place[list(proposal.nodes)] = np.arange(len(proposal.nodes))
-    # A leaf has no children, so that it makes no difference whose q it gets.
-    at_B = jnp.asarray(place)[node_B]
-    scores_VB = uniform.column(proposal.scores, at_B)
-    total_B1 = jnp.take_along_axis(proposal.log_total, at_B[:, None], axis=1)
-    q_VB = jnp.exp(scores_VB - total_B1[:, 0])
-    q_VB = jnp.pad(q_VB, ((0, p_VB1.shape[0] - q_VB.shape[0]), (0, 0)))
     _, _, law_VB1 = recur(
-        p_VB1,
-        q_VB[:, :, None],
+        target.of_one(node_B),
+        drafted_one(tree, node_B, target.logits.shape[0]),
         weight_B[:, None],
         family.of_one(node_B),
-        proposal.replacement,
+        tree.proposal.replacement,
+        "law",
     )
     return law_VB1[:, :, 0]

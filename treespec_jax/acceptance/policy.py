@@ -86,7 +86,13 @@ def truncate(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
     Returns:
       float32 [V, R].
     """
-    sampling = _per_column(sampling, logits_VR.shape[1])
+    own = _per_column(sampling, logits_VR.shape[1])
+    scaled, _, floor_R = _scaled(logits_VR, own)
+    return jnp.where(scaled >= floor_R, scaled, -jnp.inf)
+
+
+def _scaled(logits_VR, sampling):
+    """Logits over temperature, their maxima and their least kept value, per column."""
     scaled = logits_VR / jnp.where(sampling.greedy, 1.0, sampling.temperature)
     best_R = jnp.max(scaled, axis=0)
     floor_R = best_R + jnp.log(jnp.where(sampling.greedy, 0.0, sampling.min_p))
@@ -96,24 +102,78 @@ def truncate(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
         lambda: _rank_threshold(scaled, best_R, sampling),
         lambda: jnp.full_like(best_R, -jnp.inf),
     )
-    floor_R = jnp.maximum(floor_R, jnp.where(cuts_R, cut_R, -jnp.inf))
-    return jnp.where(scaled >= floor_R, scaled, -jnp.inf)
+    return scaled, best_R, jnp.maximum(floor_R, jnp.where(cuts_R, cut_R, -jnp.inf))
 
 
-def scores(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
-    """log p of the policy up to a constant per column, -inf where p is 0.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Laws:
+    """p of the policy after some nodes, as what it takes to work it out.
 
-    Greedy slots have a point mass on the first maximum. Arguments as for `truncate`.
+    Nothing here but the logits has the size of the vocabulary, so that a rule pays for
+    the entries that it looks at.
+
+    Attributes:
+      logits: [V, R], a column per node, B major.
+      temperature: [R], 1 for greedy slots.
+      best: [R], largest of logits / temperature.
+      floor: [R], least of them that is kept.
+      point: int32 [R], the only token of a greedy slot; -1 for others.
+      total: [R], sum of exp(logits / temperature - best) over what is kept.
     """
-    greedy_R = _per_column(sampling, logits_VR.shape[1]).greedy
-    best_R = lax.cond(
-        jnp.any(greedy_R),
-        lambda: select.argmax(logits_VR),
-        lambda: jnp.zeros(greedy_R.shape, jnp.int32),
+
+    logits: jax.Array
+    temperature: jax.Array
+    best: jax.Array
+    floor: jax.Array
+    point: jax.Array
+    total: jax.Array
+
+    def _mass(self, logits, token):
+        scaled = logits / self.temperature
+        kept = (scaled >= self.floor) & ((self.point < 0) | (self.point == token))
+        return jnp.where(kept, jnp.exp(scaled - self.best), 0.0)
+
+    def probs(self) -> jax.Array:
+        """p [V, R]."""
+        token_V1 = jnp.arange(self.logits.shape[0], dtype=jnp.int32)[:, None]
+        return self._mass(self.logits, token_V1) * (1.0 / self.total)
+
+    def of(self, tokens: jax.Array, columns: jax.Array) -> jax.Array:
+        """p of given tokens after given columns, int32 of one shape each."""
+        own = jax.tree.map(
+            lambda x: x[columns], dataclasses.replace(self, logits=self.best)
+        )
+        return own._mass(self.logits[tokens, columns], tokens) / own.total
+
+    def entropy(self) -> jax.Array:
+        """[R], in nats."""
+        token_V1 = jnp.arange(self.logits.shape[0], dtype=jnp.int32)[:, None]
+        mass = self._mass(self.logits, token_V1)
+        gap = self.logits / self.temperature - self.best
+        energy = jnp.sum(jnp.where(mass > 0, mass * gap, 0.0), axis=0)
+        return jnp.log(self.total) - energy / self.total
+
+
+def laws(logits_VR: jax.Array, sampling: Sampling) -> Laws:
+    """The policy after every column. Arguments as for `truncate`."""
+    own = _per_column(sampling, logits_VR.shape[1])
+    scaled, best_R, floor_R = _scaled(logits_VR, own)
+    point_R = lax.cond(
+        jnp.any(own.greedy),
+        lambda: jnp.where(own.greedy, select.argmax(logits_VR), -1),
+        lambda: jnp.full(own.greedy.shape, -1, jnp.int32),
     )
-    at_V1 = jnp.arange(logits_VR.shape[0], dtype=jnp.int32)[:, None]
-    cut = truncate(logits_VR, sampling)
-    return jnp.where(greedy_R & (at_V1 != best_R), -jnp.inf, cut)
+    one = jnp.ones((), scaled.dtype)
+    bare = Laws(
+        logits=logits_VR,
+        temperature=jnp.where(own.greedy, 1.0, own.temperature),
+        best=best_R,
+        floor=floor_R,
+        point=point_R,
+        total=one,
+    )
+    return dataclasses.replace(bare, total=jnp.sum(bare.probs(), axis=0))
 
 
 def _per_column(sampling: Sampling, columns: int) -> Sampling:

@@ -1,7 +1,7 @@
 """What decides a step: three choices that know nothing of each other.
 
-1. The *policy* is the distribution that the user wants samples of; `policy.scores`
-   gives its log p, up to a constant, at every node of a tree.
+1. The *policy* is the distribution that the user wants samples of; `policy.laws`
+   works it out after the nodes of a tree that a rule looks at.
 2. The *rule* says which nodes of the tree are kept, and what token comes after them.
    Under a lossless rule the emitted tokens have the policy's law, whatever it is.
 3. *Randomness* comes from `streams`, or for the exact rule from the noise shared with
@@ -44,6 +44,9 @@ class Verdict:
     emitted: jax.Array
 
 
+UNSEEN = -1.0
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Judgement:
@@ -54,7 +57,8 @@ class Judgement:
       mass: [V, B], the law of the token after it, up to a factor.
       chance: [B, T], what each node's own uniform was compared with (accepted if
         below). Given the tree it depends on no uniform, so that a test can feed
-        uniforms to either side of it and know how likely that is.
+        uniforms to either side of it and know how likely that is; UNSEEN for a node
+        that was not asked.
     """
 
     node: jax.Array

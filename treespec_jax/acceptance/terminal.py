@@ -22,10 +22,9 @@ class TerminalRule(uniform.UniformRule):
 
     name = "terminal"
 
-    def judge(self, tree, scores_VBT, uniforms):
-        V, B, T = scores_VBT.shape
-        total_BT = uniform.log_totals(scores_VBT)
-        own_BT = uniform.child_chances(tree, scores_VBT, total_BT)
+    def judge(self, tree, target, uniforms):
+        V, B, T = target.logits.shape
+        own_BT = target.child_chances(tree, target.laws())
         own_BT = jnp.where(tree.valid, own_BT, 0.0).at[:, 0].set(1.0)
         on_path = jnp.where(tree.ancestors, own_BT[:, None, :], 1.0)
         path_BT = jnp.prod(on_path, axis=2)
@@ -34,10 +33,7 @@ class TerminalRule(uniform.UniformRule):
         inside_BT = jnp.zeros_like(own_BT).at[slot_B1, tree.parents].add(below_BT)
         chance_BT = path_BT * jnp.maximum(1.0 - inside_BT, 0.0)
         node_B = draw.invert(chance_BT.T, uniforms.accept[:, 0])
-        law_VB = jnp.exp(
-            uniform.column(scores_VBT, node_B)
-            - jnp.take_along_axis(total_BT, node_B[:, None], axis=1)[:, 0]
-        )
+        law_VB = target.of_one(node_B)[:, :, 0]
         child_BT = (tree.parents == node_B[:, None]) & tree.valid
         child_BT &= jnp.arange(T) > 0
         drop_BT = jnp.where(child_BT, tree.tokens, V)

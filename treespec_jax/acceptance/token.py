@@ -7,11 +7,13 @@ Chains: Leviathan et al. 2211.17192, Chen et al. 2302.01318. Trees: SpecInfer 23
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
+from jax import lax
 
 from treespec_jax.acceptance import families, uniform
-from treespec_jax.acceptance.protocol import Judgement
+from treespec_jax.acceptance.protocol import UNSEEN, Judgement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,30 +26,73 @@ class TokenRule(uniform.UniformRule):
 
     name = "token"
 
-    def judge(self, tree, scores_VBT, uniforms):
-        V, B, T = scores_VBT.shape
+    def judge(self, tree, target, uniforms):
         if tree.proposal is None:
-            return uniform.alone(scores_VBT)
-        family = families.children(tree)
-        chance_BT = jnp.zeros((B, T), scores_VBT.dtype)
-        slot = jnp.arange(B)[:, None, None]
-        for nodes, columns, most in families.levels(tree.proposal):
-            own = family.of(nodes, most)
-            weights, _, _ = families.recur(
-                families.targeted(scores_VBT, nodes),
-                families.drafted(tree.proposal, columns, V),
-                jnp.ones((B, len(nodes)), scores_VBT.dtype),
-                own,
-                tree.proposal.replacement,
-                finish=False,
-            )
-            chance_BT = chance_BT.at[slot, own.number].set(weights, mode="drop")
-        passed_BT = uniforms.accept < chance_BT
-        earlier = uniform.earlier_siblings(tree.parents)
-        beaten_BT = jnp.any(earlier & passed_BT[:, None, :], axis=2)
-        accepted_BT = uniform.all_above(tree.ancestors, passed_BT & ~beaten_BT)
-        node_B = jnp.argmax(jnp.where(accepted_BT, tree.depth, -1), axis=1)
-        law_VB = families.last_law(
-            tree, scores_VBT, family, node_B, jnp.ones(B, scores_VBT.dtype)
+            return uniform.alone(target)
+        if max(tree.proposal.most) == 1:
+            return _chain(tree, target, uniforms)
+        return _walk(tree, target, uniforms)
+
+
+def _chain(tree, target, uniforms):
+    """All tests at once: they take one entry of each column."""
+    family = families.children(tree)
+    chance_BT = jnp.exp(jnp.minimum(0.0, families.log_ratios(tree, target.laws())))
+    passed_BT = (uniforms.accept < chance_BT) & tree.valid
+    accepted_BT = uniform.all_above(tree.ancestors, passed_BT)
+    node_B = jnp.argmax(jnp.where(accepted_BT, tree.depth, -1), axis=1)
+    node_B = node_B.astype(jnp.int32)
+    whole_B = jnp.ones(node_B.shape, chance_BT.dtype)
+    law_VB = families.last_law(tree, target, family, node_B, whole_B)
+    return Judgement(node_B, law_VB, chance_BT)
+
+
+def _walk(tree, target, uniforms):
+    """Level by level, looking at nothing but the node where the walk is."""
+    V, B, T = target.logits.shape
+    dtype = target.logits.dtype
+    family = families.children(tree)
+    slot_B1 = jnp.arange(B)[:, None]
+    proposal = tree.proposal
+
+    def visit(most, state):
+        node_B, walking_B, law_VB, chance_BT = state
+        own = family.of_one(node_B, most)
+        weights, _, rest_VB1 = families.recur(
+            target.of_one(node_B),
+            families.drafted_one(tree, node_B, V),
+            jnp.ones((B, 1), dtype),
+            own,
+            proposal.replacement,
+            "law",
         )
-        return Judgement(node_B.astype(jnp.int32), law_VB, chance_BT)
+        weights_BK, number_BK = weights[:, 0], own.number[:, 0]
+        accept_BK = uniforms.accept[slot_B1, jnp.minimum(number_BK, T - 1)]
+        passed_BK = accept_BK < weights_BK
+        first_B1 = jnp.argmax(passed_BK, axis=1)[:, None]
+        next_B = jnp.take_along_axis(number_BK, first_B1, axis=1)[:, 0]
+        goes_on_B = jnp.any(passed_BK, axis=1)
+        at_BK = jnp.where(walking_B[:, None], number_BK, T)
+        return (
+            jnp.where(walking_B & goes_on_B, next_B, node_B),
+            walking_B & goes_on_B,
+            jnp.where(walking_B & ~goes_on_B, rest_VB1[:, :, 0], law_VB),
+            chance_BT.at[slot_B1, at_BK].set(weights_BK, mode="drop"),
+        )
+
+    def end(state):
+        node_B, walking_B, law_VB, chance_BT = state
+        leaf_VB = target.of_one(node_B)[:, :, 0]
+        law_VB = jnp.where(walking_B, leaf_VB, law_VB)
+        return node_B, jnp.zeros_like(walking_B), law_VB, chance_BT
+
+    state = (
+        jnp.zeros(B, jnp.int32),
+        jnp.ones(B, bool),
+        jnp.zeros((V, B), dtype),
+        jnp.full((B, T), UNSEEN, dtype),
+    )
+    for work in [*(functools.partial(visit, most) for most in proposal.most), end]:
+        state = lax.cond(jnp.any(state[1]), work, lambda state: state, state)
+    node_B, _, law_VB, chance_BT = state
+    return Judgement(node_B, law_VB, chance_BT)

@@ -24,23 +24,24 @@ class TraversalRule(uniform.UniformRule):
 
     name = "traversal"
 
-    def judge(self, tree, scores_VBT, uniforms):
-        V, B, T = scores_VBT.shape
+    def judge(self, tree, target, uniforms):
+        V, B, T = target.logits.shape
         if tree.proposal is None:
-            return uniform.alone(scores_VBT)
+            return uniform.alone(target)
         family = families.children(tree)
         # Weights on arrival, and once all children are rejected.
-        arrival_BT = jnp.zeros((B, T), scores_VBT.dtype).at[:, 0].set(1.0)
+        arrival_BT = jnp.zeros((B, T), target.logits.dtype).at[:, 0].set(1.0)
         chance_BT = arrival_BT
         slot = jnp.arange(B)[:, None, None]
         for nodes, columns, most in families.levels(tree.proposal):
             own = family.of(nodes, most)
             weights, rest, _ = families.recur(
-                families.targeted(scores_VBT, nodes),
+                target.of(nodes),
                 families.drafted(tree.proposal, columns, V),
                 arrival_BT[:, nodes],
                 own,
                 tree.proposal.replacement,
+                "weight",
             )
             arrival_BT = arrival_BT.at[slot, own.number].set(weights, mode="drop")
             chance_BT = chance_BT.at[slot, own.number].set(weights, mode="drop")
@@ -49,7 +50,7 @@ class TraversalRule(uniform.UniformRule):
         turn_BT = jnp.where(accepted_BT, visiting_order(tree), T)
         node_B = jnp.argmin(turn_BT, axis=1)
         weight_B = jnp.take_along_axis(arrival_BT, node_B[:, None], axis=1)[:, 0]
-        law_VB = families.last_law(tree, scores_VBT, family, node_B, weight_B)
+        law_VB = families.last_law(tree, target, family, node_B, weight_B)
         return Judgement(node_B.astype(jnp.int32), law_VB, chance_BT)
 
 

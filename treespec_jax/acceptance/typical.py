@@ -28,13 +28,11 @@ class TypicalRule(uniform.UniformRule):
 
     name = "typical"
 
-    def judge(self, tree, scores_VBT, uniforms):
-        total_BT = uniform.log_totals(scores_VBT)
-        log_p = scores_VBT - total_BT
-        p = jnp.exp(log_p)
-        entropy_BT = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=0)
+    def judge(self, tree, target, uniforms):
+        laws = target.laws()
+        entropy_BT = laws.entropy().reshape(tree.tokens.shape)
         bound_BT = jnp.minimum(self.eps, self.delta * jnp.exp(-entropy_BT))
-        own_BT = uniform.child_chances(tree, scores_VBT, total_BT)
+        own_BT = target.child_chances(tree, laws)
         above_BT = jnp.take_along_axis(bound_BT, tree.parents, axis=1)
         right_BT = (own_BT > above_BT) & tree.valid
         accepted_BT = uniform.all_above(tree.ancestors, right_BT)
@@ -44,5 +42,5 @@ class TypicalRule(uniform.UniformRule):
         longest_BT = depth_BT == jnp.max(depth_BT, axis=1, keepdims=True)
         node_B = jnp.argmax(jnp.where(longest_BT, path_BT, -jnp.inf), axis=1)
         node_B = node_B.astype(jnp.int32)
-        law_VB = uniform.column(p, node_B)
-        return Judgement(node_B, law_VB, right_BT.astype(scores_VBT.dtype))
+        law_VB = target.of_one(node_B)[:, :, 0]
+        return Judgement(node_B, law_VB, right_BT.astype(target.logits.dtype))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from treespec_jax.acceptance import policy, select, streams
 from treespec_jax.acceptance.exact import exact_match
+from treespec_jax.acceptance.policy import Sampling
 from treespec_jax.acceptance.protocol import Judgement, settle
 from treespec_jax.acceptance.streams import Uniforms
 from treespec_jax.trees.token_tree import TokenTree
@@ -18,20 +21,17 @@ from treespec_jax.trees.token_tree import TokenTree
 class UniformRule(abc.ABC):
     """See `protocol.Rule`; its randomness is `streams.Uniforms`.
 
-    Rules judge by what the target says at few nodes of few paths, so they are given its
-    scores as they are and normalise the columns that they look at.
+    Rules judge by what the policy says at few nodes, so they are given a `Target` and
+    work out what they look at.
     """
 
     @abc.abstractmethod
-    def judge(
-        self, tree: TokenTree, scores_VBT: jax.Array, uniforms: Uniforms
-    ) -> Judgement:
+    def judge(self, tree: TokenTree, target: Target, uniforms: Uniforms) -> Judgement:
         """Decides without drawing the last token.
 
         Args:
           tree: as the rule wants it.
-          scores_VBT: log p after each node up to a constant, -inf where p is 0; float
-            of any width, which is that of the result.
+          target: the policy after every node; its float width is that of the result.
           uniforms: of the step.
         """
 
@@ -46,38 +46,66 @@ class UniformRule(abc.ABC):
             return exact_match(tree, choice_BT, max_depth)
 
         def sampled():
-            scores_VBT = policy.scores(logits_VR, sampling).reshape(-1, B, T)
-            judgement = self.judge(tree, scores_VBT, randomness)
+            target = Target(logits_VR.reshape(-1, B, T), sampling)
+            judgement = self.judge(tree, target, randomness)
             return settle(tree, judgement, randomness, max_depth)
 
         # For point masses every rule comes to the same; this is the cheap way to it.
         return lax.cond(jnp.all(sampling.greedy), greedy, sampled)
 
 
-def log_totals(scores_VBT: jax.Array) -> jax.Array:
-    """logsumexp [B, T] of every column, in two passes that vectorise."""
-    best_BT = jnp.max(scores_VBT, axis=0)
-    return best_BT + jnp.log(jnp.sum(jnp.exp(scores_VBT - best_BT), axis=0))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """p after the nodes of a tree.
+
+    Attributes:
+      logits: [V, B, T], of the target.
+      sampling: settings per slot.
+    """
+
+    logits: jax.Array
+    sampling: Sampling
+
+    def laws(self) -> policy.Laws:
+        """Of all nodes, R = B·T columns."""
+        return policy.laws(self.logits.reshape(self.logits.shape[0], -1), self.sampling)
+
+    def of(self, nodes: np.ndarray) -> jax.Array:
+        """p [V, B, nodes] of some nodes (static numbers, ascending)."""
+        if len(nodes) == nodes[-1] - nodes[0] + 1:
+            own = self.logits[:, :, int(nodes[0]) : int(nodes[-1]) + 1]
+        else:
+            own = self.logits[:, :, nodes]
+        # A strided slice is read once, not in every pass over it.
+        return self._probs(lax.optimization_barrier(own))
+
+    def of_one(self, node_B: jax.Array) -> jax.Array:
+        """p [V, B, 1] of one node per slot."""
+        return self._probs(column(self.logits, node_B))
+
+    def child_chances(self, tree: TokenTree, laws: policy.Laws) -> jax.Array:
+        """p of every node's token after its parent [B, T]; of the root, 1."""
+        B, T = tree.tokens.shape
+        above_BT = tree.parents + T * jnp.arange(B)[:, None]
+        own_BT = laws.of(tree.tokens.ravel(), above_BT.ravel()).reshape(B, T)
+        return own_BT.at[:, 0].set(1.0)
+
+    def _probs(self, logits_VBN):
+        flat_VR = logits_VBN.reshape(logits_VBN.shape[0], -1)
+        return policy.laws(flat_VR, self.sampling).probs().reshape(logits_VBN.shape)
 
 
-def alone(scores_VBT: jax.Array) -> Judgement:
+def alone(target: Target) -> Judgement:
     """Of a tree that is its root: a sample of p, which is plain decoding."""
-    law_VB1 = jnp.exp(scores_VBT - log_totals(scores_VBT))
-    node_B = jnp.zeros(scores_VBT.shape[1], jnp.int32)
+    node_B = jnp.zeros(target.logits.shape[1], jnp.int32)
+    law_VB1 = target.of_one(node_B)
     return Judgement(node_B, law_VB1[:, :, 0], jnp.ones_like(law_VB1[0]))
 
 
 def column(x_VBT: jax.Array, node_B: jax.Array) -> jax.Array:
-    """Column [V, B] of one node per slot."""
-    return jnp.take_along_axis(x_VBT, node_B[None, :, None], axis=2)[:, :, 0]
-
-
-def child_chances(tree: TokenTree, scores_VBT: jax.Array, total_BT) -> jax.Array:
-    """p of every node's token after its parent [B, T]; of the root, 1."""
-    slot_B1 = jnp.arange(tree.tokens.shape[0])[:, None]
-    own_BT = scores_VBT[tree.tokens, slot_B1, tree.parents]
-    above_BT = jnp.take_along_axis(total_BT, tree.parents, axis=1)
-    return jnp.exp(own_BT - above_BT).at[:, 0].set(1.0)
+    """Column [V, B, 1] of one node per slot."""
+    return jnp.take_along_axis(x_VBT, node_B[None, :, None], axis=2)
 
 
 def earlier_siblings(parents_BT: jax.Array) -> jax.Array:

@@ -58,8 +58,8 @@ def siblings(logits_VR, context: DraftContext, uniforms_BWK2, replacement=False)
     mass, and every rule then only asks whether a child carries it.
 
     Returns:
-      log q up to a constant [Vd, B, W] and logsumexp of it [B, W]; tokens int32, log q
-      and the mass not drawn before, [B, W, K] each.
+      q up to a factor [Vd, B, W] and its sums [B, W]; tokens int32, log q and the share
+      of q not drawn before, [B, W, K] each.
     """
     B, W, K, _ = uniforms_BWK2.shape
     sampling = context.sampling
@@ -67,19 +67,17 @@ def siblings(logits_VR, context: DraftContext, uniforms_BWK2, replacement=False)
     def greedy():
         # Nobody will ask how likely they were.
         tokens_RK, log_RK = _best(logits_VR, K)
-        total_R = jnp.zeros(B * W, logits_VR.dtype)
+        total_R = jnp.ones(B * W, logits_VR.dtype)
         return logits_VR, total_R, tokens_RK, log_RK, jnp.ones_like(log_RK)
 
     def sampled():
-        scores_VR = policy.truncate(logits_VR, sampling)
-        top_R = jnp.max(scores_VR, axis=0)
-        mass_VR = jnp.exp(scores_VR - top_R)
-        total_R = top_R + jnp.log(jnp.sum(mass_VR, axis=0))
+        mass_VR = policy.laws(logits_VR, sampling).probs()
+        total_R = jnp.sum(mass_VR, axis=0)
         uniforms = uniforms_BWK2.reshape(B * W, K, 2)
         tokens, shares, left = draw.siblings(mass_VR, uniforms, replacement)
         drawn = tokens, jnp.log(shares), left
         drawn = lax.cond(jnp.any(sampling.greedy), lambda: mixed(drawn), lambda: drawn)
-        return scores_VR, total_R, *drawn
+        return mass_VR, total_R, *drawn
 
     def mixed(drawn):
         tokens_RK, log_RK = _best(logits_VR, K)
@@ -89,9 +87,9 @@ def siblings(logits_VR, context: DraftContext, uniforms_BWK2, replacement=False)
             jnp.where(greedy_R1, a, b) for a, b in zip(best, drawn, strict=True)
         )
 
-    scores, total, *drawn = lax.cond(jnp.all(sampling.greedy), greedy, sampled)
+    mass, total, *drawn = lax.cond(jnp.all(sampling.greedy), greedy, sampled)
     drawn = (x.reshape(B, W, K) for x in drawn)
-    return scores.reshape(-1, B, W), total.reshape(B, W), *drawn
+    return mass.reshape(-1, B, W), total.reshape(B, W), *drawn
 
 
 def _best(logits_VR, count):
@@ -110,7 +108,7 @@ def _grow_static(shape: StaticShape, context, logits_VR, expand, replacement):
     tokens = [context.root[:, None]]
     log_q = [jnp.zeros((B, 1), jnp.float32)]
     left = [jnp.ones((B, 1), jnp.float32)]
-    scores, totals, inner, most = [], [], [], []
+    masses, totals, inner, most = [], [], [], []
     scratch = None
     for depth in range(topology.depth):
         parents = topology.inner(depth)
@@ -133,10 +131,10 @@ def _grow_static(shape: StaticShape, context, logits_VR, expand, replacement):
         # it comes after all that are kept, and is looked at by nobody.
         number = np.full((len(parents), most[-1]), below[0])
         number[slot, rank] = below
-        own_scores, own_total, *drawn = siblings(
+        own_mass, own_total, *drawn = siblings(
             logits_VR, context, context.uniforms[:, number], replacement
         )
-        scores.append(own_scores)
+        masses.append(own_mass)
         totals.append(own_total)
         token_BJ, log_BJ, left_BJ = (x[:, slot, rank] for x in drawn)
         # Nothing is below a place that was left empty.
@@ -151,8 +149,8 @@ def _grow_static(shape: StaticShape, context, logits_VR, expand, replacement):
     proposal = None
     if topology.depth:
         proposal = Proposal(
-            scores=jnp.concatenate(scores, axis=2),
-            log_total=jnp.concatenate(totals, axis=1),
+            mass=jnp.concatenate(masses, axis=2),
+            total=jnp.concatenate(totals, axis=1),
             left=left_BT,
             nodes=tuple(int(n) for n in np.concatenate(inner)),
             levels=tuple(len(topology.level(d)) for d in range(topology.depth + 1)),
@@ -203,7 +201,7 @@ def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand):
     tokens = [context.root[:, None]]
     log_q, path = [jnp.zeros((B, 1))], [jnp.ones((B, 1))]
     left, parents = [jnp.ones((B, 1))], [jnp.zeros((B, 1), jnp.int32)]
-    scores, totals, most = [], [], []
+    masses, totals, most = [], [], []
     mask_BWU = scratch = None
     for depth in range(shape.depth):
         W, below = sizes[depth], sizes[depth + 1]
@@ -224,8 +222,8 @@ def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand):
         start_BW = jnp.cumsum(number_BW, axis=1) - number_BW
         at_BWK = start_BW[:, :, None] + jnp.arange(count)
         uniforms = uniforms[slot_B1[:, :, None], jnp.minimum(at_BWK, below - 1)]
-        own_scores, own_total, *drawn = siblings(logits_VR, context, uniforms)
-        scores.append(own_scores)
+        own_mass, own_total, *drawn = siblings(logits_VR, context, uniforms)
+        masses.append(own_mass)
         totals.append(own_total)
         # Place j of the next level belongs to the family that covers it.
         place_J = jnp.arange(below)
@@ -256,8 +254,8 @@ def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand):
         valid=log_q_BT > -jnp.inf,
         draft_logprob=log_q_BT,
         proposal=Proposal(
-            scores=jnp.concatenate(scores, axis=2),
-            log_total=jnp.concatenate(totals, axis=1),
+            mass=jnp.concatenate(masses, axis=2),
+            total=jnp.concatenate(totals, axis=1),
             left=jnp.concatenate(left, axis=1),
             nodes=tuple(range(sum(sizes[:-1]))),
             levels=sizes,

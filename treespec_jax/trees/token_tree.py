@@ -13,21 +13,21 @@ from treespec_jax.trees.topology import Topology
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("scores", "log_total", "left"),
+    data_fields=("mass", "total", "left"),
     meta_fields=("nodes", "levels", "most", "replacement"),
 )
 @dataclasses.dataclass(frozen=True)
 class Proposal:
     """The distributions that the nodes of a sampled tree were drawn from.
 
-    q(x | n) = exp(scores[x, b, e] - log_total[b, e]) for the expanded node n =
-    nodes[e]; its child t was drawn from q without the siblings before it, whose
-    complement has mass left[b, t].
+    q(x | n) = mass[x, b, e] / total[b, e] for the expanded node n = nodes[e]; its child
+    t was drawn from q without the siblings before it, whose complement has the share
+    left[b, t].
 
     Attributes:
-      scores: float32 [Vd, B, E], log q up to a constant, after all processing. Vd may
-        be less than the target's V; q is 0 beyond.
-      log_total: float32 [B, E].
+      mass: float32 [Vd, B, E], q up to a factor, after all processing. Vd may be less
+        than the target's V; q is 0 beyond. Of greedy slots it means nothing.
+      total: float32 [B, E], its sums.
       left: float32 [B, T], 1 for the root, for first children and with replacement.
       nodes: static, E ascending numbers of the nodes that may have children.
       levels: static, nodes at depth 0, 1, …, C; they are numbered level by level.
@@ -35,8 +35,8 @@ class Proposal:
       replacement: static, whether siblings were drawn independently.
     """
 
-    scores: jax.Array
-    log_total: jax.Array
+    mass: jax.Array
+    total: jax.Array
     left: jax.Array
     nodes: tuple[int, ...]
     levels: tuple[int, ...]
