@@ -56,6 +56,10 @@ _RULE = flags.DEFINE_string("rule", None, "exact, token, block, traversal, typic
 _DRAWS = flags.DEFINE_string(
     "draws", None, "shared, sampled, with_replacement, best; else as the rule has it"
 )
+_CASCADE = flags.DEFINE_string(
+    "cascade", None, "LOSSY: chow, diff, opt, token_v1, token_v2 or token_v3"
+)
+_ALPHA = flags.DEFINE_float("alpha", None, "of the cascade, in [0, 1]")
 _DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16")
 _MAX_LEN = flags.DEFINE_integer("max_len", None, "tokens per text, prompt included")
 _MAX_BATCH = flags.DEFINE_integer("max_batch", None, "texts decoded together")
@@ -81,6 +85,8 @@ def main(_):
             "tree": _TREE.value,
             "rule": _RULE.value,
             "draws": _DRAWS.value,
+            "cascade": _CASCADE.value,
+            "alpha": _ALPHA.value,
             "dtype": _DTYPE.value,
             "sampling.max_tokens": _MAX_TOKENS.value,
             "sampling.temperature": _TEMPERATURE.value,

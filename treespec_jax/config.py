@@ -391,6 +391,9 @@ class SpeculativeConfig:
         law) or "typical" (lossy), see `treespec_jax.acceptance`.
       draws: how the drafter draws a tree, see `acceptance.facts`; "": as the rule
         usually has it.
+      cascade: policy between drafter and target, one of `facts.CASCADES`; LOSSY against
+        the target (`acceptance.cascade`). Needs a temperature. "": the target's own.
+      alpha: of the cascade, in [0, 1]; larger ones trust the drafter more.
       typical_eps: under the typical rule a token this likely always passes, in (0, 1].
       typical_delta: its bound is min(eps, delta exp(-entropy)), in (0, 1].
     """
@@ -401,6 +404,8 @@ class SpeculativeConfig:
     tau: float = 0.7
     rule: str = "exact"
     draws: str = ""
+    cascade: str = ""
+    alpha: float = 0.1
     typical_eps: float = 0.09
     typical_delta: float = 0.3
 
@@ -413,6 +418,7 @@ class SpeculativeConfig:
                 f"{', '.join(self.METHODS)}"
             )
         check_float("speculative tau", self.tau, 0, open_low=True)
+        check_float("speculative alpha", self.alpha, 0, 1)
         for name in ("typical_eps", "typical_delta"):
             check_float(f"speculative {name}", getattr(self, name), 0, 1, open_low=True)
 

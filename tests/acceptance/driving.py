@@ -176,6 +176,7 @@ def shipped_law(
     one_draw=False,
     tolerance=1e-12,
     draft_vocab=None,
+    fill=None,
 ):
     """Law of the first C + 1 tokens, as `enumeration.text_law`; the mean accepted.
 
@@ -187,6 +188,7 @@ def shipped_law(
       one_draw: the rule draws the last node by the first uniform (terminal form).
       tolerance: of chances above 1.
       draft_vocab: rows of the drafter's distributions, if fewer than V.
+      fill: the world of what a step leaves open, if it is another.
     """
     tree, scores = arrays(world, trees, meta)
     if draft_vocab is not None:
@@ -220,7 +222,7 @@ def shipped_law(
     for path, masses in total.items():
         mean += len(path) * masses.sum()
         for y in range(world.vocab):
-            world.fill(law, (*path, y), masses[y])
+            (fill or world).fill(law, (*path, y), masses[y])
     return law, mean
 
 

@@ -18,6 +18,8 @@ import dataclasses
 from treespec_jax.errors import UserError
 from treespec_jax.trees.shapes import StaticShape, TreeShape
 
+# Temperatures below this are greedy: logits / temperature would overflow.
+MIN_TEMPERATURE = 1e-5
 DRAWS = ("shared", "sampled", "with_replacement", "best")
 
 
@@ -68,22 +70,36 @@ FACTS = {
     ),
 }
 RULES = tuple(FACTS)
+# Policies between drafter and target (acceptance.cascade), all of them lossy.
+CASCADES = ("chow", "diff", "opt", "token_v1", "token_v2", "token_v3")
+# Draws that keep the drafter's distributions.
+_KEPT = ("sampled", "with_replacement")
 
 
-def choose_draws(rule: str, draws: str, shape: TreeShape) -> str:
+def label(rule: str, cascade: str = "") -> str:
+    """ "lossless" or "lossy", for tables."""
+    return "lossy" if cascade else FACTS[rule].label
+
+
+def choose_draws(rule: str, draws: str, shape: TreeShape, cascade: str = "") -> str:
     """How to draw a tree for a rule, once the three fit together.
 
     Args:
       rule: one of RULES.
       draws: one of DRAWS, or "" for what the rule usually judges.
       shape: of the tree.
+      cascade: one of CASCADES, or "" for the target's own law. It needs a tree that
+        keeps the drafter's distributions.
 
     Raises:
-      UserError: an unknown name, or a tree that the rule would not be lossless for.
+      UserError: an unknown name, a tree that the rule would not be lossless for, or one
+        without what a cascade needs.
     """
     if rule not in FACTS:
         raise UserError(f"rule {rule!r} is unknown; choose from {', '.join(RULES)}")
     facts = FACTS[rule]
+    if cascade:
+        draws = draws or _kept_draws(rule, cascade, shape)
     draws = draws or facts.draws[0]
     if draws not in DRAWS:
         raise UserError(f"draws {draws!r} is unknown; choose from {', '.join(DRAWS)}")
@@ -92,12 +108,37 @@ def choose_draws(rule: str, draws: str, shape: TreeShape) -> str:
             f"rule {rule!r} cannot judge draws={draws!r}: {facts.because}; take "
             f"draws={' or '.join(map(repr, facts.draws))}, or rule='exact'"
         )
+    if cascade and draws not in _KEPT:
+        raise UserError(
+            f"cascade {cascade!r} cannot go with draws={draws!r}, which does not keep "
+            "the drafter's distributions; take draws='sampled'"
+        )
     if facts.chain_only and not _is_chain(shape):
         raise UserError(
             f"rule {rule!r} judges chains only, and this tree branches or may branch; "
             "take tree='chain:LENGTH', or rule='traversal', its form for trees"
         )
     return draws
+
+
+def _kept_draws(rule: str, cascade: str, shape: TreeShape) -> str:
+    """Draws under which a rule can serve a cascade."""
+    if cascade not in CASCADES:
+        raise UserError(
+            f"cascade {cascade!r} is unknown; choose from {', '.join(CASCADES)}"
+        )
+    if shape.depth == 0:
+        raise UserError(
+            f"cascade {cascade!r} mixes drafter and target, and tree 'none' has no "
+            "drafter; take another tree, such as chain:5"
+        )
+    for draws in FACTS[rule].draws:
+        if draws in _KEPT:
+            return draws
+    raise UserError(
+        f"rule {rule!r} cannot serve cascade {cascade!r}: its trees do not keep the "
+        "drafter's distributions; take rule='token', 'block' or 'traversal'"
+    )
 
 
 def _is_chain(shape: TreeShape) -> bool:

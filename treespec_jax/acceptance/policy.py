@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from treespec_jax.acceptance import select
+from treespec_jax.acceptance.facts import MIN_TEMPERATURE
 
 # Sorted candidates looked at before the whole vocabulary is sorted. Distributions that
 # need more (a flat one with top-p, or a larger top-k) take the slow path, same result.
 SHORT_LIST = 256
-# Temperatures below this are greedy: logits / temperature would overflow.
-MIN_TEMPERATURE = 1e-5
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +44,19 @@ class Sampling:
     def greedy(self) -> jax.Array:
         """bool [B]."""
         return self.temperature < MIN_TEMPERATURE
+
+    def settled(self) -> Sampling:
+        """Settings that leave log p as it is, for scores that are already the policy's.
+
+        Slots must not be greedy.
+        """
+        return Sampling(
+            temperature=jnp.ones_like(self.temperature),
+            top_k=jnp.zeros_like(self.top_k),
+            top_p=jnp.ones_like(self.top_p),
+            min_p=jnp.zeros_like(self.min_p),
+            seed=self.seed,
+        )
 
 
 def gumbel_noise(seed_B: jax.Array, positions_BC: jax.Array, vocab: int) -> jax.Array:

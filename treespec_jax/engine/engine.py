@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax.acceptance import facts, penalties
+from treespec_jax.acceptance.cascade import Cascade
 from treespec_jax.acceptance.exact import ExactMatch
 from treespec_jax.acceptance.policy import Sampling
 from treespec_jax.acceptance.protocol import Rule
@@ -67,6 +68,7 @@ class Engine:
       config: fixed sizes.
       eos_ids: tokens that end a text, unless a request ignores them.
       rule: which drafted tokens are kept, see `acceptance.protocol`.
+      cascade: a lossy policy between drafter and target, see `acceptance.cascade`.
 
     Attributes:
       compilations: times that each function was traced and compiled.
@@ -85,10 +87,12 @@ class Engine:
         config: EngineConfig,
         eos_ids: Sequence[int] = (),
         rule: Rule | None = None,
+        cascade: Cascade | None = None,
     ):
         rule = rule or ExactMatch()
         if drafter.draws is not None:
-            facts.choose_draws(rule.name, drafter.draws, drafter.shape)
+            name = cascade.name if cascade else ""
+            facts.choose_draws(rule.name, drafter.draws, drafter.shape, name)
         if drafter.depth >= config.max_len:
             raise UserError(
                 f"a tree of depth {drafter.depth} does not fit max_len={config.max_len}"
@@ -96,6 +100,7 @@ class Engine:
         self.config = config
         self.drafter = drafter
         self.rule = rule
+        self.cascade = cascade
         self._eos_ids = tuple(eos_ids)
         self._target = FlatModule(target)
         self._draft = FlatModule(drafter.module)
@@ -155,7 +160,9 @@ class Engine:
         self.compilations["dispatch"] += 1
         target, drafter = self._bind(leaves)
         steps = self.config.steps_per_dispatch
-        return stepping.dispatch(target, drafter, self.rule, state, control, steps)
+        return stepping.dispatch(
+            target, drafter, self.rule, state, control, steps, self.cascade
+        )
 
     def _traced_prefill(self, leaves, state, *args):
         self.compilations["prefill"] += 1
@@ -185,7 +192,12 @@ class Engine:
         return self._allocator.free
 
     def check(self, request: Request) -> None:
-        """Raises UserError: an empty prompt, or one without room for a new token."""
+        """Checks a request.
+
+        Raises:
+          UserError: an empty prompt, one without room for a new token, or a greedy
+            request under a cascade.
+        """
         if not request.prompt:
             raise UserError("the prompt is empty; give at least one token")
         if len(request.prompt) >= self.config.max_len:
@@ -193,12 +205,21 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens, max_len is "
                 f"{self.config.max_len}; shorten it or raise max_len"
             )
+        if self.cascade and request.params.temperature < facts.MIN_TEMPERATURE:
+            raise UserError(
+                f"cascade {self.cascade.name!r} weighs laws of drafter and target, and "
+                f"temperature={request.params.temperature:g} leaves one token of each; "
+                "raise the temperature"
+            )
 
     def submit(self, request: Request) -> None:
         """Queues a request; raises what `check` raises."""
         self.check(request)
         request.stats.prompt_tokens = len(request.prompt)
         request.stats.rule = self.rule.name
+        if self.cascade:
+            request.stats.cascade = self.cascade.name
+            request.stats.alpha = self.cascade.alpha
         request.stats.nodes = self.drafter.num_nodes - 1
         request.stats.emitted_counts = [0] * (self.drafter.depth + 2)
         self._waiting.append(request)

@@ -132,7 +132,7 @@ class LLM:
         # Everything that can be wrong is checked before weights are read.
         shape = shapes.parse("none" if spec.method == "none" else spec.tree)
         plain = shape.depth == 0
-        draws = facts.choose_draws(spec.rule, spec.draws, shape)
+        draws = facts.choose_draws(spec.rule, spec.draws, shape, spec.cascade)
         if not plain and spec.model is None:
             raise UserError(
                 "speculative method 'draft_model' needs a model; give its path"
@@ -177,6 +177,7 @@ class LLM:
             EngineConfig(**sizes, max_len=max_len),
             target.config.eos_ids,
             None if plain else rules.make(spec),
+            rules.make_cascade(spec),
         )
 
     def generate(

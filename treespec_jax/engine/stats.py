@@ -20,6 +20,8 @@ class Stats:
       steps: steps in which the request was active.
       nodes: T - 1, drafted nodes per step.
       rule: which drafted tokens were kept.
+      cascade: the policy, if it was not the target's.
+      alpha: of the cascade.
       emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
       prefill_seconds: wall time of prefill.
       decode_seconds: wall time of decoding; requests of a batch overlap, so a sum over
@@ -32,6 +34,8 @@ class Stats:
     steps: int = 0
     nodes: int = 0
     rule: str = "exact"
+    cascade: str = ""
+    alpha: float = 0.0
     emitted_counts: list[int] = dataclasses.field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -45,7 +49,15 @@ class Stats:
     @property
     def lossless(self) -> bool:
         """Whether the tokens have the law of plain decoding."""
-        return facts.FACTS[self.rule].lossless
+        return facts.FACTS[self.rule].lossless and not self.cascade
+
+    @property
+    def label(self) -> str:
+        """How texts were sampled, for tables."""
+        label = facts.label(self.rule, self.cascade)
+        if self.cascade:
+            return f"{self.rule} ({label}: cascade {self.cascade}, {self.alpha:g})"
+        return f"{self.rule} ({label})"
 
     @property
     def drafted(self) -> int:
@@ -84,6 +96,8 @@ class Stats:
                 name: getattr(self, name)
                 for name in (
                     "rule",
+                    "cascade",
+                    "alpha",
                     "lossless",
                     "requests",
                     "prompt_tokens",
@@ -115,6 +129,8 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
         steps=sum(p.steps for p in parts),
         nodes=max((p.nodes for p in parts), default=0),
         rule=parts[0].rule if parts else "exact",
+        cascade=parts[0].cascade if parts else "",
+        alpha=parts[0].alpha if parts else 0.0,
         emitted_counts=counts,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,

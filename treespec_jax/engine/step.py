@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from treespec_jax.acceptance import policy, streams
+from treespec_jax.acceptance.cascade import Cascade
 from treespec_jax.acceptance.penalties import Penalties
 from treespec_jax.acceptance.protocol import Rule
 from treespec_jax.cache import pages as paging
@@ -45,11 +46,13 @@ def step(
     state: DecodeState,
     control: Control,
     penalties: Penalties | None = None,
+    cascade: Cascade | None = None,
 ):
     """Advances every active slot by one tree.
 
     The drafter must draw its trees in a way that `rule` may judge (`acceptance.facts`).
-    `penalties` are those of the text before this step.
+    `penalties` are those of the text before this step; `cascade` stands between the
+    target and the policy.
 
     Returns:
       the new state, the new control (what remains), emitted tokens [B, C + 1], their
@@ -82,6 +85,12 @@ def step(
             scored_VR = penalties.apply(
                 logits_VR, tree.tokens[:, 1:], tree.ancestors[:, :, 1:]
             )
+        if cascade is not None:
+            scores_VBT = policy.scores(scored_VR, sampling).reshape(
+                -1, *tree.depth.shape
+            )
+            scored_VR = cascade.scores(tree, scores_VBT).reshape(scored_VR.shape)
+            sampling = sampling.settled()
         verdict = rule.decide(tree, scored_VR, sampling, randomness, depth)
         count_B, ended_B = _cut(verdict, control)
         count_B = jnp.where(active_B, count_B, 0)
@@ -169,6 +178,7 @@ def dispatch(
     state: DecodeState,
     control: Control,
     steps: int,
+    cascade: Cascade | None = None,
 ) -> tuple[DecodeState, Outbox]:
     """Runs up to `steps` steps, fewer when every slot is done."""
     B, width = state.root.shape[0], drafter.depth + 1
@@ -187,7 +197,7 @@ def dispatch(
         state, remaining, penalties, outbox = carry
         now = dataclasses.replace(control, remaining=remaining)
         state, now, tokens, counts, logprobs = step(
-            target, drafter, rule, state, now, penalties
+            target, drafter, rule, state, now, penalties, cascade
         )
         if penalties is not None:
             penalties = penalties.after(tokens, counts)

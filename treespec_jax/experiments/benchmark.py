@@ -52,7 +52,9 @@ def run(settings: Experiment, folder: str) -> None:
     """
     for name in settings.benchmark.shapes:
         if shapes.parse(name).depth:
-            facts.choose_draws(settings.rule, settings.draws, shapes.parse(name))
+            facts.choose_draws(
+                settings.rule, settings.draws, shapes.parse(name), settings.cascade
+            )
     file = settings.benchmark.prompts
     texts = prompts.read(file) if file else list(prompts.STORIES)
     with output.folder(folder) as work:

@@ -211,7 +211,7 @@ def _completion(completion) -> dict[str, Any]:
 def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
     rows = [
         ("tree", settings.tree),
-        ("rule", f"{stats.rule} ({facts.FACTS[stats.rule].label})"),
+        ("rule", stats.label),
         ("tokens", str(stats.tokens)),
         ("steps", str(stats.steps)),
         ("tokens per step", f"{stats.tokens_per_step:.2f}"),
@@ -229,10 +229,12 @@ def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
 
 
 def _comparison_lines(comparison: dict[str, Any], settings: Experiment) -> str:
-    label = facts.FACTS[settings.rule].label
+    label = facts.label(settings.rule, settings.cascade)
     if comparison["identical"]:
         verdict = "identical to plain decoding"
-    elif settings.rule != "exact" and settings.sampling.temperature > 0:
+    elif settings.sampling.temperature > 0 and (
+        settings.rule != "exact" or settings.cascade
+    ):
         law = "of the same law" if label == "lossless" else "of another law (LOSSY)"
         verdict = f"others than those of plain decoding, and {law}"
     else:

@@ -110,6 +110,8 @@ def make_llm(settings: Experiment, pair: Pair, tree: str):
             "tau": settings.tau,
             "rule": settings.rule,
             "draws": settings.draws,
+            "cascade": settings.cascade,
+            "alpha": settings.alpha,
         }
     return LLM(
         pair.target,
@@ -150,7 +152,9 @@ def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
     }
     for size in sorted(sizes):
         length = min(size + 1, config.max_len - 1)
-        llm.generate([[0] * length], SamplingParams(max_tokens=1, ignore_eos=True))
+        # Greedy or not is one program; a cascade takes no greedy request.
+        params = SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True)
+        llm.generate([[0] * length], params)
 
 
 def decode(llm, prompts, params, options=None):

@@ -16,7 +16,8 @@ def table(results: dict[str, Any]) -> str:
     sampling = s["sampling"]
     kind = "greedy" if not sampling["temperature"] else f"T={sampling['temperature']:g}"
     lines = [
-        f"rule {s['rule']} ({facts.FACTS[s['rule']].label}), {s['dtype']}, {kind}, "
+        f"rule {s['rule']} ({facts.label(s['rule'], s['cascade'])}), {s['dtype']}, "
+        f"{kind}, "
         f"{len(results['prompts'])} prompts × "
         f"{sampling['max_tokens']} tokens, batch {s['engine']['max_batch']}, "
         f"{s['benchmark']['repeat']} rounds; jax {v['jax']}, {v['device_kind']}, "
@@ -36,10 +37,11 @@ def table(results: dict[str, Any]) -> str:
         "% of the bandwidth."
     )
     unlike = {n: f["texts_unlike_plain"] for n, f in results["shapes"].items()}
-    if s["rule"] != "exact" and sampling["temperature"]:
-        lossless = facts.FACTS[s["rule"]].lossless
+    if (s["rule"] != "exact" or s["cascade"]) and sampling["temperature"]:
+        lossless = facts.label(s["rule"], s["cascade"]) == "lossless"
         law = "of the law of plain decoding" if lossless else "LOSSY"
-        lines.append(f"Rule {s['rule']}: texts are others, {law}.")
+        by = f", cascade {s['cascade']} {s['alpha']:g}" if s["cascade"] else ""
+        lines.append(f"Rule {s['rule']}{by}: texts are others, {law}.")
     elif any(unlike.values()):
         named = ", ".join(f"{n}: {count}" for n, count in unlike.items() if count)
         lines.append(f"TEXTS THAT DIFFER FROM PLAIN DECODING: {named}")

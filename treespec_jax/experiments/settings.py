@@ -132,6 +132,8 @@ class Experiment:
       tau: temperature of the drafter's estimate that a child is right.
       rule: which drafted tokens are kept, see `config.SpeculativeConfig`.
       draws: how the drafter draws a tree, see `acceptance.facts`.
+      cascade: a lossy policy between drafter and target, see `acceptance.cascade`.
+      alpha: of the cascade.
       dtype: of weights, activations and cache; empty: see `LLM`.
       sampling: what each prompt asks for.
       engine: fixed sizes.
@@ -145,13 +147,24 @@ class Experiment:
     tau: float = 0.7
     rule: str = "exact"
     draws: str = ""
+    cascade: str = ""
+    alpha: float = 0.1
     dtype: str = ""
     sampling: SamplingParams = SamplingParams()
     engine: EngineSettings = EngineSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
 
     def __post_init__(self):
-        for name in ("target", "draft", "tokenizer", "tree", "rule", "draws", "dtype"):
+        for name in (
+            "target",
+            "draft",
+            "tokenizer",
+            "tree",
+            "rule",
+            "draws",
+            "cascade",
+            "dtype",
+        ):
             value = getattr(self, name)
             if not isinstance(value, (str, Path)):
                 raise UserError(f"{name} must be a text, got {value!r}")
@@ -159,8 +172,15 @@ class Experiment:
         shape = shapes.parse(self.tree)
         depth = shape.depth
         check_float("tau", self.tau, 0, open_low=True)
-        if depth:
-            facts.choose_draws(self.rule, self.draws, shape)
+        check_float("alpha", self.alpha, 0, 1)
+        if depth or self.cascade:
+            facts.choose_draws(self.rule, self.draws, shape, self.cascade)
+        if self.cascade and self.sampling.temperature < facts.MIN_TEMPERATURE:
+            raise UserError(
+                f"cascade {self.cascade!r} weighs laws of drafter and target, and "
+                f"temperature={self.sampling.temperature:g} leaves one token of each; "
+                "raise the temperature"
+            )
         if self.dtype and self.dtype not in DTYPES:
             raise UserError(
                 f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"

@@ -1,0 +1,95 @@
+"""Cascades in the whole engine: the law of two tokens, and what is said of it.
+
+Chi-square as in test_rules; under these trees the first two tokens of a request always
+follow a node that the drafter expanded, so that both are the cascade's. The target's
+own law must be refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.acceptance.test_cascade import mixture
+from tests.engine.test_rules import (
+    GREEDY,
+    PROMPT,
+    REQUESTS,
+    SAMPLED,
+    V,
+    chi_square,
+    draft,
+    run,
+    target,
+)
+from tests.oracles import full_logits
+from treespec_jax.acceptance import facts, rules
+from treespec_jax.acceptance.cascade import Cascade
+from treespec_jax.config import EngineConfig, SpeculativeConfig
+from treespec_jax.drafting.draft_model import DraftModel
+from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.stats import total
+from treespec_jax.errors import UserError
+from treespec_jax.trees import shapes
+
+__all__ = ["draft", "target"]
+
+PARAMS = dataclasses.replace(SAMPLED, top_k=0)
+# Quantile 0.999 of chi-square, 35 degrees of freedom.
+CRITICAL = 66.62
+
+
+def law_of(policy) -> np.ndarray:
+    first = policy(PROMPT)
+    return first[:, None] * np.stack([policy([*PROMPT, x]) for x in range(V)])
+
+
+def softmax_of(model):
+    def policy(ids):
+        scaled = full_logits(model, ids, size=32)[-1].astype(float) / PARAMS.temperature
+        p = np.exp(scaled - scaled.max())
+        return p / p.sum()
+
+    return policy
+
+
+def build(target, draft, rule, tree, cascade) -> Engine:
+    shape = shapes.parse(tree)
+    how = facts.choose_draws(rule, "", shape, cascade.name)
+    config = EngineConfig(
+        max_batch=64, max_len=24, page_size=8, steps_per_dispatch=2, prefill_chunks=(4,)
+    )
+    drafter = DraftModel(draft, shape, 0.7, draws=how)
+    made = rules.make(SpeculativeConfig(rule=rule))
+    return Engine(target, drafter, config, rule=made, cascade=cascade)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "tree", "cascade"),
+    [
+        ("exact", "regular:2x1", Cascade("token_v3", 0.3)),
+        ("token", "chain:2", Cascade("opt", 0.2)),
+    ],
+)
+def test_two_tokens_have_the_cascades_law(rule, tree, cascade, target, draft):
+    engine = build(target, draft, rule, tree, cascade)
+    params = [dataclasses.replace(PARAMS, seed=n) for n in range(REQUESTS)]
+    requests = run(engine, params)
+    counts = np.zeros((V, V))
+    for request in requests:
+        counts[tuple(request.tokens)] += 1
+    p, q = softmax_of(target), softmax_of(draft)
+    law = law_of(lambda ids: mixture(cascade.name, cascade.alpha, p(ids), q(ids)))
+    statistic, freedom = chi_square(counts, law)
+    assert freedom == 35 and statistic < CRITICAL
+    statistic, _ = chi_square(counts, law_of(p))
+    assert statistic > 2 * CRITICAL, "the cascade is the target: a dead test"
+    stats = total([r.stats for r in requests], 0, 0)
+    assert stats.tokens_per_step > 1.05 and not stats.lossless
+    assert stats.label == f"{rule} (lossy: cascade {cascade.name}, {cascade.alpha:g})"
+    assert stats.as_dict()["cascade"] == cascade.name
+    with pytest.raises(UserError, match="raise the temperature"):
+        run(engine, [GREEDY])
