@@ -52,8 +52,9 @@ class BlockSizes:
 
 
 # By device kind ("default": one that is not listed), then by query rows per key/value
-# head (T * G): up to `up_to` take an entry's sizes. Written by scripts/tune_kernel.py
-# for the listed kinds; v4 has 16 MiB of vector memory, the others more.
+# head (T * G): up to `up_to` take an entry's sizes. scripts/tune_kernel.py writes them;
+# v5e and v6e are by the compiler's figures, see README.md, the others after the nearest
+# of the two. All fit the 16 MiB of vector memory of a v4.
 SIZES_FILE = Path(__file__).with_name("tpu_sizes.json")
 
 

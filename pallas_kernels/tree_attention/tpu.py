@@ -82,6 +82,7 @@ class _Static:
             "total": (self.heads, self.rows, LANES),
             "acc": (self.heads, self.rows, self.H),
             "seen": (self.tile, self.U),
+            "scored": (self.unroll, self.tile, self.block_columns()),
         }
         ring = (self.sizes.buffers, self.pages_per_block, self.heads, 2)
         if self.prefix:
@@ -113,11 +114,12 @@ class _Static:
         rows = self.heads * (2 * self.rows + 2 * self.U) * self.H * self.row_bytes
         mask = self.mask_rows * _round_up(self.U, LANES) * 2
         limit = self.rows * LANES * 4 if self.windowed else 0
-        scores = self.unroll * self.tile * self.block_columns() * 8
-        return sum(size.values()) + 2 * (rows + mask + limit) + scores + 2**20
+        return sum(size.values()) + 2 * (rows + mask + limit) + 2**20
 
     def block_columns(self) -> int:
-        return max(self.tree_block, self.page * self.pages_per_block)
+        """Of the widest block of scores, whole lanes."""
+        widest = max(self.tree_block, self.page * self.pages_per_block)
+        return _round_up(widest, LANES)
 
 
 def _dot(a, b, dims, static):
@@ -133,8 +135,8 @@ def _dot(a, b, dims, static):
 class _Softmax:
     """Running softmax of one tile of query rows against blocks of keys."""
 
-    def __init__(self, static, q, top, total, out):
-        self.static = static
+    def __init__(self, static, q, top, total, out, scored):
+        self.static, self.scored = static, scored
         self.q, self.top, self.total, self.out = q, top, total, out
 
     def reset(self):
@@ -153,46 +155,51 @@ class _Softmax:
         capped = jnp.tanh(s * (static.scale / static.soft_cap))
         return capped * (static.soft_cap * math.log2(math.e))
 
-    def weights(self, h, at, s_RS, value_scale=None):
-        """Takes one block's scores in; returns its weights and the old ones' shrink.
-
-        `s_RS` is -inf where masked.
-        """
-        top_old = self.top[h, at]
-        top = jnp.maximum(top_old, jnp.max(s_RS, axis=1, keepdims=True))
-        S = s_RS.shape[1]
-        if S % LANES == 0:
-            parts = [jnp.exp2(s_RS[:, i : i + LANES] - top) for i in range(0, S, LANES)]
-            # Lane by lane; the lanes are added up once, at the very end.
-            partial = functools.reduce(jnp.add, parts)
-            p_RS = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-        else:
-            p_RS = jnp.exp2(s_RS - top[:, :1])
-            first = lax.broadcasted_iota(jnp.int32, top.shape, 1) == 0
-            partial = jnp.where(first, jnp.sum(p_RS, axis=1, keepdims=True), 0.0)
-        if value_scale is not None:
-            p_RS = p_RS * value_scale
-        shrink = jnp.exp2(top_old - top)
-        self.top[h, at] = top
-        self.total[h, at] = self.total[h, at] * shrink + partial
-        return p_RS.astype(self.q.dtype), shrink
-
-    def accumulate(self, h, at, p_RS, shrink, values_SH):
-        """Adds one block's weighted values, which are finite."""
-        H = self.out.shape[-1]
-        wide = jnp.concatenate([shrink] * pl.cdiv(H, LANES), axis=1)[:, :H]
-        pv = _dot(p_RS, values_SH, CONTRACT_INNER, self.static)
-        self.out[h, at] = self.out[h, at] * wide + pv
-
     def add(self, heads, at, scores, values, value_scale):
-        """Adds one block for several heads, side by side: their latencies overlap."""
-        scored = [scores(h) for h in heads]
-        weighted = [
-            self.weights(h, at, s_RS, value_scale(h))
-            for h, s_RS in zip(heads, scored, strict=True)
+        """Adds one block for several heads, side by side: their latencies overlap.
+
+        Scores go through memory, on purpose: there are more than registers hold, and
+        the compiler's own choice of what to spill was slower.
+
+        Args:
+          heads: of the step.
+          at: rows.
+          scores: of a head, [rows, S], -inf where masked.
+          values: of a head, [S, H], finite.
+          value_scale: of a head, [1, S], or None.
+        """
+        highest = []
+        for u, h in enumerate(heads):
+            s_RS = scores(h)
+            S = s_RS.shape[1]
+            self.scored[u, :, :S] = s_RS
+            columns = [slice(c, min(c + LANES, S)) for c in range(0, S, LANES)]
+            highest.append(functools.reduce(jnp.maximum, [s_RS[:, c] for c in columns]))
+        for u, h in enumerate(heads):
+            top_old = self.top[h, at]
+            top = jnp.maximum(top_old, jnp.max(highest[u], axis=1, keepdims=True))
+            shrink = jnp.exp2(top_old - top)
+            p_RS, sums = self._weights(u, top, columns, value_scale(h))
+            self.top[h, at] = top
+            self.total[h, at] = self.total[h, at] * shrink + sums
+            pv = _dot(p_RS, values(h), CONTRACT_INNER, self.static)
+            wide = jnp.concatenate([shrink] * (self.static.H // LANES), axis=1)
+            self.out[h, at] = self.out[h, at] * wide + pv
+
+    def _weights(self, u, top, columns, value_scale):
+        """exp2(scores - top), scaled and rounded, and its sums lane by lane."""
+        p = [
+            jnp.exp2(self.scored[u, :, c] - top[:, : c.stop - c.start]) for c in columns
         ]
-        for h, (p_RS, shrink) in zip(heads, weighted, strict=True):
-            self.accumulate(h, at, p_RS, shrink, values(h))
+        # The lanes are added up once, at the very end.
+        total = functools.reduce(jnp.add, p)
+        short = LANES - total.shape[1]
+        if short:
+            zeros = jnp.zeros((total.shape[0], short), jnp.float32)
+            total = jnp.concatenate([total, zeros], axis=1)
+        if value_scale is not None:
+            p = [x * value_scale[:, c] for x, c in zip(p, columns, strict=True)]
+        return jnp.concatenate(p, axis=1).astype(self.q.dtype), total
 
     def result(self, h, at):
         total = jnp.sum(self.total[h, at], axis=1, keepdims=True)
@@ -224,6 +231,7 @@ def _kernel(static: _Static, *refs):
     total = take()  # [heads, rows, LANES]
     acc = take()  # [heads, rows, H]
     seen = take()  # [tile, U]
+    scored = take()  # [unroll, tile, S or U]
     buffer = take(prefix)  # [buffers, pages_per_block, heads, 2, page, H]
     scale_buffer = take(quantised)  # [buffers, pages_per_block, heads, 2, page]
     sem = take(prefix)  # [buffers]
@@ -234,7 +242,7 @@ def _kernel(static: _Static, *refs):
     unroll = static.unroll
     slot = pl.program_id(0)
     step = pl.program_id(1) * static.row_steps + pl.program_id(2)
-    softmax = _Softmax(static, q, top, total, acc)
+    softmax = _Softmax(static, q, top, total, acc, scored)
     softmax.reset()
 
     def each_tile(body):
@@ -347,8 +355,11 @@ def _kernel(static: _Static, *refs):
         at = pl.ds(pl.multiple_of(r * tile, tile), tile) if tiles > 1 else slice(None)
         seen[...] = _expand_mask(static, tree_mask[0], r * tile, tile)
 
+        # Many rows are work enough; more heads would only want more registers.
+        side_by_side = unroll if tile <= 32 else 1
+
         def heads(i, _):
-            group = [i * unroll + u for u in range(unroll)]
+            group = [i * side_by_side + u for u in range(side_by_side)]
             for c in range(0, static.U, static.tree_block):
                 cols = slice(c, c + static.tree_block)
                 softmax.add(
@@ -365,7 +376,7 @@ def _kernel(static: _Static, *refs):
             for h in group:
                 out[0, h, at] = softmax.result(h, at).astype(out.dtype)
 
-        n = static.heads // unroll
+        n = static.heads // side_by_side
         heads(0, None) if n == 1 else lax.fori_loop(0, n, heads, None)
 
     tree_tile(0, None) if tiles == 1 else lax.fori_loop(0, tiles, tree_tile, None)
