@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= once upon a time
+# Test processes. Compiling keeps one core busy, so two halve the time on two.
+JOBS ?= 2
 
 .PHONY: demo test lint clean
 
@@ -21,7 +23,7 @@ demo: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
