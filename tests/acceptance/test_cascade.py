@@ -65,8 +65,10 @@ class Under:
     rule: Rule
     cascade: Cascade
 
-    def judge(self, tree, scores_VBT, uniforms):
-        return self.rule.judge(tree, self.cascade.scores(tree, scores_VBT), uniforms)
+    def judge(self, tree, target, uniforms):
+        mixed = self.cascade.scores(tree, target.logits)
+        target = dataclasses.replace(target, logits=mixed)
+        return self.rule.judge(tree, target, uniforms)
 
 
 @pytest.mark.parametrize("name", facts.CASCADES)

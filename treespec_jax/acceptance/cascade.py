@@ -29,7 +29,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from treespec_jax.acceptance import uniform
+from treespec_jax.acceptance import families
 from treespec_jax.trees.token_tree import TokenTree
 
 
@@ -55,10 +55,8 @@ class Cascade:
         proposal = tree.proposal
         nodes = jnp.asarray(proposal.nodes)
         own_VBE = scores_VBT[:, :, nodes]
-        p_VBE = jnp.exp(own_VBE - uniform.log_totals(own_VBE))
-        q_VBE = jnp.exp(proposal.scores - proposal.log_total)
-        lacking = p_VBE.shape[0] - q_VBE.shape[0]
-        q_VBE = jnp.pad(q_VBE, ((0, lacking), (0, 0), (0, 0)))
+        p_VBE = jax.nn.softmax(own_VBE, axis=0)
+        q_VBE = families.drafted(proposal, slice(None), p_VBE.shape[0])
         return scores_VBT.at[:, :, nodes].set(jnp.log(self.mixture(p_VBE, q_VBE)))
 
     def mixture(self, p: jax.Array, q: jax.Array) -> jax.Array:

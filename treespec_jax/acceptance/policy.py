@@ -188,6 +188,11 @@ def laws(logits_VR: jax.Array, sampling: Sampling) -> Laws:
     return dataclasses.replace(bare, total=jnp.sum(bare.probs(), axis=0))
 
 
+def scores(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
+    """log p [V, R] of the policy, -inf where p is 0. Arguments as for `truncate`."""
+    return jnp.log(laws(logits_VR, sampling).probs())
+
+
 def _per_column(sampling: Sampling, columns: int) -> Sampling:
     """Settings [B] repeated for the nodes of each slot."""
     repeats = columns // sampling.seed.shape[0]
