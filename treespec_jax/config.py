@@ -15,6 +15,8 @@ from typing import Any, ClassVar, TypeVar
 from treespec_jax.errors import UserError
 
 T = TypeVar("T")
+# Temperature of a drafter's estimates where none was fitted.
+DEFAULT_TAU = 0.7
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -385,7 +387,8 @@ class SpeculativeConfig:
       model: path of the draft model's checkpoint, or a loaded one.
       tree: a tree shape, see `treespec_jax.trees.shapes.parse`.
       tau: temperature of the drafter's estimate that a child is right,
-        softmax(score / tau); orders the paths of a dynamic tree.
+        softmax(score / tau); orders the paths of a dynamic tree. None: the one that
+        scripts/calibrate_drafter.py left beside the drafter, else DEFAULT_TAU.
       rule: which drafted tokens are kept: "exact" (the text of plain decoding, token
         for token), "token", "block", "traversal", "terminal" (other texts of the same
         law) or "typical" (lossy), see `treespec_jax.acceptance`.
@@ -401,7 +404,7 @@ class SpeculativeConfig:
     method: str = "draft_model"
     model: Any = None
     tree: str = "chain:5"
-    tau: float = 0.7
+    tau: float | None = None
     rule: str = "exact"
     draws: str = ""
     cascade: str = ""
@@ -417,7 +420,7 @@ class SpeculativeConfig:
                 f"speculative method {self.method!r} is unknown; choose from "
                 f"{', '.join(self.METHODS)}"
             )
-        check_float("speculative tau", self.tau, 0, open_low=True)
+        check_optional("speculative tau", self.tau)
         check_float("speculative alpha", self.alpha, 0, 1)
         for name in ("typical_eps", "typical_delta"):
             check_float(f"speculative {name}", getattr(self, name), 0, 1, open_low=True)

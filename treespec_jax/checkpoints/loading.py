@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from treespec_jax.checkpoints import families, llama2c
+from treespec_jax.checkpoints import calibration, families, llama2c
 from treespec_jax.checkpoints.description import (
     HUGGINGFACE,
     NATIVE,
@@ -38,6 +38,7 @@ class LoadedModel:
       source: name of the file or folder that it came from.
       dtype: of the parameters.
       notes: what of the checkpoint was left out, a line each.
+      tau: fitted for it as a drafter, or None (`calibration`).
     """
 
     config: ModelConfig
@@ -46,6 +47,7 @@ class LoadedModel:
     source: str
     dtype: np.dtype
     notes: tuple[str, ...] = ()
+    tau: float | None = None
 
 
 def load(
@@ -72,7 +74,8 @@ def load(
     Raises:
       UserError: the path is missing, unreadable or of no known kind; a tensor is
         missing, unread, of the wrong shape or not finite; a setting is not supported;
-        the tokenizer does not fit the embedding (see `check_rows`); a rule names an
+        the tokenizer does not fit the embedding (see `check_rows`); a calibration
+        beside it holds no tau; a rule names an
         axis that the mesh does not have.
     """
     wanted = None if dtype is None else check_dtype(dtype)
@@ -80,7 +83,13 @@ def load(
     parameters, wanted = open_parameters(about, wanted)
     model = parameters.build(progress, mesh, rules)
     return LoadedModel(
-        about.config, model, about.tokenizer, about.path.name, wanted, about.notes
+        about.config,
+        model,
+        about.tokenizer,
+        about.path.name,
+        wanted,
+        about.notes,
+        calibration.read_tau(about.path),
     )
 
 

@@ -26,6 +26,7 @@ from treespec_jax.engine.stats import Stats
 from treespec_jax.errors import UserError
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.tuning.calibration import TreeRecord
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,6 +41,7 @@ class Request:
       finish_reason: None while running; then "stop" (end-of-text token or a stop text)
         or "length" (max_tokens, max_len or no free page).
       stats: counts and times.
+      records: of every step's tree, if the engine keeps them.
     """
 
     prompt: list[int]
@@ -48,6 +50,7 @@ class Request:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     stats: Stats = dataclasses.field(default_factory=Stats)
+    records: list[TreeRecord] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -69,6 +72,7 @@ class Engine:
       eos_ids: tokens that end a text, unless a request ignores them.
       rule: which drafted tokens are kept, see `acceptance.protocol`.
       cascade: a lossy policy between drafter and target, see `acceptance.cascade`.
+      record: keep what became of every tree in `Request.records`.
 
     Attributes:
       compilations: times that each function was traced and compiled.
@@ -88,6 +92,7 @@ class Engine:
         eos_ids: Sequence[int] = (),
         rule: Rule | None = None,
         cascade: Cascade | None = None,
+        record: bool = False,
     ):
         rule = rule or ExactMatch()
         if drafter.draws is not None:
@@ -101,6 +106,7 @@ class Engine:
         self.drafter = drafter
         self.rule = rule
         self.cascade = cascade
+        self.record = record
         self._eos_ids = tuple(eos_ids)
         self._target = FlatModule(target)
         self._draft = FlatModule(drafter.module)
@@ -161,7 +167,7 @@ class Engine:
         target, drafter = self._bind(leaves)
         steps = self.config.steps_per_dispatch
         return stepping.dispatch(
-            target, drafter, self.rule, state, control, steps, self.cascade
+            target, drafter, self.rule, state, control, steps, self.cascade, self.record
         )
 
     def _traced_prefill(self, leaves, state, *args):
@@ -362,6 +368,14 @@ class Engine:
             if request.params.logprobs:
                 request.logprobs += outbox.logprobs[at, index, :count].tolist()
             request.stats.record_step(count)
+            if outbox.trees is not None:
+                request.records.append(
+                    TreeRecord(
+                        outbox.trees.parents[at, index],
+                        outbox.trees.log_chance[at, index],
+                        outbox.trees.path[at, index],
+                    )
+                )
             slot.length += count
         request.stats.decode_seconds = time.perf_counter() - slot.started
         ends = () if request.params.ignore_eos else self._eos_ids

@@ -23,6 +23,7 @@ from treespec_jax.checkpoints.chat import (
 )
 from treespec_jax.checkpoints.tokenizers import TextStream, Tokenizer
 from treespec_jax.config import (
+    DEFAULT_TAU,
     EngineConfig,
     SamplingParams,
     SpeculativeConfig,
@@ -35,6 +36,7 @@ from treespec_jax.engine.stats import Stats, total
 from treespec_jax.errors import UserError
 from treespec_jax.models.memory import use_huge_pages
 from treespec_jax.trees import shapes
+from treespec_jax.tuning.calibration import TreeRecord
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Message]
@@ -52,6 +54,7 @@ class Completion:
         max_len, or no free page).
       logprobs: natural log p of each token under the target, if asked for.
       stats: of this request.
+      records: of its trees, if the LLM keeps them.
     """
 
     prompt: Prompt | Messages
@@ -60,6 +63,7 @@ class Completion:
     finish_reason: str
     logprobs: list[float] | None
     stats: Stats
+    records: list[TreeRecord] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,8 @@ class LLM:
       num_pages: pages in all; None: enough for max_batch texts of max_len.
       steps_per_dispatch: speculation steps per host round trip.
       prefill_chunks: row counts of the compiled prefill passes.
+      record: keep what became of every drafted tree (`Completion.records`), from which
+        `tuning.calibration` makes a reliability table and fits tau.
 
     Attributes:
       notes: what of the checkpoints was left out, and what to know of the
@@ -123,6 +129,7 @@ class LLM:
         num_pages: int | None = None,
         steps_per_dispatch: int = 8,
         prefill_chunks: Sequence[int] = (16, 128),
+        record: bool = False,
     ):
         spec = from_mapping(
             SpeculativeConfig,
@@ -166,7 +173,8 @@ class LLM:
         drafter = NoDrafter()
         if draft is not None:
             rows = target.config.vocab_size
-            drafter = DraftModel(draft.model, shape, spec.tau, rows, draws)
+            tau = spec.tau or draft.tau or DEFAULT_TAU
+            drafter = DraftModel(draft.model, shape, tau, rows, draws)
         self.config = target.config
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.dtype = str(jnp.dtype(target.dtype))
@@ -178,6 +186,7 @@ class LLM:
             target.config.eos_ids,
             None if plain else rules.make(spec),
             rules.make_cascade(spec),
+            record,
         )
 
     def generate(
@@ -381,6 +390,7 @@ class _Reader:
             finish_reason=request.finish_reason,
             logprobs=request.logprobs if request.params.logprobs else None,
             stats=request.stats,
+            records=request.records,
         )
 
 

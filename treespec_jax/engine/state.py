@@ -55,6 +55,22 @@ class Control:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Trees:
+    """What became of the drafted trees, for statistics; of S steps.
+
+    Attributes:
+      parents: int32 [S, B, T].
+      log_chance: float32 [S, B, T], `TokenTree.draft_logprob`; -inf where invalid.
+      path: int32 [S, B, C + 1], accepted nodes from the root down, padded with 0.
+    """
+
+    parents: jax.Array
+    log_chance: jax.Array
+    path: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Outbox:
     """What a dispatch tells the host; S is the compiled number of steps.
 
@@ -63,9 +79,11 @@ class Outbox:
       counts: int32 [S, B], how many of them; 0 for an idle slot.
       logprobs: float32 [S, B, C + 1], of those tokens where asked for.
       steps: int32 [], steps that ran.
+      trees: if they are recorded.
     """
 
     tokens: jax.Array
     counts: jax.Array
     logprobs: jax.Array
     steps: jax.Array
+    trees: Trees | None = None

@@ -18,7 +18,7 @@ from treespec_jax.acceptance.protocol import Rule
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import run_chunk
 from treespec_jax.drafting.protocol import DraftContext, Drafter
-from treespec_jax.engine.state import Control, DecodeState, Outbox
+from treespec_jax.engine.state import Control, DecodeState, Outbox, Trees
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import CacheView
 
@@ -56,7 +56,7 @@ def step(
 
     Returns:
       the new state, the new control (what remains), emitted tokens [B, C + 1], their
-      counts [B] and log probabilities [B, C + 1].
+      counts [B] and log probabilities [B, C + 1], and `Trees` of this step.
     """
     vocab = target.config.vocab_size
     depth = drafter.depth
@@ -120,7 +120,12 @@ def step(
     )
     left_B = jnp.where(ended_B, 0, control.remaining - count_B)
     control = dataclasses.replace(control, remaining=left_B)
-    return state, control, verdict.emitted, count_B, logprobs_BC
+    trees = Trees(
+        parents=tree.parents,
+        log_chance=jnp.where(tree.valid, tree.draft_logprob, -jnp.inf),
+        path=verdict.path,
+    )
+    return state, control, verdict.emitted, count_B, logprobs_BC, trees
 
 
 def _draft_randomness(drafter, rule, randomness, sampling, lengths_B, vocab):
@@ -179,14 +184,16 @@ def dispatch(
     control: Control,
     steps: int,
     cascade: Cascade | None = None,
+    record: bool = False,
 ) -> tuple[DecodeState, Outbox]:
-    """Runs up to `steps` steps, fewer when every slot is done."""
+    """Runs up to `steps` steps, fewer when every slot is done; may record trees."""
     B, width = state.root.shape[0], drafter.depth + 1
     outbox = Outbox(
         tokens=jnp.zeros((steps, B, width), jnp.int32),
         counts=jnp.zeros((steps, B), jnp.int32),
         logprobs=jnp.zeros((steps, B, width), jnp.float32),
         steps=jnp.zeros((), jnp.int32),
+        trees=_no_trees(steps, B, drafter) if record else None,
     )
 
     def unfinished(carry):
@@ -196,7 +203,7 @@ def dispatch(
     def body(carry):
         state, remaining, penalties, outbox = carry
         now = dataclasses.replace(control, remaining=remaining)
-        state, now, tokens, counts, logprobs = step(
+        state, now, tokens, counts, logprobs, trees = step(
             target, drafter, rule, state, now, penalties, cascade
         )
         if penalties is not None:
@@ -207,6 +214,11 @@ def dispatch(
             counts=lax.dynamic_update_index_in_dim(outbox.counts, counts, at, 0),
             logprobs=lax.dynamic_update_index_in_dim(outbox.logprobs, logprobs, at, 0),
             steps=at + 1,
+            trees=jax.tree.map(
+                lambda x, own: lax.dynamic_update_index_in_dim(x, own, at, 0),
+                outbox.trees,
+                trees if record else None,
+            ),
         )
         return state, now.remaining, penalties, outbox
 
@@ -217,6 +229,15 @@ def dispatch(
         unfinished, body, (state, control.remaining, penalties, outbox)
     )
     return state, outbox
+
+
+def _no_trees(steps: int, batch: int, drafter: Drafter) -> Trees:
+    nodes = steps, batch, drafter.num_nodes
+    return Trees(
+        parents=jnp.zeros(nodes, jnp.int32),
+        log_chance=jnp.zeros(nodes, jnp.float32),
+        path=jnp.zeros((steps, batch, drafter.depth + 1), jnp.int32),
+    )
 
 
 def prefill(

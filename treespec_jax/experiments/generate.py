@@ -191,6 +191,7 @@ def _in_force(settings: Experiment, llm) -> dict[str, Any]:
     values = settings.as_dict()
     del values["benchmark"]
     values["dtype"] = llm.dtype
+    values["tau"] = getattr(llm.drafter, "tau", None)
     values["engine"] = dataclasses.asdict(llm.engine.config)
     return values
 

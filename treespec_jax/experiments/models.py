@@ -92,8 +92,10 @@ def load_pair(settings: Experiment) -> Pair:
     return Pair(target, load(settings.draft, target.dtype, tokenizer=tokenizer))
 
 
-def make_llm(settings: Experiment, pair: Pair, tree: str):
+def make_llm(settings: Experiment, pair: Pair, tree: str, record: bool = False):
     """An `LLM` with an engine of its own over the shared weights.
+
+    `record` keeps what became of its trees.
 
     Raises:
       UserError: vocabularies that differ, or sizes that do not fit.
@@ -116,6 +118,7 @@ def make_llm(settings: Experiment, pair: Pair, tree: str):
     return LLM(
         pair.target,
         speculative=speculative,
+        record=record,
         **{f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)},
     )
 

@@ -16,6 +16,7 @@ from treespec_jax.config import (
     SamplingParams,
     check_float,
     check_int,
+    check_optional,
     from_mapping,
 )
 from treespec_jax.errors import UserError
@@ -129,7 +130,8 @@ class Experiment:
       draft: path of the drafter; empty: the bundled one if the target is.
       tokenizer: a file to use instead of the one found with the weights.
       tree: a tree shape, see `trees.shapes.parse`.
-      tau: temperature of the drafter's estimate that a child is right.
+      tau: temperature of the drafter's estimate that a child is right; None: the one
+        fitted for the drafter, else `config.DEFAULT_TAU`.
       rule: which drafted tokens are kept, see `config.SpeculativeConfig`.
       draws: how the drafter draws a tree, see `acceptance.facts`.
       cascade: a lossy policy between drafter and target, see `acceptance.cascade`.
@@ -144,7 +146,7 @@ class Experiment:
     draft: str = ""
     tokenizer: str = ""
     tree: str = "chain:5"
-    tau: float = 0.7
+    tau: float | None = None
     rule: str = "exact"
     draws: str = ""
     cascade: str = ""
@@ -171,7 +173,7 @@ class Experiment:
             object.__setattr__(self, name, str(value))
         shape = shapes.parse(self.tree)
         depth = shape.depth
-        check_float("tau", self.tau, 0, open_low=True)
+        check_optional("tau", self.tau)
         check_float("alpha", self.alpha, 0, 1)
         if depth or self.cascade:
             facts.choose_draws(self.rule, self.draws, shape, self.cascade)
@@ -311,7 +313,8 @@ def default_config():
             if isinstance(value, Mapping):
                 value = to_config(value)
             elif value is None:
-                value = config_dict.placeholder(int)
+                kind = float if name == "tau" else int
+                value = config_dict.placeholder(kind)
             config[name] = value
         return config
 

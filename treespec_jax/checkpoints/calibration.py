@@ -1,0 +1,84 @@
+"""The tau fitted for a drafter, kept beside its weights. Light: no jax."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from treespec_jax.errors import UserError
+
+NAME = "calibration.json"
+
+
+def read_tau(checkpoint: str | Path) -> float | None:
+    """The tau stored in a checkpoint's folder; None if there is none.
+
+    Raises:
+      UserError: the file cannot be read or holds no tau.
+    """
+    file = Path(checkpoint).expanduser() / NAME
+    if not file.is_file():
+        return None
+    try:
+        tau = json.loads(file.read_text())["tau"]
+    except (OSError, ValueError, KeyError, TypeError):
+        tau = None
+    good = isinstance(tau, (int, float)) and not isinstance(tau, bool)
+    if not good or not math.isfinite(tau) or tau <= 0:
+        raise UserError(
+            f"{file} does not hold a tau above 0; fit it again with "
+            "scripts/calibrate_drafter.py, or delete the file"
+        )
+    return float(tau)
+
+
+def place(checkpoint: str | Path, output: str | Path | None) -> Path:
+    """The file to write to, known to be writable.
+
+    Args:
+      checkpoint: of the drafter.
+      output: a file to write instead of the one beside the weights.
+
+    Raises:
+      UserError: there is no folder of the drafter's own, or none that can be written.
+    """
+    path = Path(checkpoint).expanduser()
+    if output:
+        file = Path(output).expanduser()
+    elif path.is_dir():
+        file = path / NAME
+    else:
+        raise UserError(
+            f"{path} is a file, so that nothing can be kept beside it; give "
+            "--output=FILE"
+        )
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"cannot write {file}; give --output=FILE in another folder")
+    return file
+
+
+def write(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes all of a calibration, or nothing.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=file.parent, prefix=f".{file.name}-", delete=False
+        ) as work:
+            name = work.name
+            work.write(json.dumps(dict(values), indent=2) + "\n")
+        os.replace(name, file)
+    except OSError as error:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {file}: {error.strerror}; give --output=FILE"
+        ) from None

@@ -1,0 +1,102 @@
+"""Fits a drafter's tau to a target and keeps it beside the drafter."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from treespec_jax.checkpoints import calibration as files
+from treespec_jax.errors import UserError
+from treespec_jax.experiments import models, prompts, runtime
+from treespec_jax.experiments.output import say
+from treespec_jax.experiments.settings import Experiment
+from treespec_jax.experiments.table import markdown
+from treespec_jax.trees import shapes
+from treespec_jax.tuning import calibration
+
+
+def check_tree(tree: str) -> None:
+    """Raises UserError: a tree in which no node has a sibling."""
+    shape = shapes.parse(tree)
+    if shape.depth in (0, shape.num_nodes - 1):
+        raise UserError(
+            f"--tree={tree} has no siblings to compare; take regular:8x1, or another "
+            "tree that branches"
+        )
+
+
+def run(settings: Experiment, prompts_file: str, output: str) -> None:
+    """Decodes the prompts, prints reliability before and after, writes the tau.
+
+    Raises:
+      UserError: nowhere to write, an unreadable prompt or checkpoint, or texts in which
+        the drafter was never right.
+    """
+    file = files.place(settings.draft, output)
+    texts = prompts.read(prompts_file) if prompts_file else list(prompts.STORIES)
+    models.check(settings, texts, [settings.tree])
+    pair = models.load_pair(settings)
+    llm = models.make_llm(settings, pair, settings.tree, record=True)
+    for note in llm.notes:
+        say(f"note: {note}")
+    params = [
+        dataclasses.replace(
+            settings.sampling,
+            seed=(settings.sampling.seed + index) % 2**32,
+            ignore_eos=True,
+        )
+        for index in range(len(texts))
+    ]
+    generation = llm.generate(texts, params)
+    records = [record for one in generation for record in one.records]
+    before = llm.drafter.tau
+    try:
+        tau, families = calibration.fit_tau(records, before)
+    except ValueError:
+        raise UserError(
+            "the drafter was never right on these prompts; give more of them, or "
+            "another drafter"
+        ) from None
+    after = calibration.retempered(records, before, tau)
+    values = {
+        "tau": tau,
+        "temperature": settings.sampling.temperature,
+        "families": families,
+        "target": Path(settings.target).name,
+        "error_before": calibration.error(calibration.reliability(records)),
+        "error_after": calibration.error(calibration.reliability(after)),
+        "versions": runtime.versions(),
+    }
+    files.write(file, values)
+    print(table(records, after, before, tau))
+    print(f"\ntau {tau:.3f} (was {before:g}), of {families} families; wrote {file}")
+
+
+def table(records, after, before: float, tau: float) -> str:
+    """Reliability under both, and ranks, as Markdown."""
+    rows = [("estimated chance",)]
+    columns = [calibration.reliability(x) for x in (records, after)]
+    for value in (before, tau):
+        rows[0] += (f"nodes, tau={value:.3g}", "estimated", "realised")
+    for pair in zip(*columns, strict=True):
+        row = (f"{pair[0]['low']:.1f}–{pair[0]['high']:.1f}",)
+        for one in pair:
+            row += (str(one["nodes"]), _percent(one, "estimated"))
+            row += (_percent(one, "realised"),)
+        rows.append(row)
+    gaps = [f"{100 * calibration.error(x):.1f} %" for x in columns]
+    ranks = calibration.accepted_by_rank(records)
+    shares = [f"{100 * count / max(1, sum(ranks)):.0f}" for count in ranks]
+    return "\n".join(
+        [
+            markdown(rows),
+            "",
+            f"mean gap between estimate and outcome: {gaps[0]} before, {gaps[1]} after",
+            f"accepted nodes by rank among siblings: {' '.join(shares)} %",
+        ]
+    )
+
+
+def _percent(row: dict[str, Any], name: str) -> str:
+    return f"{100 * row[name]:.0f} %" if row["nodes"] else "-"

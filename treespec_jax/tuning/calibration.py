@@ -1,0 +1,166 @@
+"""How often the drafter's estimates come true, and the tau that makes them.
+
+A child's chance of being right is estimated by softmax(v / tau) over its siblings'
+scores v = log q + g. Recorded chances of siblings give v up to a constant, so that a
+record taken under one tau can be read under any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+BINS = 10
+# Least and largest tau that a fit can give.
+_RANGE = (0.02, 50.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeRecord:
+    """One tree of one text, and what became of it.
+
+    Attributes:
+      parents: int [T].
+      log_chance: float [T], estimated log chance that a node is right given that its
+        parent is; -inf for a place that holds no node.
+      path: int [C + 1], accepted nodes from the root (0) down, padded with 0.
+    """
+
+    parents: np.ndarray
+    log_chance: np.ndarray
+    path: np.ndarray
+
+    @property
+    def accepted(self) -> list[int]:
+        """Numbers of the accepted nodes."""
+        return [int(node) for node in self.path[1:] if node > 0]
+
+    def families(self) -> Iterable[tuple[np.ndarray, int | None]]:
+        """Children of the root and of every accepted node, and the one accepted."""
+        accepted = self.accepted
+        for at, parent in enumerate([0, *accepted]):
+            children = np.flatnonzero(
+                (self.parents == parent) & (self.log_chance > -np.inf)
+            )
+            children = children[children > 0]
+            if len(children):
+                yield children, accepted[at] if at < len(accepted) else None
+
+
+def accepted_by_rank(records: Iterable[TreeRecord]) -> list[int]:
+    """Accepted nodes that were first, second, … among their siblings."""
+    counts: list[int] = []
+    for record in records:
+        for children, right in record.families():
+            if right is not None:
+                rank = int(np.flatnonzero(children == right)[0])
+                counts += [0] * (rank + 1 - len(counts))
+                counts[rank] += 1
+    return counts
+
+
+def retempered(
+    records: Iterable[TreeRecord], tau: float, wanted: float
+) -> list[TreeRecord]:
+    """Records as another tau would have estimated them.
+
+    Siblings that a tree did not hold keep their share of the estimate, so that this is
+    exact only where a family holds all that its chances were normalised over.
+    """
+    out = []
+    for record in records:
+        chance = record.log_chance.astype(float).copy()
+        for parent in np.unique(record.parents):
+            own = np.flatnonzero((record.parents == parent) & (chance > -np.inf))
+            own = own[own > 0]
+            if len(own):
+                held = np.log(np.exp(chance[own]).sum())
+                v = chance[own] * tau / wanted
+                chance[own] = v - np.logaddexp.reduce(v) + held
+        out.append(dataclasses.replace(record, log_chance=chance))
+    return out
+
+
+def reliability(records: Iterable[TreeRecord]) -> list[dict[str, float]]:
+    """Nodes binned by their estimated chance, of families whose parent was reached.
+
+    Returns:
+      BINS rows: low and high end of the bin, nodes, mean estimate and share that was
+      accepted (both 0 without nodes).
+    """
+    estimates, outcomes = [], []
+    for record in records:
+        for children, right in record.families():
+            estimates.append(np.exp(record.log_chance[children]))
+            outcomes.append(children == right)
+    estimate = np.concatenate([*estimates, np.zeros(0)])
+    outcome = np.concatenate([*outcomes, np.zeros(0)])
+    at = np.minimum((estimate * BINS).astype(int), BINS - 1)
+    rows = []
+    for number in range(BINS):
+        own = at == number
+        count = int(own.sum())
+        rows.append(
+            {
+                "low": number / BINS,
+                "high": (number + 1) / BINS,
+                "nodes": count,
+                "estimated": float(estimate[own].mean()) if count else 0.0,
+                "realised": float(outcome[own].mean()) if count else 0.0,
+            }
+        )
+    return rows
+
+
+def error(rows: Sequence[dict[str, float]]) -> float:
+    """Mean gap between estimate and outcome, weighted by nodes."""
+    nodes = sum(row["nodes"] for row in rows)
+    gaps = sum(row["nodes"] * abs(row["estimated"] - row["realised"]) for row in rows)
+    return gaps / nodes if nodes else 0.0
+
+
+def fit_tau(records: Iterable[TreeRecord], tau: float) -> tuple[float, int]:
+    """The likeliest tau for the children that turned out right.
+
+    Maximises the likelihood of the accepted child among its siblings under
+    softmax(v / tau), over families of two or more that had one. The logarithm of that
+    is concave in 1 / tau, so that its slope has one root, found by bisection.
+
+    Args:
+      records: of trees of two or more siblings.
+      tau: under which they were taken.
+
+    Returns:
+      tau, and the number of families that it was fitted on; it ends at 0.02 or 50 where
+      they have no interior best.
+
+    Raises:
+      ValueError: no family to fit on.
+    """
+    scores, rights = [], []
+    for record in records:
+        for children, right in record.families():
+            if right is not None and len(children) > 1:
+                v = tau * record.log_chance[children].astype(float)
+                scores.append(v - v.max())
+                rights.append(int(np.flatnonzero(children == right)[0]))
+    if not scores:
+        raise ValueError("no family of two or more siblings had a right one")
+    widest = max(len(v) for v in scores)
+    v_NK = np.full((len(scores), widest), -np.inf)
+    for row, v in zip(v_NK, scores, strict=True):
+        row[: len(v)] = v
+    chosen = sum(v[right] for v, right in zip(scores, rights, strict=True))
+    finite = np.where(v_NK > -np.inf, v_NK, 0.0)
+
+    def slope(inverse: float) -> float:
+        weights = np.exp(v_NK * inverse)
+        return chosen - float(((weights * finite).sum(1) / weights.sum(1)).sum())
+
+    low, high = 1 / _RANGE[1], 1 / _RANGE[0]
+    for _ in range(60):
+        middle = np.sqrt(low * high)
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return float(1 / np.sqrt(low * high)), len(scores)
