@@ -437,6 +437,9 @@ class EngineConfig:
       num_pages: pages shared by all slots; None: enough for every slot's max_len.
       steps_per_dispatch: speculation steps that run before the host looks again.
       prefill_chunks: row counts of the compiled prefill passes, ascending.
+      lanes: numbers in a row of the cache are padded to a multiple of it; None: 128 on
+        a TPU, whose kernel reads whole lanes, else 1. Heads of 64 then take twice the
+        memory there.
     """
 
     max_batch: int = 8
@@ -445,6 +448,7 @@ class EngineConfig:
     num_pages: int | None = None
     steps_per_dispatch: int = 8
     prefill_chunks: tuple[int, ...] = (16, 128)
+    lanes: int | None = None
 
     def __post_init__(self):
         check_int("max_batch", self.max_batch, 1)
@@ -455,6 +459,8 @@ class EngineConfig:
             raise UserError(f"page_size must be a power of two in 8..512, got {size!r}")
         if self.num_pages is not None:
             check_int("num_pages", self.num_pages, 1)
+        if self.lanes is not None:
+            check_int("lanes", self.lanes, 1)
         chunks = tuple(self.prefill_chunks)
         if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < 1:
             raise UserError(

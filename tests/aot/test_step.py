@@ -34,6 +34,10 @@ def test_step_of_a_1b_model_on_v5e(tpu_compiler):
     assert report.argument_bytes > size + caches
     assert report.aliased_bytes >= caches
     assert report.argument_bytes + report.temporary_bytes < 16 * GIB
+    # Heads of 64 lie in padded pages, which the kernel reads: once per layer of the
+    # target, and per layer and level of the drafter.
+    calls = JOB.target.num_layers + 3 * JOB.drafter.num_layers
+    assert report.instances == {"tree_attention": calls}
     # Nothing of the order of a cache is held twice.
     assert report.temporary_bytes < caches
     per_token = 2 * (size // 2)

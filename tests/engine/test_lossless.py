@@ -27,8 +27,8 @@ SETTINGS = {
     "min_p": SamplingParams(max_tokens=TOKENS, temperature=1.0, min_p=0.05),
 }
 SHAPES = ["none", "chain:5", "regular:4x2x1", "dynamic:9@4"]
-# (batch, page size, steps per dispatch)
-LAYOUTS = [(5, 16, 8), (1, 64, 1), (5, 64, 1), (1, 16, 8)]
+# (batch, page size, steps per dispatch, lanes; heads are 8 wide)
+LAYOUTS = [(5, 16, 8, 1), (1, 64, 1, 1), (5, 64, 1, 16), (1, 16, 8, 1)]
 
 
 def build(target, draft, shape, batch=1, page=64, steps=1, **sizes) -> Engine:
@@ -88,8 +88,8 @@ def test_plain_decoding_takes_the_best_perturbed_score(
 def test_tokens_equal_plain_decoding(
     shape, layout, plain, tiny_target, tiny_draft, ragged_prompts, capsys
 ):
-    batch, page, steps = layout
-    engine = build(tiny_target, tiny_draft, shape, batch, page, steps)
+    batch, page, steps, lanes = layout
+    engine = build(tiny_target, tiny_draft, shape, batch, page, steps, lanes=lanes)
     ties = Ties(tiny_target)
     per_step = {}
     for name, params in SETTINGS.items():

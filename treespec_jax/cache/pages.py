@@ -1,4 +1,4 @@
-"""The paged cache on the device: per layer [P, K, 2, page, H].
+"""The paged cache on the device: per layer [P, K, 2, page, W], rows of W >= H numbers.
 
 `commit` is the only writer in the program. Page 0 belongs to nobody: rows that must
 not be kept are written there, so that every write is unconditional and in place.
@@ -21,10 +21,19 @@ MAX_ROW_WRITES = 64
 
 
 def empty_pages(
-    config: ModelConfig, num_pages: int, page_size: int, dtype
+    config: ModelConfig, num_pages: int, page_size: int, dtype, lanes: int = 1
 ) -> tuple[jax.Array, ...]:
-    """Zeroed pages, one array per layer; `num_pages` counts the trash page."""
-    shape = (num_pages, config.num_kv_heads, 2, page_size, config.head_dim)
+    """Zeroed pages, one array per layer.
+
+    Args:
+      config: of the model whose cache it is.
+      num_pages: the trash page included.
+      page_size: rows per page.
+      dtype: of the rows.
+      lanes: the width of a row is padded to a multiple of it.
+    """
+    width = -(-config.head_dim // lanes) * lanes
+    shape = (num_pages, config.num_kv_heads, 2, page_size, width)
     return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
 

@@ -79,10 +79,11 @@ class DraftModel:
     def with_module(self, module):
         return DraftModel(module, self.shape, self.tau, self.vocab_size, self.draws)
 
-    def begin(self, batch, num_pages, page_size):
+    def begin(self, batch, num_pages, page_size, lanes):
         dtype = self.model.embedding[...].dtype
+        sizes = num_pages, page_size, dtype, lanes
         return DraftModelState(
-            pages=paging.empty_pages(self.model.config, num_pages, page_size, dtype),
+            pages=paging.empty_pages(self.model.config, *sizes),
             lengths=jnp.zeros(batch, jnp.int32),
             pending=jnp.zeros((batch, self.depth + 1), jnp.int32),
             pending_count=jnp.zeros(batch, jnp.int32),

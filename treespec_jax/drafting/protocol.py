@@ -69,7 +69,7 @@ class Drafter(Protocol):
     def with_module(self, module: nnx.Module | None) -> Drafter:
         """The same drafter over other parameters (those bound inside a jit)."""
 
-    def begin(self, batch: int, num_pages: int, page_size: int) -> Any:
+    def begin(self, batch: int, num_pages: int, page_size: int, lanes: int) -> Any:
         """An empty state for `batch` slots."""
 
     def prefill(self, state, slot, tokens_1T, start, count, page_table_1P) -> Any:

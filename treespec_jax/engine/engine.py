@@ -28,6 +28,9 @@ from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.tuning.calibration import TreeRecord
 
+# Numbers in a row of a TPU's vector registers.
+TPU_LANES = 128
+
 
 @dataclasses.dataclass(eq=False)
 class Request:
@@ -110,6 +113,7 @@ class Engine:
         self._eos_ids = tuple(eos_ids)
         self._target = FlatModule(target)
         self._draft = FlatModule(drafter.module)
+        lanes = config.lanes or (TPU_LANES if jax.default_backend() == "tpu" else 1)
         self._pages_per_slot = -(-config.max_len // config.page_size)
         num_pages = config.num_pages or config.max_batch * self._pages_per_slot
         self._allocator = PageAllocator(num_pages)
@@ -139,10 +143,10 @@ class Engine:
             dtype = target.embedding[...].dtype
             sizes = num_pages + 1, config.page_size
             return DecodeState(
-                pages=paging.empty_pages(target.config, *sizes, dtype),
+                pages=paging.empty_pages(target.config, *sizes, dtype, lanes),
                 lengths=jnp.zeros(B, jnp.int32),
                 root=jnp.zeros(B, jnp.int32),
-                draft=drafter.begin(B, *sizes),
+                draft=drafter.begin(B, *sizes, lanes),
             )
 
         # Where the weights are: a state that is bound to no device becomes bound in

@@ -104,6 +104,7 @@ class LLM:
       num_pages: pages in all; None: enough for max_batch texts of max_len.
       steps_per_dispatch: speculation steps per host round trip.
       prefill_chunks: row counts of the compiled prefill passes.
+      lanes: see `EngineConfig`.
       record: keep what became of every drafted tree (`Completion.records`), from which
         `tuning.calibration` makes a reliability table and fits tau.
 
@@ -129,6 +130,7 @@ class LLM:
         num_pages: int | None = None,
         steps_per_dispatch: int = 8,
         prefill_chunks: Sequence[int] = (16, 128),
+        lanes: int | None = None,
         record: bool = False,
     ):
         spec = from_mapping(
@@ -150,6 +152,7 @@ class LLM:
             "num_pages": num_pages,
             "steps_per_dispatch": steps_per_dispatch,
             "prefill_chunks": tuple(prefill_chunks),
+            "lanes": lanes,
         }
         EngineConfig(**sizes, max_len=4096 if max_len is None else max_len)
 

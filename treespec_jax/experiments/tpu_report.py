@@ -140,7 +140,11 @@ def abstract_engine(job: Job) -> Engine:
         model = abstract_model(job.drafter, job.dtype)
         drafter = DraftModel(model, shape, job.tau)
     config = EngineConfig(
-        max_batch=job.batch, max_len=job.context, page_size=job.page_size
+        max_batch=job.batch,
+        max_len=job.context,
+        page_size=job.page_size,
+        # Shared over a mesh the step has XLA's attention, which takes any width.
+        lanes=LANES if job.devices == 1 else 1,
     )
     return Engine(abstract_model(job.target, job.dtype), drafter, config)
 
