@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.tree_attention import tree_attention
-from tests.aot.conftest import tpu_compiler
 from treespec_jax.cache import pages as paging
 
-__all__ = ["tpu_compiler"]
 POOL, B, T, K, G, H, PAGE, LAYERS = 2003, 8, 32, 8, 4, 128, 128, 2
 # Rows only: scales are small, and XLA may move them through faster memory.
 POOLED = re.compile(rf"= \(?\w+\[{POOL},\d+,2,{PAGE},{H}\]\S* ([\w-]+)\(")
