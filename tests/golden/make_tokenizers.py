@@ -9,6 +9,7 @@ expected.json: what `transformers.AutoTokenizer` makes of texts and conversation
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import shutil
@@ -330,9 +331,11 @@ def smollm():
 
 def sentencepiece_model(legacy: bool):
     def write(folder: pathlib.Path):
+        # To a buffer: a model that is written to a path holds that path.
+        model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(CORPUS),
-            model_prefix=str(folder / "tokenizer"),
+            model_writer=model,
             vocab_size=400,
             model_type="bpe",
             byte_fallback=True,
@@ -341,7 +344,7 @@ def sentencepiece_model(legacy: bool):
             remove_extra_whitespaces=False,
             minloglevel=2,
         )
-        (folder / "tokenizer.vocab").unlink()
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
         named = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|end|>": 400}
         (folder / "added_tokens.json").write_text('{"<|end|>": 400, "<tool>": 401}')
         plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
