@@ -303,6 +303,7 @@ def test_statistics_add_up(plain, fast, prompt):
         assert stats.emitted_counts[0] == 0
         total = sum(n * count for n, count in enumerate(stats.emitted_counts))
         assert total == stats.tokens == stats.accepted + stats.steps
+        assert sum(stats.rank_counts) == stats.accepted
         by_depth = stats.acceptance_by_depth
         assert len(by_depth) == depth and by_depth == sorted(by_depth, reverse=True)
         # A step emits one token, and one per accepted depth.

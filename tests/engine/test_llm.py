@@ -140,7 +140,8 @@ def test_a_stop_text_ends_the_output_before_it(llm, plain, tokenizer, script, wh
         (completion,) = model.generate(script.prompt, params)
         assert completion.text == want
         assert completion.token_ids == script.ids[:count]
-        assert len(completion.logprobs) == count
+        assert len(completion.logprobs) == completion.stats.tokens == count
+        assert sum(completion.stats.emitted_counts) == completion.stats.steps
         assert completion.finish_reason == "stop"
     stream = llm.stream(script.prompt, params)
     assert "".join(stream) == want

@@ -45,7 +45,12 @@ def generate(run_script, files):
 def test_one_prompt(generate):
     out = generate("--prompt=the cat", "--max_tokens=9").out
     assert out.startswith("the cat")
-    for label in ("tokens per step", "acceptance by depth", "time to first token"):
+    for label in (
+        "tokens per step",
+        "acceptance by depth",
+        "accepted by rank",
+        "first token",
+    ):
         assert label in out
     assert [s.split() for s in out.splitlines() if s.startswith("tokens  ")] == [
         ["tokens", "9"]
@@ -74,6 +79,7 @@ def test_json(generate):
     assert report["settings"]["engine"]["max_batch"] == 1
     assert report["stats"]["tokens"] == 6
     assert len(report["stats"]["acceptance_by_depth"]) == 2
+    assert report["stats"]["acceptance_by_rank"] in ([], [1.0])
     assert report["timing"]["first_token_seconds"] > 0
     assert report["comparison"] is None
 

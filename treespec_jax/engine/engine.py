@@ -45,6 +45,7 @@ class Request:
         or "length" (max_tokens, max_len or no free page).
       stats: counts and times.
       records: of every step's tree, if the engine keeps them.
+      steps: ranks of the nodes that each step accepted, see `Stats.record_step`.
     """
 
     prompt: list[int]
@@ -54,6 +55,20 @@ class Request:
     finish_reason: str | None = None
     stats: Stats = dataclasses.field(default_factory=Stats)
     records: list[TreeRecord] = dataclasses.field(default_factory=list)
+    steps: list[list[int]] = dataclasses.field(default_factory=list)
+
+    def cut(self, tokens: int) -> None:
+        """Ends the text after `tokens` tokens, as if no more had been emitted."""
+        while self.stats.tokens > tokens:
+            ranks = self.steps.pop()
+            self.stats.take_back(ranks)
+            left = tokens - self.stats.tokens
+            if left > 0:
+                self.steps.append(ranks[: left - 1])
+                self.stats.record_step(ranks[: left - 1])
+        del self.tokens[tokens:]
+        del self.logprobs[tokens:]
+        del self.records[len(self.steps) :]
 
 
 @dataclasses.dataclass
@@ -371,7 +386,9 @@ class Engine:
             request.tokens += outbox.tokens[at, index, :count].tolist()
             if request.params.logprobs:
                 request.logprobs += outbox.logprobs[at, index, :count].tolist()
-            request.stats.record_step(count)
+            ranks = outbox.ranks[at, index, : count - 1].tolist()
+            request.steps.append(ranks)
+            request.stats.record_step(ranks)
             if outbox.trees is not None:
                 request.records.append(
                     TreeRecord(

@@ -372,8 +372,7 @@ class _Reader:
         request = self.request
         engine.cancel(request)
         request.finish_reason = "stop"
-        del request.tokens[self._seen :]
-        del request.logprobs[self._seen :]
+        request.cut(self._seen)
 
     def take(self) -> str:
         """Text not taken yet, less an end that could be the start of a stop text."""

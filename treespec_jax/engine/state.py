@@ -78,6 +78,7 @@ class Outbox:
       tokens: int32 [S, B, C + 1], tokens emitted at each step.
       counts: int32 [S, B], how many of them; 0 for an idle slot.
       logprobs: float32 [S, B, C + 1], of those tokens where asked for.
+      ranks: int32 [S, B, C], which child of its parent each accepted node was.
       steps: int32 [], steps that ran.
       trees: if they are recorded.
     """
@@ -85,5 +86,6 @@ class Outbox:
     tokens: jax.Array
     counts: jax.Array
     logprobs: jax.Array
+    ranks: jax.Array
     steps: jax.Array
     trees: Trees | None = None

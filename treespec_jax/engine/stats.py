@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from treespec_jax.acceptance import facts
@@ -16,13 +17,15 @@ class Stats:
     Attributes:
       requests: finished or running requests counted here.
       prompt_tokens: tokens of their prompts.
-      tokens: tokens emitted.
-      steps: steps in which the request was active.
+      tokens: tokens emitted; up to the one that completed a stop text, if one did.
+      steps: steps that emitted them.
       nodes: T - 1, drafted nodes per step.
       rule: which drafted tokens were kept.
       cascade: the policy, if it was not the target's.
       alpha: of the cascade.
       emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
+      rank_counts: entry n counts the accepted nodes that were child n of their parent,
+        in the order of the tree: of falling estimate, or as they were drawn.
       prefill_seconds: wall time of prefill.
       decode_seconds: wall time of decoding; requests of a batch overlap, so a sum over
         requests is not the wall time of the batch.
@@ -37,14 +40,28 @@ class Stats:
     cascade: str = ""
     alpha: float = 0.0
     emitted_counts: list[int] = dataclasses.field(default_factory=list)
+    rank_counts: list[int] = dataclasses.field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def record_step(self, emitted: int) -> None:
-        """Counts a step that emitted `emitted` tokens."""
-        self.steps += 1
-        self.tokens += emitted
-        self.emitted_counts[emitted] += 1
+    def record_step(self, ranks: Sequence[int]) -> None:
+        """Counts a step: ranks of the nodes that it accepted; it emitted one more."""
+        self._count(ranks, 1)
+
+    def take_back(self, ranks: Sequence[int]) -> None:
+        """Undoes `record_step`."""
+        self._count(ranks, -1)
+
+    def _count(self, ranks, sign):
+        emitted = len(ranks) + 1
+        self.steps += sign
+        self.tokens += sign * emitted
+        self.emitted_counts[emitted] += sign
+        for rank in ranks:
+            self.rank_counts += [0] * (rank + 1 - len(self.rank_counts))
+            self.rank_counts[rank] += sign
+        while self.rank_counts and not self.rank_counts[-1]:
+            self.rank_counts.pop()
 
     @property
     def lossless(self) -> bool:
@@ -89,6 +106,12 @@ class Stats:
             for depth in range(1, len(self.emitted_counts) - 1)
         ]
 
+    @property
+    def acceptance_by_rank(self) -> list[float]:
+        """Share of accepted nodes that were the first, second, … child."""
+        counts = self.rank_counts
+        return [count / self.accepted for count in counts] if self.accepted else []
+
     def as_dict(self) -> dict[str, Any]:
         """Fields and derived figures, for JSON."""
         return {
@@ -107,6 +130,7 @@ class Stats:
                     "accepted",
                     "tokens_per_step",
                     "acceptance_by_depth",
+                    "acceptance_by_rank",
                     "prefill_seconds",
                     "decode_seconds",
                     "tokens_per_second",
@@ -118,10 +142,6 @@ class Stats:
 def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float):
     """Sums the counts of several requests; times are the batch's wall times."""
     parts = list(parts)
-    counts = [0] * max((len(p.emitted_counts) for p in parts), default=0)
-    for part in parts:
-        for n, count in enumerate(part.emitted_counts):
-            counts[n] += count
     return Stats(
         requests=len(parts),
         prompt_tokens=sum(p.prompt_tokens for p in parts),
@@ -131,7 +151,13 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
         rule=parts[0].rule if parts else "exact",
         cascade=parts[0].cascade if parts else "",
         alpha=parts[0].alpha if parts else 0.0,
-        emitted_counts=counts,
+        emitted_counts=_summed(p.emitted_counts for p in parts),
+        rank_counts=_summed(p.rank_counts for p in parts),
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
     )
+
+
+def _summed(counts: Iterable[Sequence[int]]) -> list[int]:
+    """Entry by entry; lists may differ in length."""
+    return [sum(own) for own in itertools.zip_longest(*counts, fillvalue=0)]

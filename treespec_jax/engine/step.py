@@ -56,7 +56,8 @@ def step(
 
     Returns:
       the new state, the new control (what remains), emitted tokens [B, C + 1], their
-      counts [B] and log probabilities [B, C + 1], and `Trees` of this step.
+      counts [B] and log probabilities [B, C + 1], ranks [B, C] of the accepted nodes
+      among their siblings, and `Trees` of this step.
     """
     vocab = target.config.vocab_size
     depth = drafter.depth
@@ -125,7 +126,8 @@ def step(
         log_chance=jnp.where(tree.valid, tree.draft_logprob, -jnp.inf),
         path=verdict.path,
     )
-    return state, control, verdict.emitted, count_B, logprobs_BC, trees
+    ranks_BC = _ranks(tree, verdict.path)
+    return state, control, verdict.emitted, count_B, logprobs_BC, ranks_BC, trees
 
 
 def _draft_randomness(drafter, rule, randomness, sampling, lengths_B, vocab):
@@ -176,6 +178,15 @@ def _logprobs(logits_VR, verdict, control: Control):
     )
 
 
+def _ranks(tree, path_BC):
+    """How many siblings stand before each node of a path [B, C], the root left out."""
+    node_T = jnp.arange(tree.parents.shape[1])
+    above_BC1, own_BC1 = path_BC[:, :-1, None], path_BC[:, 1:, None]
+    sibling_BT = tree.valid & (node_T > 0)
+    before_BCT = (tree.parents[:, None] == above_BC1) & (node_T < own_BC1)
+    return jnp.sum(before_BCT & sibling_BT[:, None], axis=2, dtype=jnp.int32)
+
+
 def dispatch(
     target: Transformer,
     drafter: Drafter,
@@ -192,6 +203,7 @@ def dispatch(
         tokens=jnp.zeros((steps, B, width), jnp.int32),
         counts=jnp.zeros((steps, B), jnp.int32),
         logprobs=jnp.zeros((steps, B, width), jnp.float32),
+        ranks=jnp.zeros((steps, B, width - 1), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
         trees=_no_trees(steps, B, drafter) if record else None,
     )
@@ -203,7 +215,7 @@ def dispatch(
     def body(carry):
         state, remaining, penalties, outbox = carry
         now = dataclasses.replace(control, remaining=remaining)
-        state, now, tokens, counts, logprobs, trees = step(
+        state, now, tokens, counts, logprobs, ranks, trees = step(
             target, drafter, rule, state, now, penalties, cascade
         )
         if penalties is not None:
@@ -213,6 +225,7 @@ def dispatch(
             tokens=lax.dynamic_update_index_in_dim(outbox.tokens, tokens, at, 0),
             counts=lax.dynamic_update_index_in_dim(outbox.counts, counts, at, 0),
             logprobs=lax.dynamic_update_index_in_dim(outbox.logprobs, logprobs, at, 0),
+            ranks=lax.dynamic_update_index_in_dim(outbox.ranks, ranks, at, 0),
             steps=at + 1,
             trees=jax.tree.map(
                 lambda x, own: lax.dynamic_update_index_in_dim(x, own, at, 0),

@@ -217,6 +217,7 @@ def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
         ("steps", str(stats.steps)),
         ("tokens per step", f"{stats.tokens_per_step:.2f}"),
         ("acceptance by depth", table.percents(stats.acceptance_by_depth)),
+        ("accepted by rank", table.percents(stats.acceptance_by_rank)),
         ("prefill", f"{stats.prefill_seconds:.3f} s"),
         ("decode", f"{stats.decode_seconds:.3f} s"),
         ("speed", f"{stats.tokens_per_second:.1f} tok/s"),
