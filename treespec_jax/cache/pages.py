@@ -66,41 +66,62 @@ def commit(
     B, C = path_BC.shape
     quantised = isinstance(pages[0], tuple)
     _, K, _, page, _ = jax.tree.leaves(pages)[0].shape
+    many = B * C > MAX_ROW_WRITES
     offset_C = jnp.arange(C)
     at_BC = lengths[:, None] + offset_C
-    slot_BC = jnp.minimum(at_BC // page, page_table.shape[1] - 1)
-    ids_BC = jnp.take_along_axis(page_table, slot_BC, axis=1)
+    # Nothing here is negative: XLA need not be told what to do if it were.
+    slot_BC = jnp.minimum(lax.div(at_BC, page), page_table.shape[1] - 1)
+    ids_BC = page_table.at[jnp.arange(B)[:, None], slot_BC].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )
     kept_BC = (offset_C < count_B[:, None]) & after
     ids_BC = jnp.where(kept_BC, ids_BC, TRASH_PAGE)
-    row_BC = at_BC % page
+    row_BC = lax.rem(at_BC, page)
 
-    def write(layer_pages, layer_kv):
-        rows = jnp.take_along_axis(layer_kv, path_BC[:, None, None, :, None], axis=3)
-        if not quantised:
-            return place(layer_pages, rows)
-        return tuple(map(place, layer_pages, quantize_rows(rows)))
-
-    def place(pages, rows_BK2C):
-        """Writes rows [B, K, 2, C, H], or what there is one of per row [B, K, 2, C]."""
-        rows_BK2C = rows_BK2C.astype(pages.dtype)
-        wide = rows_BK2C.shape[4:]
-        many = B * C > MAX_ROW_WRITES
+    def place(pages, rows_BK2T):
+        """Writes rows [B, K, 2, T, H], or what there is one of per row [B, K, 2, T]."""
+        rows_BK2T = rows_BK2T.astype(pages.dtype)
+        wide = rows_BK2T.shape[4:]
         if many and not quantised:
             part = tuple(map(slice, wide))
-            rows_BCK2 = jnp.moveaxis(rows_BK2C, 3, 1)
+            rows_BTK2 = jnp.moveaxis(rows_BK2T, 3, 1)
+            rows_BCK2 = rows_BTK2[jnp.arange(B)[:, None], path_BC]
             return pages.at[ids_BC, :, :, row_BC, *part].set(rows_BCK2)
 
-        def write_row(i, pages):
-            b, c, zeros = i // C, i % C, (0,) * len(wide)
-            size = 1, K, 2, 1, *wide
-            row = lax.dynamic_slice(rows_BK2C, (b, 0, 0, c, *zeros), size)
-            at = ids_BC[b, c], 0, 0, row_BC[b, c], *zeros
-            return lax.dynamic_update_slice(pages, row, at)
+        def write_row(pages, source):
+            slot, node, page_id, row = source
+            zeros = (0,) * len(wide)
+            new = lax.dynamic_slice(
+                rows_BK2T,
+                (slot, 0, 0, node, *zeros),
+                (1, K, 2, 1, *wide),
+                allow_negative_indices=False,
+            )
+            at = page_id, 0, 0, row, *zeros
+            return lax.dynamic_update_slice(
+                pages, new, at, allow_negative_indices=False
+            )
 
         if many:
             # On a TPU, XLA copies the whole of an int8 array to scatter into it.
-            return lax.fori_loop(0, B * C, write_row, pages)
-        return functools.reduce(lambda done, i: write_row(i, done), range(B * C), pages)
+            def body(i, pages):
+                return write_row(pages, [x[i] for x in sources])
+
+            return lax.fori_loop(0, B * C, body, pages)
+        return functools.reduce(write_row, zip(*sources, strict=True), pages)
+
+    # Slot, node, page and row of every write, the same for all layers.
+    slots = [i // C for i in range(B * C)]
+    sources = [x.reshape(-1) for x in (path_BC, ids_BC, row_BC)]
+    if many:
+        sources = [jnp.asarray(slots), *sources]
+    else:
+        sources = [slots, *map(jnp.unstack, sources)]
+
+    def write(layer_pages, layer_kv):
+        if not quantised:
+            return place(layer_pages, layer_kv)
+        return tuple(map(place, layer_pages, quantize_rows(layer_kv)))
 
     with jax.named_scope("commit"):
         return tuple(write(p, k) for p, k in zip(pages, kv, strict=True))
