@@ -28,6 +28,7 @@ def test_benchmark(run_script, pair, tmp_path):
         "--shapes=dynamic:3@2",
         "--max_tokens=10",
         "--repeat=1",
+        "--record",
         f"--output={folder}",
     )
     assert result.code == 0, result.err
@@ -51,6 +52,9 @@ def test_benchmark(run_script, pair, tmp_path):
     plain, dynamic = report["shapes"].values()
     assert plain["tokens_per_step"] == 1 and plain["step"]["draft_share"] == 0
     assert plain["ratio_to_plain"]["median"] == 1
+    assert plain["reliability"] is None and "mean gap" in table
+    assert 0 <= dynamic["reliability"]["mean_gap"] <= 1
+    assert len(dynamic["acceptance_by_rank"]) <= 3
     assert len(dynamic["acceptance_by_depth"]) == 2 and dynamic["step"]["draft"] > 0
     assert [point["nodes"] for point in report["cost_curve"]] == [1, 2]
     assert report["cost_curve"][0]["ratio"]["median"] == 1

@@ -26,6 +26,7 @@ def test_comparison(run_script, files, tmp_path):
         "--max_tokens=6",
         "--max_len=32",
         "--repeat=2",
+        "--record",
         f"--output={folder}",
     )
     assert result.code == 0, result.err
@@ -54,6 +55,13 @@ def test_comparison(run_script, files, tmp_path):
             assert figures["ratio_to_plain"]["median"] == 1
         else:
             assert len(figures["acceptance_by_depth"]) == 1
+            assert len(figures["acceptance_by_rank"]) <= 2
+            nodes = sum(row["nodes"] for row in figures["reliability"]["bins"])
+            assert 2 * figures["steps"] == nodes
+    for line in ("T=0, regular: most tokens/step", "T=1, regular: most tokens/step"):
+        assert line in shown
+    assert "LOSSY: most tokens/step typical on regular:2" in shown
+    assert "mean gap" in shown and "by rank" in shown
 
 
 def test_what_is_refused_is_said_with_its_reason():

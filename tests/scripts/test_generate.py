@@ -186,7 +186,7 @@ def test_tokenizer_by_flag_and_stop(run_script, files):
         ("--tree=dynamic:3@4", "dynamic:3@4"),
         ("--prompts_file=x.txt", "both"),
         ("--temprature=1", "temprature"),
-        ("--target=/no/such/folder", "/no/such/folder"),
+        ("--target=/no/such/folder", "no target at /no/such/folder"),
         ("--draft=/no/such/folder", "/no/such/folder"),
         ("--tokenizer=/no/such/file", "/no/such/file"),
         ("--config=/no/such/config.py", "/no/such/config.py"),
@@ -257,6 +257,7 @@ def test_bad_checkpoints(refuses, files, tmp_path):
         refuses(name, "generate.py", target, "--tree=none", a)
     target = f"--target={files.target}"
     refuses("--draft", "generate.py", target, a)
+    refuses("no target at /no/such", "generate.py", "--target=/no/such", a)
     refuses("vocabular", "generate.py", target, f"--draft={files.foreign}", a)
     bare = f"--target={files.bare}"
     refuses("--tokenizer", "generate.py", bare, "--tree=none", a)

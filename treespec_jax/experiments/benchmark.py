@@ -23,6 +23,8 @@ from treespec_jax.experiments.bandwidth import ReadBandwidth
 from treespec_jax.experiments.output import say
 from treespec_jax.experiments.settings import Experiment
 from treespec_jax.trees import shapes
+from treespec_jax.tuning import calibration
+from treespec_jax.tuning.calibration import TreeRecord
 
 # Measurements of each program in the breakdown of a step.
 _COST_ROUNDS = 7
@@ -36,11 +38,13 @@ class Run:
       stats: summed over the prompts; decoding by the clock on the wall.
       wall_steps: steps that ran, a step of a batch counted once.
       token_ids: of every prompt.
+      records: of every drafted tree, if they are kept.
     """
 
     stats: Stats
     wall_steps: int
     token_ids: list[list[int]]
+    records: list[TreeRecord]
 
 
 def run(settings: Experiment, folder: str) -> None:
@@ -72,7 +76,8 @@ def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
     pair = models.load_pair(settings)
     llms = {}
     for name in names:
-        llms[name] = models.make_llm(settings, pair, name)
+        record = settings.benchmark.record
+        llms[name] = models.make_llm(settings, pair, name, record)
         ids = models.encode(llms[name], texts, settings.sampling)
     for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
         say(f"note: {note}")
@@ -158,6 +163,7 @@ def _joined(generations, seconds) -> Run:
         ),
         wall_steps=sum(max(c.stats.steps for c in g) for g in generations),
         token_ids=[c.token_ids for c in completions],
+        records=[record for c in completions for record in c.records],
     )
 
 
@@ -193,6 +199,8 @@ def summarise(
         "nodes_per_step": stats.nodes,
         "tokens_per_step": stats.tokens_per_step,
         "acceptance_by_depth": stats.acceptance_by_depth,
+        "acceptance_by_rank": stats.acceptance_by_rank,
+        "reliability": reliability(mine),
         "texts_unlike_plain": differing,
         "step": dataclasses.asdict(cost),
         "bandwidth_share": read_seconds / cost.target,
@@ -202,6 +210,15 @@ def summarise(
             statistics.median(step_ms) / 1e3
         )
     return figures
+
+
+def reliability(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """How often the drafter's estimates came true; None without records."""
+    records = [record for run in runs for record in run.records]
+    if not any(len(record.parents) > 1 for record in records):
+        return None
+    rows = calibration.reliability(records)
+    return {"bins": rows, "mean_gap": calibration.error(rows)}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from treespec_jax.acceptance import facts
+from treespec_jax.engine.stats import total
 from treespec_jax.errors import UserError
 from treespec_jax.experiments import models, output, plot, prompts, runtime
-from treespec_jax.experiments.benchmark import Run, run_round, spread
+from treespec_jax.experiments.benchmark import Run, reliability, run_round, spread
 from treespec_jax.experiments.output import say
+from treespec_jax.experiments.report import reliability_lines
 from treespec_jax.experiments.settings import Experiment, RuleComparison
-from treespec_jax.experiments.table import markdown
+from treespec_jax.experiments.table import markdown, percents
 from treespec_jax.trees import shapes
 
 # Rule and shape; plain decoding samples by the noise of the exact rule.
@@ -71,7 +73,7 @@ def measure(
     llms = {}
     for rule, shape in [PLAIN, *possible]:
         own = dataclasses.replace(settings, rule=rule, draws="", tree=shape)
-        llms[rule, shape] = models.make_llm(own, pair, shape)
+        llms[rule, shape] = models.make_llm(own, pair, shape, comparison.record)
     plain = llms[PLAIN]
     ids = models.encode(plain, texts, settings.sampling)
     for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
@@ -118,6 +120,7 @@ def _summary(
     """Figures of one rule on one shape at one temperature."""
     rule, shape = name
     mine = [r[name].stats for r in rounds]
+    whole = total(mine, 0.0, 0.0)
     speeds = [stats.tokens_per_second for stats in mine]
     plain = [r[PLAIN].stats.tokens_per_second for r in rounds]
     ratios = [a / b for a, b in zip(speeds, plain, strict=True)]
@@ -128,68 +131,135 @@ def _summary(
         # Without a temperature every rule keeps what plain decoding would emit.
         "lossless": facts.FACTS[rule].lossless or temperature == 0,
         "draws": facts.FACTS[rule].draws[0] if name != PLAIN else None,
-        "tokens": sum(stats.tokens for stats in mine),
-        "steps": sum(stats.steps for stats in mine),
+        "tokens": whole.tokens,
+        "steps": whole.steps,
         "tokens_per_step": spread([stats.tokens_per_step for stats in mine]),
-        "acceptance_by_depth": mine[0].acceptance_by_depth,
+        "acceptance_by_depth": whole.acceptance_by_depth,
+        "acceptance_by_rank": whole.acceptance_by_rank,
+        "reliability": reliability([r[name] for r in rounds]),
         "tokens_per_second": spread(speeds),
         "ratio_to_plain": spread(ratios),
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """A Markdown table, the best of it in words, and what was refused."""
+    """Markdown tables, who wins where in words, and what was refused."""
     figures, versions = results["figures"], results["versions"]
-    temperatures = results["comparison"]["temperatures"]
+    comparison = results["comparison"]
+    temperatures = comparison["temperatures"]
     sampling = results["settings"]["sampling"]
     by_name: dict[Combination, dict[float, dict[str, Any]]] = {}
     for one in figures:
         by_name.setdefault((one["rule"], one["shape"]), {})[one["temperature"]] = one
-    head = ["shape", "rule", "law"]
+    speeds, accepted = [["shape", "rule", "law"]], [["shape", "rule"]]
     for temperature in temperatures:
-        head += [f"tokens/step T={temperature:g}", "tok/s"]
-    rows = [head]
+        speeds[0] += [f"tokens/step T={temperature:g}", "tok/s", "× plain"]
+        accepted[0] += [f"by depth T={temperature:g}", "by rank"]
     for (rule, shape), own in by_name.items():
-        row = [shape, "-" if (rule, shape) == PLAIN else rule, facts.FACTS[rule].label]
+        plain = (rule, shape) == PLAIN
+        name = [shape, "-" if plain else rule]
+        speeds.append([*name, facts.FACTS[rule].label])
+        accepted.append(name)
         for temperature in temperatures:
             one = own[temperature]
-            row += [
+            speeds[-1] += [
                 _spread(one["tokens_per_step"], ".2f"),
                 _spread(one["tokens_per_second"], ".1f"),
+                format(one["ratio_to_plain"]["median"], ".2f"),
             ]
-        rows.append(row)
+            for what in ("acceptance_by_depth", "acceptance_by_rank"):
+                accepted[-1].append(percents(one[what]))
+    accepted = [row for row in accepted if row[0] != "none"]
     lines = [
         f"{results['settings']['dtype']}, {len(results['prompts'])} prompts × "
         f"{sampling['max_tokens']} tokens, batch "
         f"{results['settings']['engine']['max_batch']}, "
-        f"{results['comparison']['repeat']} rounds; jax {versions['jax']}, "
+        f"{comparison['repeat']} rounds; jax {versions['jax']}, "
         f"{versions['device_kind']}, {versions['cpus']} CPUs",
         "",
-        markdown(rows),
+        markdown(speeds),
         "",
-        "Medians of rounds (min–max); each round has other seeds. At T=0 every rule "
-        "keeps what plain decoding would emit.",
+        "Medians of rounds (min–max), ratios are paired within a round; each round has "
+        "other seeds. At T=0 every rule keeps what plain decoding would emit.",
+        "",
+        markdown(accepted),
+        "",
+        "Steps that accepted a node at depth 1, 2, …, and accepted nodes by their rank "
+        "among siblings.",
+        *reliability_lines(
+            {
+                f"{f['rule']} {f['shape']} T={f['temperature']:g}": f["reliability"]
+                for f in figures
+            }
+        ),
+        "",
+        *winners(results),
     ]
-    for temperature in temperatures:
-        lines.append(_best(temperature, figures))
     for one in results["refused"]:
         lines.append(f"refused: {one['rule']} on {one['shape']}: {one['reason']}")
     return "\n".join(lines)
 
 
-def _best(temperature: float, figures: list[dict[str, Any]]) -> str:
-    """Which lossless combinations win."""
-    own = [f for f in figures if f["temperature"] == temperature and f["lossless"]]
-    named = []
-    for what in ("tokens_per_step", "tokens_per_second"):
-        best = max(own, key=lambda f: f[what]["median"])
-        rule = "plain decoding" if best["shape"] == "none" else best["rule"]
-        value = best[what]["median"]
-        named.append(f"{rule} on {best['shape']} ({value:.2f})")
-    return (
-        f"T={temperature:g}, lossless: most tokens per step {named[0]}, most tokens "
-        f"per second {named[1]}."
-    )
+def winners(results: dict[str, Any]) -> list[str]:
+    """A line per temperature and family of shapes, and one over all shapes.
+
+    Lossless rules compete; the best lossy one is named behind them, as such.
+    """
+    figures = results["figures"]
+    shapes_ = dict.fromkeys(f["shape"] for f in figures if f["shape"] != "none")
+    families = dict.fromkeys(_family(shape) for shape in shapes_)
+    lines = []
+    for temperature in results["comparison"]["temperatures"]:
+        now = [f for f in figures if f["temperature"] == temperature]
+        plain = [f for f in now if f["shape"] == "none"]
+        for family in families:
+            own = [f for f in now if _family(f["shape"]) == family]
+            lines.append(_winner(f"T={temperature:g}, {family}", own))
+        if len(families) > 1:
+            drafted = [f for f in now if f["shape"] != "none"]
+            lines.append(_winner(f"T={temperature:g}, all", plain + drafted))
+    return lines
+
+
+def _family(shape: str) -> str:
+    return shape.partition(":")[0]
+
+
+def _winner(where: str, figures: list[dict[str, Any]]) -> str:
+    said = []
+    kinds = {
+        "": [f for f in figures if f["lossless"]],
+        "LOSSY: ": [f for f in figures if not f["lossless"]],
+    }
+    for kind, own in kinds.items():
+        named = []
+        for what, words in (
+            ("tokens_per_step", "tokens/step"),
+            ("tokens_per_second", "tok/s"),
+        ):
+            ranked = sorted(own, key=lambda f: f[what]["median"], reverse=True)
+            if ranked:
+                named.append(f"most {words} {_against_next(ranked, what)}")
+        if named:
+            said.append(kind + ", ".join(named))
+    return f"{where}: " + "; ".join(said) + "."
+
+
+def _against_next(ranked: list[dict[str, Any]], what: str) -> str:
+    """The best of some figures, and how far the next rule is behind it."""
+    first = ranked[0]
+    text = f"{_named(first)} ({first[what]['median']:.2f}"
+    other = next((f for f in ranked if f["rule"] != first["rule"]), None)
+    if other is not None:
+        gap = 1 - other[what]["median"] / first[what]["median"]
+        text += f", {_named(other)} {100 * gap:.0f} % less"
+    return text + ")"
+
+
+def _named(figure: dict[str, Any]) -> str:
+    if figure["shape"] == "none":
+        return "plain decoding"
+    return f"{figure['rule']} on {figure['shape']}"
 
 
 def _spread(values: dict[str, float], form: str) -> str:

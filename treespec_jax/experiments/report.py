@@ -31,6 +31,8 @@ def table(results: dict[str, Any]) -> str:
         "Draft, target and rest are shares of a step; memory is weight bytes over the "
         "time of the target's pass, as a share of the read bandwidth.",
     ]
+    estimated = {n: f["reliability"] for n, f in results["shapes"].items()}
+    lines += reliability_lines(estimated)
     whole = results["shapes"]["none"]["bandwidth_share_whole"]
     lines.append(
         f"Plain decoding, all of its step included, reads weights at {100 * whole:.0f} "
@@ -51,12 +53,31 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reliability_lines(by_name: dict[str, dict[str, Any] | None]) -> list[str]:
+    """A Markdown table of what `benchmark.reliability` gave; none without records."""
+    known = {name: own for name, own in by_name.items() if own}
+    if not known:
+        return []
+    first = next(iter(known.values()))["bins"]
+    head = [f"{100 * row['low']:.0f}–{100 * row['high']:.0f} %" for row in first]
+    rows = [("estimated chance", *head, "mean gap")]
+    for name, own in known.items():
+        realised = (
+            f"{100 * row['realised']:.0f}" if row["nodes"] else "-"
+            for row in own["bins"]
+        )
+        rows.append((name, *realised, f"{100 * own['mean_gap']:.1f}"))
+    words = "Nodes that came true, in %, by the drafter's estimate, of those whose "
+    return ["", markdown(rows), "", words + "parent was reached.", ""]
+
+
 _HEAD = (
     "shape",
     "tok/s",
     "× plain",
     "tokens/step",
     "acceptance by depth",
+    "accepted by rank",
     "ms/step",
     "draft",
     "target",
@@ -73,6 +94,7 @@ def _row(name: str, f: dict[str, Any]) -> tuple[str, ...]:
         _spread(f["ratio_to_plain"], ".2f"),
         f"{f['tokens_per_step']:.2f}",
         percents(f["acceptance_by_depth"]),
+        percents(f["acceptance_by_rank"]),
         f"{f['milliseconds_per_step']['median']:.2f}",
         f"{100 * step['draft_share']:.0f} %",
         f"{100 * step['target_share']:.0f} %",

@@ -14,6 +14,7 @@ from treespec_jax.acceptance import facts
 from treespec_jax.config import (
     EngineConfig,
     SamplingParams,
+    check_bool,
     check_float,
     check_int,
     check_optional,
@@ -48,6 +49,7 @@ class BenchmarkSettings:
       shapes: tree shapes; `none` is added where it lacks.
       repeat: rounds; each runs every shape on every prompt.
       prompts: a file of prompts; empty: the built-in story openings.
+      record: also tabulate how often the drafter's estimates come true.
     """
 
     shapes: tuple[str, ...] = (
@@ -59,8 +61,10 @@ class BenchmarkSettings:
     )
     repeat: int = 3
     prompts: str = ""
+    record: bool = False
 
     def __post_init__(self):
+        check_bool("record", self.record)
         named = (self.shapes,) if isinstance(self.shapes, str) else tuple(self.shapes)
         if not named:
             raise UserError("no shape to compare; give --shapes=none,chain:3")
@@ -83,15 +87,18 @@ class RuleComparison:
       repeat: rounds; each runs every rule, shape and temperature on every prompt, by
         other seeds than the last.
       prompts: a file of prompts; empty: the built-in story openings.
+      record: also tabulate how often the drafter's estimates come true.
     """
 
     rules: tuple[str, ...] = facts.RULES
-    shapes: tuple[str, ...] = ("chain:5", "regular:3x2x1", "dynamic:15@5")
+    shapes: tuple[str, ...] = ("chain:3", "regular:3x2x1", "dynamic:7@4")
     temperatures: tuple[float, ...] = (0.0, 0.5, 1.0)
-    repeat: int = 3
+    repeat: int = 2
     prompts: str = ""
+    record: bool = False
 
     def __post_init__(self):
+        check_bool("record", self.record)
         for name in self.rules:
             if name not in facts.FACTS:
                 raise UserError(
@@ -219,11 +226,6 @@ class Experiment:
             draft = draft or str(BUNDLED / "draft")
         if not needs_drafter:
             draft = ""
-        elif not draft:
-            raise UserError(
-                f"tree {self.tree!r} needs a drafter: give --draft=PATH, or "
-                "--tree=none for plain decoding"
-            )
         for what, path in {
             "target": target,
             "drafter": draft,
@@ -231,6 +233,11 @@ class Experiment:
         }.items():
             if path and not Path(path).expanduser().exists():
                 raise UserError(f"no {what} at {path}; check the path")
+        if needs_drafter and not draft:
+            raise UserError(
+                f"tree {self.tree!r} needs a drafter: give --draft=PATH, or "
+                "--tree=none for plain decoding"
+            )
         return dataclasses.replace(self, target=target, draft=draft)
 
     def as_dict(self) -> dict[str, Any]:
@@ -278,6 +285,16 @@ def _checked(cls, values: Mapping[str, Any], what: str):
     except TypeError as error:
         # A number where a list belongs, for example.
         raise UserError(f"{what}: {error}; check its values") from None
+
+
+def comparison(values: Mapping[str, Any]) -> RuleComparison:
+    """Of flags; None means not given.
+
+    Raises:
+      UserError: a bad value, named.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    return _checked(RuleComparison, given, "comparison")
 
 
 def logit_bias(texts: Sequence[str] | None) -> tuple[tuple[int, float], ...] | None:
