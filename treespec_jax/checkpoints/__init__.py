@@ -15,7 +15,7 @@ from treespec_jax.checkpoints.tokenizers import (
 
 # Loaded on first use: a checkpoint can be described without starting jax.
 _WITH_JAX = {
-    "LoadedModel": "treespec_jax.checkpoints.loading",
+    "LoadedModel": "treespec_jax.checkpoints.loaded",
     "check_output": "treespec_jax.checkpoints.native",
     "convert": "treespec_jax.checkpoints.conversion",
     "load": "treespec_jax.checkpoints.loading",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,12 @@ from treespec_jax.checkpoints.description import (
     Description,
     describe,
 )
+from treespec_jax.checkpoints.loaded import LoadedModel
 from treespec_jax.checkpoints.native import NativeSource
 from treespec_jax.checkpoints.pieces import TensorSource
 from treespec_jax.checkpoints.placement import Parameters, Progress, check_dtype
 from treespec_jax.checkpoints.safetensors_source import SafetensorsSource
-from treespec_jax.checkpoints.tokenizers import Tokenizer
-from treespec_jax.config import ModelConfig
-from treespec_jax.models.transformer import Transformer
 from treespec_jax.sharding import Rules
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model with its weights.
-
-    Attributes:
-      config: shape and constants; `bos_id` is the tokenizer's if there is one, and
-        `eos_ids` holds its ends of text too.
-      model: the decoder, its parameters in `dtype`.
-      tokenizer: or None if the checkpoint has none.
-      source: name of the file or folder that it came from.
-      dtype: of the parameters.
-      notes: what of the checkpoint was left out, a line each.
-      tau: fitted for it as a drafter, or None (`calibration`).
-    """
-
-    config: ModelConfig
-    model: Transformer
-    tokenizer: Tokenizer | None
-    source: str
-    dtype: np.dtype
-    notes: tuple[str, ...] = ()
-    tau: float | None = None
 
 
 def load(

@@ -22,7 +22,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +30,13 @@ import numpy as np
 from flax import nnx
 
 from treespec_jax.checkpoints.files import first_line, read_json
+from treespec_jax.checkpoints.loaded import LoadedModel
 from treespec_jax.checkpoints.metadata import FORMAT, METADATA, VERSION
 from treespec_jax.checkpoints.placement import Item, check_dtype, dotted
 from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 from treespec_jax.models import memory
-
-if TYPE_CHECKING:
-    from treespec_jax.checkpoints.loading import LoadedModel
 
 PARAMS = "params"
 _GROUP = 64 << 20
