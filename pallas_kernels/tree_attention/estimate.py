@@ -107,7 +107,7 @@ def call_bytes(
     static = _static(arrays, sizes)
     q, _, table, _, tree_kv, _ = arrays
     whole = -(-length // static.page) * static.page * static.slots * static.K
-    rows = static.slots * static.row_steps * static.K * static.rows * static.H
+    rows = q.size // static.width * static.H
     tree = static.slots * static.K * 2 * static.U * static.H
     mask = static.slots * static.row_steps * static.mask_rows * static.U * 2
     moved = whole / ROWS * cost.copied * static.row_steps

@@ -35,6 +35,8 @@ CONTRACT_INNER = (((1,), (0,)), ((), ()))
 SMEM_TABLE_BYTES = 512 * 2**10
 # Tree rows of one product; more take several.
 TREE_BLOCK = 256
+# T rows that are rearranged at a time: whole tiles of bf16, whatever G is.
+CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,8 @@ class _Static:
     slots: int
     K: int
     G: int
-    H: int  # Width of a row in memory, whole lanes.
+    H: int  # Width of a row in memory, whole lanes,
+    width: int  # and of a row of `q`.
     page: int
     pages_per_block: int
     max_pages: int
@@ -81,6 +84,7 @@ class _Static:
             "top": (self.heads, self.rows, LANES),
             "total": (self.heads, self.rows, LANES),
             "acc": (self.heads, self.rows, self.H),
+            "rows": (self.heads, self.rows, self.H),
             "seen": (self.tile, self.U),
             "scored": (self.unroll, self.tile, self.block_columns()),
         }
@@ -91,9 +95,9 @@ class _Static:
             shapes["scales"] = (*ring, self.scale_width)
         return shapes
 
-    def scratch(self, dtype, kv_pages, kv_scales) -> list:
+    def scratch(self, q, kv_pages, kv_scales) -> list:
         shapes = self.shapes()
-        types = {"buffer": kv_pages, "scales": kv_scales}
+        types = {"rows": q, "buffer": kv_pages, "scales": kv_scales}
         scratch = [
             pltpu.VMEM(shape, types[name].dtype if name in types else jnp.float32)
             for name, shape in shapes.items()
@@ -109,9 +113,11 @@ class _Static:
         """An estimate from above; two of each window are there."""
         size = {name: math.prod(shape) * 4 for name, shape in self.shapes().items()}
         size["seen"] = self.tile * _round_up(self.U, LANES) * 4
+        size["rows"] = size["rows"] // 4 * self.row_bytes
         if self.prefix:
             size["buffer"] = size["buffer"] // 4 * self.page_bytes
-        rows = self.heads * (2 * self.rows + 2 * self.U) * self.H * self.row_bytes
+        queries = self.step_rows * _round_up(self.heads * self.G, 16)
+        rows = (2 * queries + 2 * self.heads * self.U) * self.H * self.row_bytes
         mask = self.mask_rows * _round_up(self.U, LANES) * 2
         limit = self.rows * LANES * 4 if self.windowed else 0
         return sum(size.values()) + 2 * (rows + mask + limit) + 2**20
@@ -147,7 +153,7 @@ class _Softmax:
     def scores(self, h, at, keys_SH, key_scale=None):
         """Scores in units of log2, float32 [rows, S]."""
         static = self.static
-        s = _dot(self.q[0, h, at], keys_SH, CONTRACT_LAST, static)
+        s = _dot(self.q[h, at], keys_SH, CONTRACT_LAST, static)
         if key_scale is not None:
             s = s * key_scale
         if static.soft_cap is None:
@@ -218,18 +224,19 @@ def _kernel(static: _Static, *refs):
     table = take(prefix)  # [B * max_pages]
     plan = take(prefix)  # [8, B]
     # Inputs
-    q = take()  # [1, heads, rows, H]
+    q_tokens = take()  # [1, step_rows, heads * G, width]
     tree_kv = take()  # [1, heads, 2, U, H]
     tree_mask = take()  # [1, mask_rows, U]
     limit = take(static.windowed)  # [1, rows, LANES]
     pages = take(prefix)  # [P, K, 2, page, H] in HBM
     scales = take(quantised)  # [P, K, 2, page] in HBM
     # Outputs
-    out = take()  # [1, heads, rows, H]
+    out = take()  # [1, step_rows, heads * G, width]
     # Scratch
     top = take()  # [heads, rows, LANES]
     total = take()  # [heads, rows, LANES]
     acc = take()  # [heads, rows, H]
+    q = take()  # [heads, rows, H]
     seen = take()  # [tile, U]
     scored = take()  # [unroll, tile, S or U]
     buffer = take(prefix)  # [buffers, pages_per_block, heads, 2, page, H]
@@ -244,6 +251,7 @@ def _kernel(static: _Static, *refs):
     step = pl.program_id(1) * static.row_steps + pl.program_id(2)
     softmax = _Softmax(static, q, top, total, acc, scored)
     softmax.reset()
+    _gather(static, q_tokens, q)
 
     def each_tile(body):
         """Calls body(head, rows) for all heads and tiles, `unroll` heads at a time."""
@@ -374,12 +382,54 @@ def _kernel(static: _Static, *refs):
                     lambda h: None,
                 )
             for h in group:
-                out[0, h, at] = softmax.result(h, at).astype(out.dtype)
+                acc[h, at] = softmax.result(h, at)
 
         n = static.heads // side_by_side
         heads(0, None) if n == 1 else lax.fori_loop(0, n, heads, None)
 
     tree_tile(0, None) if tiles == 1 else lax.fori_loop(0, tiles, tree_tile, None)
+    _scatter(static, acc, out)
+
+
+def _each_chunk(static, body):
+    """Calls body(first, count) for the step's T rows, some at a time."""
+    whole, rest = divmod(static.step_rows, CHUNK)
+    if whole == 1:
+        body(0, CHUNK)
+    elif whole:
+
+        def some(i, _):
+            body(pl.multiple_of(i * CHUNK, CHUNK), CHUNK)
+
+        lax.fori_loop(0, whole, some, None)
+    if rest:
+        body(whole * CHUNK, rest)
+
+
+def _gather(static, tokens, rows):
+    """Heads before rows: XLA's own transposition costs several times as much."""
+    G, width = static.G, static.width
+    if width < static.H:
+        rows[...] = jnp.zeros(rows.shape, rows.dtype)
+
+    def some(t, n):
+        for h in range(static.heads):
+            x = tokens[0, pl.ds(t, n), h * G : (h + 1) * G].reshape(n * G, width)
+            rows[h, pl.ds(t * G, n * G), :width] = x
+
+    _each_chunk(static, some)
+
+
+def _scatter(static, rows, tokens):
+    """The way back, with rounding."""
+    G, width = static.G, static.width
+
+    def some(t, n):
+        for h in range(static.heads):
+            x = rows[h, pl.ds(t * G, n * G), :width].reshape(n, G, width)
+            tokens[0, pl.ds(t, n), h * G : (h + 1) * G] = x.astype(tokens.dtype)
+
+    _each_chunk(static, some)
 
 
 def _expand_mask(static, mask_TU, first_row, tile):
@@ -444,6 +494,9 @@ def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
     tree_block = U_padded = _round_up(U, 16)
     if U_padded > TREE_BLOCK:
         tree_block, U_padded = TREE_BLOCK, _round_up(U, TREE_BLOCK)
+    # A step's query heads are whole tiles of `q`, or all.
+    whole = [d for d in _divisors(K) if d * G % 8 == 0 or d == K]
+    head_counts = [d for d in whole if d <= sizes.heads] or whole[-1:]
     max_rows = sizes.max_rows
     while True:
         row_steps, step_rows = 1, T
@@ -454,12 +507,13 @@ def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
         rows = 8 if rows <= 8 else _round_up(rows, 16)
         if rows > sizes.rows:
             rows = _round_up(rows, sizes.rows)
-        for heads in _divisors(K):
+        for heads in head_counts:
             static = _Static(
                 sizes=sizes,
                 K=K,
                 G=G,
                 H=width,
+                width=H,
                 page=page,
                 pages_per_block=pages_per_block,
                 max_pages=max_pages,
@@ -480,11 +534,14 @@ def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
                 row_bytes=q.dtype.itemsize,
                 **options,
             )
-            if heads <= sizes.heads and static.vmem_bytes() <= sizes.vmem_bytes:
+            if static.vmem_bytes() <= sizes.vmem_bytes:
                 return static
-        if max_rows <= sizes.rows:
+        if max_rows > sizes.rows:
+            max_rows //= 2
+        elif pages_per_block > 1:
+            pages_per_block //= 2
+        else:
             return f"one block needs {static.vmem_bytes()} of {sizes.vmem_bytes} bytes"
-        max_rows //= 2
 
 
 def unsupported(
@@ -547,18 +604,15 @@ def tree_attention(
         allowed &= depth_BT[:, :, None] - tree_depth[:, None, :] < window
     mask = tiles(allowed.astype(jnp.bfloat16), static.step_rows, static.mask_rows, 1)
     mask = _pad(mask, 2, static.U)
-    q_BKRH = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
-    q_BKRH = tiles(q_BKRH, static.step_rows * G, static.rows, 2)
-    q_BKRH = _pad(q_BKRH, 3, static.H)
     tree_kv = _pad(_pad(tree_kv, 3, static.U), 4, static.H)
 
     vmem = functools.partial(pl.BlockSpec, memory_space=pltpu.VMEM)
-    by_head = vmem(
-        (1, static.heads, static.rows, static.H), lambda b, k, r, *_: (b, k, r, 0)
+    tokens = vmem(
+        (1, static.step_rows, static.heads * G, H), lambda b, k, r, *_: (b, r, k, 0)
     )
-    prefetch, inputs = [], [q_BKRH, tree_kv, mask]
+    prefetch, inputs = [], [q, tree_kv, mask]
     in_specs = [
-        by_head,
+        tokens,
         vmem(
             (1, static.heads, 2, static.U, static.H),
             lambda b, k, r, *_: (b, k, 0, 0, 0),
@@ -588,23 +642,23 @@ def tree_attention(
                 in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
     S = static.max_pages * static.page
     row_bytes = 2 * K * (static.H * static.page_bytes + 4 * static.quantised)
-    out = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_kernel, static),
         name="tree_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(B, static.head_steps, static.row_steps),
             in_specs=in_specs,
-            out_specs=by_head,
-            scratch_shapes=static.scratch(q.dtype, kv_pages, kv_scales),
+            out_specs=tokens,
+            scratch_shapes=static.scratch(q, kv_pages, kv_scales),
         ),
-        out_shape=jax.ShapeDtypeStruct(q_BKRH.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         # Of slots that are full: how full they are is not known here.
         cost_estimate=pl.CostEstimate(
             flops=4 * B * N * T * (S + U) * H,
             transcendentals=B * N * T * (S + U),
             bytes_accessed=B * S * row_bytes * static.row_steps
-            + sum(x.nbytes for x in (tree_kv, q_BKRH, q_BKRH, mask)),
+            + sum(x.nbytes for x in (tree_kv, q, q, mask)),
         ),
         compiler_params=pltpu.CompilerParams(
             # Steps hand the ring of page buffers on, so their order is fixed.
@@ -613,10 +667,6 @@ def tree_attention(
         ),
         interpret=interpret,
     )(*prefetch, *inputs)
-    out = out.reshape(B, K, static.row_steps, static.rows, static.H)
-    out = out[:, :, :, : static.step_rows * G, :H]
-    out = out.reshape(B, K, static.row_steps * static.step_rows, G, H)[:, :, :T]
-    return out.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
 def _pad(x, axis, size):
