@@ -53,12 +53,13 @@ class _Static:
     K: int
     G: int
     H: int  # Width of a row in memory, whole lanes,
-    width: int  # and of a row of `q`.
+    width: int  # and of a row of `q` and `tree_kv`.
     page: int
     pages_per_block: int
     max_pages: int
     scale_width: int
-    U: int  # Tree rows, padding included.
+    tree_rows: int
+    U: int  # The same, padding included.
     tree_block: int
     heads: int  # Of one grid step.
     unroll: int
@@ -75,6 +76,10 @@ class _Static:
         return min(self.sizes.rows, self.rows)
 
     @property
+    def pads_tree(self) -> bool:
+        return self.tree_rows < self.U or self.width < self.H
+
+    @property
     def precision(self):
         return lax.Precision.HIGHEST if self.row_bytes == 4 else None
 
@@ -88,6 +93,8 @@ class _Static:
             "seen": (self.tile, self.U),
             "scored": (self.unroll, self.tile, self.block_columns()),
         }
+        if self.pads_tree:
+            shapes["tree"] = (self.heads, 2, self.U, self.H)
         ring = (self.sizes.buffers, self.pages_per_block, self.heads, 2)
         if self.prefix:
             shapes["buffer"] = (*ring, self.page, self.H)
@@ -97,7 +104,7 @@ class _Static:
 
     def scratch(self, q, kv_pages, kv_scales) -> list:
         shapes = self.shapes()
-        types = {"rows": q, "buffer": kv_pages, "scales": kv_scales}
+        types = {"rows": q, "tree": q, "buffer": kv_pages, "scales": kv_scales}
         scratch = [
             pltpu.VMEM(shape, types[name].dtype if name in types else jnp.float32)
             for name, shape in shapes.items()
@@ -113,7 +120,8 @@ class _Static:
         """An estimate from above; two of each window are there."""
         size = {name: math.prod(shape) * 4 for name, shape in self.shapes().items()}
         size["seen"] = self.tile * _round_up(self.U, LANES) * 4
-        size["rows"] = size["rows"] // 4 * self.row_bytes
+        for name in ("rows", "tree"):
+            size[name] = size.get(name, 0) // 4 * self.row_bytes
         if self.prefix:
             size["buffer"] = size["buffer"] // 4 * self.page_bytes
         queries = self.step_rows * _round_up(self.heads * self.G, 16)
@@ -225,7 +233,7 @@ def _kernel(static: _Static, *refs):
     plan = take(prefix)  # [8, B]
     # Inputs
     q_tokens = take()  # [1, step_rows, heads * G, width]
-    tree_kv = take()  # [1, heads, 2, U, H]
+    tree_kv = take().at[0]  # [heads, 2, tree_rows, width]
     tree_mask = take()  # [1, mask_rows, U]
     limit = take(static.windowed)  # [1, rows, LANES]
     pages = take(prefix)  # [P, K, 2, page, H] in HBM
@@ -239,6 +247,7 @@ def _kernel(static: _Static, *refs):
     q = take()  # [heads, rows, H]
     seen = take()  # [tile, U]
     scored = take()  # [unroll, tile, S or U]
+    tree = take() if static.pads_tree else tree_kv  # [heads, 2, U, H]
     buffer = take(prefix)  # [buffers, pages_per_block, heads, 2, page, H]
     scale_buffer = take(quantised)  # [buffers, pages_per_block, heads, 2, page]
     sem = take(prefix)  # [buffers]
@@ -252,6 +261,9 @@ def _kernel(static: _Static, *refs):
     softmax = _Softmax(static, q, top, total, acc, scored)
     softmax.reset()
     _gather(static, q_tokens, q)
+    if static.pads_tree:
+        tree[...] = jnp.zeros(tree.shape, tree.dtype)
+        tree[:, :, : static.tree_rows, : static.width] = tree_kv[...]
 
     def each_tile(body):
         """Calls body(head, rows) for all heads and tiles, `unroll` heads at a time."""
@@ -375,10 +387,10 @@ def _kernel(static: _Static, *refs):
                     at,
                     lambda h, cols=cols: jnp.where(
                         seen[:, cols] > 0.5,
-                        softmax.scores(h, at, tree_kv[0, h, 0, cols]),
+                        softmax.scores(h, at, tree[h, 0, cols]),
                         -jnp.inf,
                     ),
-                    lambda h, cols=cols: tree_kv[0, h, 1, cols],
+                    lambda h, cols=cols: tree[h, 1, cols],
                     lambda h: None,
                 )
             for h in group:
@@ -523,6 +535,7 @@ def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
                 rows=rows,
                 step_rows=step_rows,
                 mask_rows=_round_up(step_rows, 16),
+                tree_rows=U,
                 U=U_padded,
                 tree_block=tree_block,
                 head_steps=K // heads,
@@ -604,7 +617,6 @@ def tree_attention(
         allowed &= depth_BT[:, :, None] - tree_depth[:, None, :] < window
     mask = tiles(allowed.astype(jnp.bfloat16), static.step_rows, static.mask_rows, 1)
     mask = _pad(mask, 2, static.U)
-    tree_kv = _pad(_pad(tree_kv, 3, static.U), 4, static.H)
 
     vmem = functools.partial(pl.BlockSpec, memory_space=pltpu.VMEM)
     tokens = vmem(
@@ -614,7 +626,7 @@ def tree_attention(
     in_specs = [
         tokens,
         vmem(
-            (1, static.heads, 2, static.U, static.H),
+            (1, static.heads, 2, U, H),
             lambda b, k, r, *_: (b, k, 0, 0, 0),
         ),
         vmem((1, static.mask_rows, static.U), lambda b, k, r, *_: (b, r, 0)),
