@@ -69,6 +69,36 @@ class Rules:
         return dict(self.axes).get(logical)
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a cache lies: what the code that reads and writes it must know.
+
+    Attributes:
+      mesh: of the devices that share the model; None: one device.
+      axis: of the mesh, cuts the key/value heads; None: each device holds all of them.
+      device_kind: `jax.Device.device_kind`; None: not known.
+    """
+
+    mesh: Mesh | None = None
+    axis: str | None = None
+    device_kind: str | None = None
+
+    def of_heads(self, kv_heads: int) -> Placement:
+        """The same for a model with so many key/value heads.
+
+        Heads that the axis does not divide stay whole: every device then holds that
+        model's cache and does all of its attention.
+        """
+        if self.axis is None or kv_heads % self.mesh.shape[self.axis] == 0:
+            return self
+        return dataclasses.replace(self, axis=None)
+
+    @property
+    def heads_spec(self) -> PartitionSpec:
+        """Of pages, rows and scales, whose second axis are the heads."""
+        return PartitionSpec(None, self.axis)
+
+
 def make_mesh(
     axes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -168,7 +169,7 @@ def prepare(dump: bool = True) -> None:
 
 
 def topology_devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a topology, to build a mesh of.
+    """The devices of a topology, to build a mesh of; the same ones at every call.
 
     Raises:
       ValueError: an unknown topology.
@@ -177,14 +178,19 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     known = device_kind(topology)
     prepare(dump=False)
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        return _describe(topology).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"the compiler refuses topology {topology!r} (such as {known.topology}): "
             f"{reason}"
         ) from None
-    return described.devices
+
+
+@functools.cache
+def _describe(topology: str):
+    """Once: devices of two descriptions cannot share a program."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology)
 
 
 def compile_for(

@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.tree_attention import gpu, reference, tpu
 from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes, default_sizes
@@ -39,6 +41,8 @@ def tree_attention(
     device_kind: str | None = None,
     block_sizes: BlockSizes | GpuBlockSizes | None = None,
     interpret: bool | object = False,
+    mesh: Mesh | None = None,
+    heads_axis: str | None = None,
 ) -> jax.Array:
     """Softmax attention over (prefix rows 0..length-1) and the allowed tree rows.
 
@@ -71,6 +75,10 @@ def tree_attention(
         fit every kind.
       block_sizes: instead of the chosen ones; their type says for which kernel.
       interpret: True or `pltpu.InterpretParams`: runs a named kernel anywhere, slowly.
+      mesh: of the devices that share the call. No compiler cuts a kernel up by itself:
+        each device runs one on its own heads, and nothing is exchanged.
+      heads_axis: axis of `mesh` that cuts the K heads, and with them the N, of all
+        arrays; None: every device does all of them.
 
     Returns:
       [B, T, N, H] in the dtype of `q`, computed in float32. A row that may see nothing
@@ -95,6 +103,15 @@ def tree_attention(
         raise ValueError(f"interpret needs a kernel's name, not {implementation!r}")
     arrays = [q, kv_pages, page_table, lengths, tree_kv, tree_mask]
     arrays += [tree_depth if window is not None else None, kv_scales]
+    if mesh is not None:
+        parts = 1 if heads_axis is None else mesh.shape[heads_axis]
+        if tree_kv.shape[1] % parts:
+            raise ValueError(
+                f"{tree_kv.shape[1]} key/value heads cannot be cut in {parts} over "
+                f"mesh axis {heads_axis!r}; pass heads_axis=None"
+            )
+        options = scale, window, soft_cap, implementation, device_kind, block_sizes
+        return _on_mesh(mesh, heads_axis, (*options, interpret), *arrays)
     plain = functools.partial(
         reference.tree_attention, scale=scale, window=window, soft_cap=soft_cap
     )
@@ -129,6 +146,36 @@ def _plan(name, arrays, window, device_kind, block_sizes):
     return sizes, tpu.unsupported(
         q, kv_pages, page_table, tree_kv, kv_scales, window, sizes
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # Traced once for all layers.
+def _on_mesh(mesh, axis, options, *arrays):
+    scale, window, soft_cap, implementation, device_kind, block_sizes, interpret = (
+        options
+    )
+
+    def attend(*arrays):
+        *arrays, tree_depth, kv_scales = arrays
+        return tree_attention(
+            *arrays,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            tree_depth=tree_depth,
+            kv_scales=kv_scales,
+            implementation=implementation,
+            device_kind=device_kind,
+            block_sizes=block_sizes,
+            interpret=interpret,
+        )
+
+    queries, heads = P(None, None, axis), P(None, axis)
+    # q, pages, table, lengths, tree rows, mask, depth, scales.
+    specs = queries, heads, P(), P(), heads, P(), P(), heads
+    run = jax.shard_map(
+        attend, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False
+    )
+    return run(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

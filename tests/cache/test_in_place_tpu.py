@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels.tree_attention import tree_attention
 from treespec_jax.cache import pages as paging
+from treespec_jax.models.views import Pages
 
 POOL, B, T, K, G, H, PAGE, LAYERS = 2003, 8, 32, 8, 4, 128, 128, 2
 # Rows only: scales are small, and XLA may move them through faster memory.
@@ -25,7 +26,8 @@ def step(rows, pages, table, lengths, q, kv, mask, path, count):
         q += attend(q, whole, table, lengths, new, mask, kv_scales=scales)
     after = q[0, 0, 0, 0] < jnp.inf
     path = path[:, :rows]
-    return q, paging.commit(pages, table, lengths, kv, path, count, after)
+    pages = paging.commit(Pages(pages), table, lengths, kv, path, count, after)
+    return q, pages.layers
 
 
 @pytest.mark.slow

@@ -10,10 +10,17 @@ import pytest
 from pallas_kernels.tree_attention import quantize_rows
 from tests.conftest import TINY
 from treespec_jax.cache import pages as paging
+from treespec_jax.models.views import Pages
 
 L, B, C, T, K, H, PAGE, MAX_PAGES = 2, 3, 4, 6, 2, 4, 8, 3
 TABLE = np.array([[5, 2, 7], [1, 6, 3], [4, 0, 0]], np.int32)
-write = jax.jit(paging.commit)
+
+
+def written(layers, *args):
+    return paging.commit(Pages(layers), *args).layers
+
+
+write = jax.jit(written)
 
 
 def make(dtype=np.float32, slots=B, columns=C):
@@ -111,7 +118,7 @@ def test_int8_pages_take_rows_and_scales(most, monkeypatch):
         for _ in range(L)
     )
     lengths, counts = (6, 13, 4), (4, 3, 2)
-    call = jax.jit(lambda *args: paging.commit(*args))
+    call = jax.jit(lambda *args: written(*args))
     as_int = [np.asarray(x, np.int32) for x in (lengths, counts)]
     after = call(before, TABLE, as_int[0], kv, path, as_int[1], np.bool_(True))
     clean = [np.zeros_like(layer) for layer in pages]
@@ -132,9 +139,9 @@ def test_the_scatter_equals_row_writes(monkeypatch):
     pages, kv, path = make()
     lengths, counts = (6, 13, 4), (4, 3, 2)
     monkeypatch.setattr(paging, "MAX_ROW_WRITES", 0)
-    scatter = jax.jit(lambda *args: paging.commit(*args))
+    scatter = jax.jit(lambda *args: written(*args))
     assert "scatter" in str(
-        jax.make_jaxpr(lambda *a: paging.commit(*a))(
+        jax.make_jaxpr(lambda *a: written(*a))(
             pages,
             TABLE,
             np.zeros(B, np.int32),
@@ -152,7 +159,7 @@ def test_the_scatter_equals_row_writes(monkeypatch):
 
 
 def test_pages_start_empty():
-    pages = paging.empty_pages(TINY, 3, PAGE, jnp.bfloat16)
+    pages = paging.empty_pages(TINY, paging.CacheLayout(3, PAGE), jnp.bfloat16)
     assert len(pages) == TINY.num_layers
     assert all(p.shape == (3, TINY.num_kv_heads, 2, PAGE, TINY.head_dim) for p in pages)
     assert all(p.dtype == jnp.bfloat16 and not p.any() for p in pages)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.checkpoints.support import forward
 from treespec_jax.checkpoints import load
-from treespec_jax.models.views import CacheView
+from treespec_jax.models.views import CacheView, Pages
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -57,7 +57,8 @@ def test_prefill_and_a_tree_through_pages(golden):
 
     def run(ids, at, **tree):
         lengths = jnp.full((2,), at, jnp.int32)
-        view = CacheView(tuple(map(jnp.array, caches)), jnp.asarray(table), lengths)
+        pages = Pages(tuple(map(jnp.array, caches)))
+        view = CacheView(pages, jnp.asarray(table), lengths)
         return forward(loaded.model, ids, at, view, **tree)
 
     for at in range(0, prefix, CHUNK):

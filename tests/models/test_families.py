@@ -63,7 +63,8 @@ class Run:
     def prefix(self) -> CacheView:
         """A cache of the text's first tokens, on pages out of order."""
         table, zero = jnp.array([[3, 1, 2]], jnp.int32), jnp.zeros(1, jnp.int32)
-        pages = paging.empty_pages(self.model.config, 4, PAGE, jnp.float32)
+        layout = paging.CacheLayout(4, PAGE)
+        pages = paging.empty_pages(self.model.config, layout, jnp.float32)
         order, count = jnp.arange(PREFIX)[None], jnp.full(1, PREFIX, jnp.int32)
         kv, done = self.whole[1], jnp.bool_(True)
         pages = paging.commit(pages, table, zero, kv, order, count, done)

@@ -49,7 +49,7 @@ def text():
 def prefix(tiny_target, text):
     """A cache that holds the first 13 tokens, on pages out of order."""
     table = jnp.array([[3, 1, 2]], jnp.int32)
-    pages = paging.empty_pages(TINY, 4, PAGE, jnp.float32)
+    pages = paging.empty_pages(TINY, paging.CacheLayout(4, PAGE), jnp.float32)
     _, kv = forward(tiny_target, text[:13], range(13), np.tril(np.ones((13, 13), bool)))
     pages = paging.commit(
         pages,

@@ -60,7 +60,10 @@ def top_k_rows(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     values, indices = lax.top_k(x, count)
     # Behind the barrier nobody's slice is merged with those that make it a top-k: for
     # a CPU it would be a sort of everything, by a comparator, at ten times the cost.
-    return lax.optimization_barrier((values, indices.astype(jnp.int32)))
+    # One barrier for both would take the top-k's own tuple, and XLA crashes over that
+    # when it compiles for a mesh of CPUs.
+    barrier = lax.optimization_barrier
+    return barrier(values), barrier(indices.astype(jnp.int32))
 
 
 def _columns(x: jax.Array, blocks_JR: jax.Array) -> jax.Array:

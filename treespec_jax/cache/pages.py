@@ -6,51 +6,63 @@ not be kept are written there, so that every write is unconditional and in place
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.tree_attention import quantize_rows
 from treespec_jax.config import ModelConfig
+from treespec_jax.models.views import Pages
+from treespec_jax.sharding import Placement
 
 TRASH_PAGE = 0
 # Up to here rows are written one by one, in place; beyond, one scatter per layer.
 MAX_ROW_WRITES = 64
 
 
-def empty_pages(
-    config: ModelConfig, num_pages: int, page_size: int, dtype, lanes: int = 1
-) -> tuple[jax.Array, ...]:
-    """Zeroed pages, one array per layer.
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """What the caches of target and drafter have in common.
 
-    Args:
-      config: of the model whose cache it is.
+    Attributes:
       num_pages: the trash page included.
       page_size: rows per page.
-      dtype: of the rows.
       lanes: the width of a row is padded to a multiple of it.
+      place: on which devices; a model whose heads cannot be cut so is held by each.
     """
-    width = -(-config.head_dim // lanes) * lanes
-    shape = (num_pages, config.num_kv_heads, 2, page_size, width)
-    return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    num_pages: int
+    page_size: int
+    lanes: int = 1
+    place: Placement = Placement()
+
+
+def empty_pages(config: ModelConfig, layout: CacheLayout, dtype) -> Pages:
+    """Zeroed pages, one array per layer, for rows of `dtype` of the model `config`."""
+    width = -(-config.head_dim // layout.lanes) * layout.lanes
+    heads = config.num_kv_heads
+    shape = (layout.num_pages, heads, 2, layout.page_size, width)
+    layers = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+    return Pages(layers, layout.place.of_heads(heads))
 
 
 def commit(
-    pages: tuple[jax.Array, ...],
+    pages: Pages,
     page_table: jax.Array,
     lengths: jax.Array,
     kv: tuple[jax.Array, ...],
     path_BC: jax.Array,
     count_B: jax.Array,
     after: jax.Array,
-) -> tuple[jax.Array, ...]:
+) -> Pages:
     """Writes the first `count` rows of `path` after each slot's prefix.
 
     Args:
-      pages: per layer [P, K, 2, page, W >= H], or a pair of such pages in int8 and
-        their float32 scales [P, K, 2, X >= page]; donated or carried, updated in place.
+      pages: donated or carried, updated in place; on a mesh by each device its own.
       page_table: int32 [B, max_pages].
       lengths: int32 [B], rows of prefix before the write.
       kv: per layer [B, K, 2, T, H], a forward's own rows.
@@ -63,9 +75,23 @@ def commit(
     Returns:
       The pages with the rows written.
     """
+    write, place = _write, pages.place
+    if place.mesh is not None:
+        heads, whole = place.heads_spec, PartitionSpec()
+        specs = heads, whole, whole, heads, whole, whole, whole
+        write = jax.shard_map(
+            _write, mesh=place.mesh, in_specs=specs, out_specs=heads, check_vma=False
+        )
+    with jax.named_scope("commit"):
+        layers = write(pages.layers, page_table, lengths, kv, path_BC, count_B, after)
+    return dataclasses.replace(pages, layers=layers)
+
+
+def _write(layers, page_table, lengths, kv, path_BC, count_B, after):
+    """`commit` of the heads that one device holds."""
     B, C = path_BC.shape
-    quantised = isinstance(pages[0], tuple)
-    _, K, _, page, _ = jax.tree.leaves(pages)[0].shape
+    quantised = isinstance(layers[0], tuple)
+    _, K, _, page, _ = jax.tree.leaves(layers)[0].shape
     many = B * C > MAX_ROW_WRITES
     offset_C = jnp.arange(C)
     at_BC = lengths[:, None] + offset_C
@@ -123,5 +149,4 @@ def commit(
             return place(layer_pages, layer_kv)
         return tuple(map(place, layer_pages, quantize_rows(layer_kv)))
 
-    with jax.named_scope("commit"):
-        return tuple(write(p, k) for p, k in zip(pages, kv, strict=True))
+    return tuple(write(p, k) for p, k in zip(layers, kv, strict=True))

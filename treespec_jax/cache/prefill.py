@@ -7,17 +7,17 @@ import jax.numpy as jnp
 
 from treespec_jax.cache.pages import commit
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.models.views import CacheView
+from treespec_jax.models.views import CacheView, Pages
 
 
 def run_chunk(
     model: Transformer,
-    pages: tuple[jax.Array, ...],
+    pages: Pages,
     tokens_1T: jax.Array,
     start: jax.Array,
     count: jax.Array,
     page_table_1P: jax.Array,
-) -> tuple[jax.Array, ...]:
+) -> Pages:
     """Runs a chunk, a chain-shaped tree, and commits it.
 
     No logits are needed: the last prompt token is not prefilled but becomes the root of
@@ -25,7 +25,7 @@ def run_chunk(
 
     Args:
       model: whose cache it is.
-      pages: per layer [P, K, 2, page, H].
+      pages: of the model.
       tokens_1T: int32 [1, T], the first `count` of them real.
       start: int32, absolute position of the first.
       count: int32.

@@ -18,7 +18,7 @@ from treespec_jax.cache.prefill import run_chunk
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.models.views import CacheView
+from treespec_jax.models.views import CacheView, Pages
 from treespec_jax.trees.shapes import TreeShape
 
 
@@ -28,13 +28,13 @@ class DraftModelState:
     """The draft model's cache and the tokens it has not seen.
 
     Attributes:
-      pages: per layer [P, K, 2, page, H].
+      pages: of the model.
       lengths: int32 [B], tokens in the cache.
       pending: int32 [B, C + 1], emitted tokens not in the cache; the last is the root.
       pending_count: int32 [B].
     """
 
-    pages: tuple[jax.Array, ...]
+    pages: Pages
     lengths: jax.Array
     pending: jax.Array
     pending_count: jax.Array
@@ -79,11 +79,10 @@ class DraftModel:
     def with_module(self, module):
         return DraftModel(module, self.shape, self.tau, self.vocab_size, self.draws)
 
-    def begin(self, batch, num_pages, page_size, lanes):
+    def begin(self, batch, layout):
         dtype = self.model.embedding[...].dtype
-        sizes = num_pages, page_size, dtype, lanes
         return DraftModelState(
-            pages=paging.empty_pages(self.model.config, *sizes),
+            pages=paging.empty_pages(self.model.config, layout, dtype),
             lengths=jnp.zeros(batch, jnp.int32),
             pending=jnp.zeros((batch, self.depth + 1), jnp.int32),
             pending_count=jnp.zeros(batch, jnp.int32),

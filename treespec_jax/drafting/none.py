@@ -20,7 +20,7 @@ class NoDrafter:
     def with_module(self, module):
         return self
 
-    def begin(self, batch, num_pages, page_size, lanes):
+    def begin(self, batch, layout):
         return ()
 
     def prefill(self, state, slot, tokens_1T, start, count, page_table_1P):

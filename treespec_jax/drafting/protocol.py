@@ -11,6 +11,7 @@ from flax import nnx
 
 from treespec_jax.acceptance.penalties import Penalties
 from treespec_jax.acceptance.policy import Sampling
+from treespec_jax.cache.pages import CacheLayout
 from treespec_jax.trees.shapes import TreeShape
 from treespec_jax.trees.token_tree import TokenTree
 
@@ -69,7 +70,7 @@ class Drafter(Protocol):
     def with_module(self, module: nnx.Module | None) -> Drafter:
         """The same drafter over other parameters (those bound inside a jit)."""
 
-    def begin(self, batch: int, num_pages: int, page_size: int, lanes: int) -> Any:
+    def begin(self, batch: int, layout: CacheLayout) -> Any:
         """An empty state for `batch` slots."""
 
     def prefill(self, state, slot, tokens_1T, start, count, page_table_1P) -> Any:

@@ -20,6 +20,7 @@ from treespec_jax.cache import pages as paging
 from treespec_jax.cache.allocator import PageAllocator
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.drafting.protocol import Drafter
+from treespec_jax.engine import placing
 from treespec_jax.engine import step as stepping
 from treespec_jax.engine.state import Control, DecodeState
 from treespec_jax.engine.stats import Stats
@@ -98,8 +99,8 @@ class Engine:
       decode_seconds: wall time spent in dispatches.
 
     Raises:
-      UserError: a tree that is deeper than max_len, or one that the rule would not be
-        lossless for.
+      UserError: a tree that is deeper than max_len, one that the rule would not be
+        lossless for, or a target and a drafter on different devices.
     """
 
     def __init__(
@@ -128,7 +129,8 @@ class Engine:
         self._eos_ids = tuple(eos_ids)
         self._target = FlatModule(target)
         self._draft = FlatModule(drafter.module)
-        lanes = config.lanes or (TPU_LANES if jax.default_backend() == "tpu" else 1)
+        self._place = placing.placement(target, drafter.module)
+        lanes = config.lanes or (TPU_LANES if placing.on_tpu(target) else 1)
         self._pages_per_slot = -(-config.max_len // config.page_size)
         num_pages = config.num_pages or config.max_batch * self._pages_per_slot
         self._allocator = PageAllocator(num_pages)
@@ -152,25 +154,30 @@ class Engine:
         }
         self._penalties = penalties.Requests(B, config.max_len)
 
+        layout = paging.CacheLayout(num_pages + 1, config.page_size, lanes, self._place)
+
         def begin(leaves):
             self.compilations["begin"] += 1
             target, drafter = self._bind(leaves)
             dtype = target.embedding[...].dtype
-            sizes = num_pages + 1, config.page_size
-            return DecodeState(
-                pages=paging.empty_pages(target.config, *sizes, dtype, lanes),
+            state = DecodeState(
+                pages=paging.empty_pages(target.config, layout, dtype),
                 lengths=jnp.zeros(B, jnp.int32),
                 root=jnp.zeros(B, jnp.int32),
-                draft=drafter.begin(B, *sizes, lanes),
+                draft=drafter.begin(B, layout),
             )
+            return placing.settle(state, self._place.mesh)
 
         # Where the weights are: a state that is bound to no device becomes bound in
         # its first call, and the second would compile again.
         first = self._target.leaves[0]
         if isinstance(first, jax.ShapeDtypeStruct):
-            self._state = jax.eval_shape(begin, self._leaves)
+            state = jax.eval_shape(begin, self._leaves)
+            self._state = placing.described(state, self._place.mesh)
         else:
-            self._state = jax.device_put(jax.jit(begin)(self._leaves), first.sharding)
+            self._state = jax.jit(begin)(self._leaves)
+            if self._place.mesh is None:
+                self._state = jax.device_put(self._state, first.sharding)
         self._dispatch = jax.jit(self._traced_dispatch, donate_argnums=1)
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
 
@@ -185,13 +192,15 @@ class Engine:
         self.compilations["dispatch"] += 1
         target, drafter = self._bind(leaves)
         steps = self.config.steps_per_dispatch
-        return stepping.dispatch(
+        done = stepping.dispatch(
             target, drafter, self.rule, state, control, steps, self.cascade, self.record
         )
+        return placing.settle(done, self._place.mesh)
 
     def _traced_prefill(self, leaves, state, *args):
         self.compilations["prefill"] += 1
-        return stepping.prefill(*self._bind(leaves), state, *args)
+        state = stepping.prefill(*self._bind(leaves), state, *args)
+        return placing.settle(state, self._place.mesh)
 
     @property
     def _leaves(self):
@@ -204,6 +213,7 @@ class Engine:
         (`nnx.eval_shape`) can do this and nothing else.
         """
         control, _ = self._control(None)
+        control = placing.described(control, self._place.mesh)
         return self._traced_dispatch, (self._leaves, self._state, control)
 
     @property

@@ -9,6 +9,7 @@ import jax
 
 from treespec_jax.acceptance.penalties import TextSoFar
 from treespec_jax.acceptance.policy import Sampling
+from treespec_jax.models.views import Pages
 
 
 @jax.tree_util.register_dataclass
@@ -17,13 +18,13 @@ class DecodeState:
     """Owned by the device and donated to every call.
 
     Attributes:
-      pages: the target's cache, per layer [P, K, 2, page, H].
+      pages: the target's cache.
       lengths: int32 [B], tokens in the cache; the root's absolute position.
       root: int32 [B], the newest emitted token, whose K/V is not in the cache yet.
       draft: the drafter's own state.
     """
 
-    pages: tuple[jax.Array, ...]
+    pages: Pages
     lengths: jax.Array
     root: jax.Array
     draft: Any

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import aot
 from pallas_kernels.tree_attention import estimate, tree_attention
@@ -24,6 +26,7 @@ from treespec_jax.errors import UserError
 from treespec_jax.experiments import output
 from treespec_jax.experiments.table import markdown
 from treespec_jax.models import presets
+from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.trees import shapes
 
@@ -121,15 +124,50 @@ def small_drafter(target: ModelConfig) -> ModelConfig:
     )
 
 
-def abstract_model(config: ModelConfig, dtype: str) -> Transformer:
-    """A model with shapes in place of parameters."""
-    return nnx.eval_shape(
+def abstract_model(
+    config: ModelConfig, dtype: str, devices: Sequence[jax.Device] = ()
+) -> Transformer:
+    """A model with shapes in place of parameters, cut by the default rules.
+
+    Args:
+      config: of the model.
+      dtype: of the parameters.
+      devices: that share it; empty: not known, as for lowering alone.
+    """
+    model = nnx.eval_shape(
         lambda: Transformer(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    )
+    if not devices:
+        return model
+    mesh = sharding.make_mesh({sharding.TENSOR: len(devices)}, devices)
+
+    def place(axes, shape):
+        if len(devices) == 1:
+            return SingleDeviceSharding(devices[0])
+        return sharding.sharding_of(axes, shape, mesh)
+
+    flat = FlatModule(model)
+    variables = jax.tree.leaves(
+        nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return flat.bind(
+        tuple(
+            jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype,
+                sharding=place(variable.logical_axes, leaf.shape),
+            )
+            for leaf, variable in zip(flat.leaves, variables, strict=True)
+        )
     )
 
 
-def abstract_engine(job: Job) -> Engine:
+def abstract_engine(job: Job, devices: Sequence[jax.Device] = ()) -> Engine:
     """An engine of abstract models; its `program` can be lowered and compiled.
+
+    Args:
+      job: what to compile.
+      devices: see `abstract_model`.
 
     Raises:
       UserError: a preset, tree or size that does not fit.
@@ -137,16 +175,12 @@ def abstract_engine(job: Job) -> Engine:
     drafter = NoDrafter()
     shape = shapes.parse(job.tree)
     if job.tree != "none":
-        model = abstract_model(job.drafter, job.dtype)
+        model = abstract_model(job.drafter, job.dtype, devices)
         drafter = DraftModel(model, shape, job.tau)
     config = EngineConfig(
-        max_batch=job.batch,
-        max_len=job.context,
-        page_size=job.page_size,
-        # Shared over a mesh the step has XLA's attention, which takes any width.
-        lanes=LANES if job.devices == 1 else 1,
+        max_batch=job.batch, max_len=job.context, page_size=job.page_size
     )
-    return Engine(abstract_model(job.target, job.dtype), drafter, config)
+    return Engine(abstract_model(job.target, job.dtype, devices), drafter, config)
 
 
 def compile_step(job: Job) -> aot.Compilation:
@@ -155,12 +189,24 @@ def compile_step(job: Job) -> aot.Compilation:
     Raises:
       UserError: what cannot be compiled, or no compiler.
     """
-    function, arguments = abstract_engine(job).program()
-    if job.devices > 1:
-        arguments = _share(job, arguments)
+    devices = _devices(job)
+    function, arguments = abstract_engine(job, devices).program()
     return _compile(
         job, function, *arguments, donate_argnums=1, least_bytes=_step_bytes(job)
     )
+
+
+def _devices(job: Job) -> Sequence[jax.Device]:
+    try:
+        found = aot.topology_devices(job.topology)
+    except (ValueError, aot.CompilerUnavailable) as error:
+        raise UserError(str(error)) from None
+    if job.devices > len(found):
+        raise UserError(
+            f"devices={job.devices} is more than the {len(found)} of {job.topology}; "
+            "lower it or name a larger topology"
+        )
+    return found[: job.devices]
 
 
 def compile_kernel(job: Job, nodes: int) -> KernelResult:
@@ -321,34 +367,3 @@ def _step_bytes(job: Job) -> int:
     if job.tree != "none":
         total += shapes.parse(job.tree).depth * one_pass(job.drafter)
     return total // job.devices
-
-
-def _share(job: Job, arguments):
-    """Puts the shardings of tensor parallelism on the arguments of a dispatch."""
-    devices = aot.topology_devices(job.topology)
-    mesh = sharding.make_mesh({sharding.TENSOR: job.devices}, devices)
-    (target, draft), state, control = arguments
-
-    def place(leaf, axes):
-        return jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype,
-            sharding=sharding.sharding_of(axes, leaf.shape, mesh),
-        )
-
-    def weights(config, leaves):
-        model = abstract_model(config, job.dtype)
-        variables = jax.tree.leaves(
-            nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)
-        )
-        axes = [variable.logical_axes for variable in variables]
-        return tuple(place(*pair) for pair in zip(leaves, axes, strict=True))
-
-    def everything_else(leaf):
-        axes = ["any"] * jnp.ndim(leaf)
-        if len(axes) == 5:  # pages
-            axes[1] = "kv_heads"
-        return place(leaf, axes)
-
-    leaves = weights(job.target, target), weights(job.drafter, draft) if draft else ()
-    return leaves, *jax.tree.map(everything_else, (state, control))

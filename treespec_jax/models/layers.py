@@ -17,6 +17,7 @@ from treespec_jax.config import ModelConfig
 from treespec_jax.models.linear import linear
 from treespec_jax.models.rotary import apply_rotary
 from treespec_jax.models.views import CacheView
+from treespec_jax.sharding import Placement
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -124,6 +125,7 @@ class Attention(nnx.Module):
         tree_kv = kv_BK2TH
         if scratch is not None:
             tree_kv = jnp.concatenate([scratch, kv_BK2TH], axis=3)
+        place = view.pages.place if view is not None else Placement()
         out_BTNH = tree_attention(
             q_BTNH,
             pages,
@@ -135,6 +137,9 @@ class Attention(nnx.Module):
             window=self.window,
             soft_cap=cfg.attention_soft_cap,
             tree_depth=None if self.window is None else depth_BU,
+            mesh=place.mesh,
+            heads_axis=place.axis,
+            device_kind=place.device_kind,
         )
         out_ER = out_BTNH.transpose(2, 3, 0, 1).reshape(K * G * H, B * T)
         return linear(self.out[...], out_ER), kv_BK2TH

@@ -7,8 +7,6 @@ is free to lay it out otherwise.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,15 +41,15 @@ def linear(weight: jax.Array, x_IR: jax.Array, out_dtype=None) -> jax.Array:
     while size < x_IR.shape[0]:
         axes -= 1
         size *= weight.shape[axes]
-    out = weight.shape[:axes]
     rows = x_IR.shape[1]
     padded = good_rows(rows, x_IR.dtype)
-    y_OR = lax.dot_general(
-        weight.reshape(math.prod(out), size),
+    # The axes of the result stay apart: one that a mesh cuts could not be found again
+    # in a flat one, and the weights would travel at every call.
+    y = lax.dot_general(
+        weight.reshape(*weight.shape[:axes], size),
         jnp.pad(x_IR, ((0, 0), (0, padded - rows))),
-        (((1,), (0,)), ((), ())),
+        (((axes,), (0,)), ((), ())),
         precision=lax.Precision.HIGHEST if x_IR.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    y_OR = y_OR[:, :rows].astype(out_dtype or x_IR.dtype)
-    return y_OR.reshape(*out, rows)
+    return y[..., :rows].astype(out_dtype or x_IR.dtype)

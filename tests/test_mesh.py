@@ -1,0 +1,175 @@
+"""Devices that share a model: the same attention, the same texts.
+
+The devices are fake ones, which only a process of its own can have; it does everything
+once and the tests look at what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Implementation, mesh, the axis that cuts heads, and a device's part of them.
+CALLS = [
+    ("reference", "tensor:4", "tensor", 1 / 4),
+    ("reference", "data:2,tensor:2", "tensor", 1 / 2),
+    ("reference", "tensor:2", None, 1),
+    ("tpu", "tensor:2", "tensor", 1 / 2),
+]
+
+PROGRAM = """
+import dataclasses, json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from pallas_kernels.tree_attention import BlockSizes, quantize_rows, tree_attention
+from tests.conftest import TINY
+from tests.kernels.oracle import make_case
+from treespec_jax import sharding
+from treespec_jax.config import EngineConfig, SamplingParams
+from treespec_jax.drafting.draft_model import DraftModel
+from treespec_jax.drafting.none import NoDrafter
+from treespec_jax.engine.engine import Engine, Request
+from treespec_jax.errors import UserError
+from treespec_jax.models.flat import FlatModule
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.trees import shapes
+
+found = {"attention": [], "texts": {}, "errors": {}}
+
+rng = np.random.default_rng(0)
+case = make_case(rng, B=2, T=4, G=2, K=4, H=128, page=16, lengths=(37, 5), max_pages=3)
+q, pages, *rest = map(jnp.asarray, case.arrays())
+int8, scales = quantize_rows(pages)
+scales = jnp.pad(scales, ((0, 0),) * 3 + ((0, 112),))
+for kernel, name, axis, _ in json.loads(sys.argv[1]):
+    given = dict(
+        scale=0.1,
+        window=9,
+        tree_depth=case.tree_depth,
+        kv_scales=scales,
+        implementation=kernel,
+    )
+    if kernel == "tpu":
+        given |= dict(interpret=True, block_sizes=BlockSizes(block_rows=32, rows=16))
+    want = tree_attention(q, int8, *rest, **given)
+    mesh = sharding.make_mesh(name)
+    got = tree_attention(q, int8, *rest, **given, mesh=mesh, heads_axis=axis)
+    part = got.sharding.shard_shape(got.shape)[2] / got.shape[2]
+    found["attention"].append((float(jnp.abs(got - want).max()), part))
+try:
+    odd = q[:, :, :6], int8[:, :3], *rest[:2], rest[2][:, :3], rest[3]
+    mesh = sharding.make_mesh("tensor:4")
+    given = dict(kv_scales=scales[:, :3], scale=0.1, mesh=mesh, heads_axis="tensor")
+    tree_attention(*odd, **given)
+except ValueError as error:
+    found["errors"]["heads"] = str(error)
+
+# Four devices cut the target's heads; the drafter's two stay whole.
+sizes = dict(vocab_size=96, num_layers=1, num_heads=8, num_kv_heads=4)
+wide = dataclasses.replace(TINY, **sizes)
+target = Transformer(wide, rngs=nnx.Rngs(0))
+target.norm.scale[...] = target.norm.scale[...] * 3.0
+draft = Transformer(dataclasses.replace(wide, num_kv_heads=2), rngs=nnx.Rngs(1))
+draft.embedding[...], draft.head[...] = target.embedding[...], target.head[...]
+
+
+def place(module, mesh):
+    flat = FlatModule(module)
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    variables = jax.tree.leaves(nnx.state(module), is_leaf=is_variable)
+    axes = [variable.logical_axes for variable in variables]
+    return flat.bind(tuple(
+        jax.device_put(leaf, sharding.sharding_of(names, leaf.shape, mesh))
+        for leaf, names in zip(flat.leaves, axes, strict=True)
+    ))
+
+
+def run(target, draft):
+    config = EngineConfig(
+        max_batch=2,
+        max_len=64,
+        page_size=16,
+        steps_per_dispatch=4,
+        prefill_chunks=(16,),
+    )
+    drafter = NoDrafter()
+    if draft is not None:
+        drafter = DraftModel(draft, shapes.parse("regular:2x1"), 0.7)
+    engine = Engine(target, drafter, config)
+    requests = [
+        Request(list(range(3, 3 + n)), SamplingParams(max_tokens=24, **sampling))
+        for n, sampling in ((20, {}), (5, {"temperature": 0.9, "seed": 3}), (9, {}))
+    ]
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
+        engine.advance()
+    state = engine._state
+    held = [
+        leaf.sharding.shard_shape(leaf.shape)[1] / leaf.shape[1]
+        for leaf in (state.pages[0], *(state.draft.pages if draft else ()))
+    ]
+    programs = engine._dispatch._cache_size(), engine._prefill._cache_size()
+    return [r.tokens for r in requests], held, programs
+
+
+found["texts"]["alone"] = run(target, None)
+mesh = sharding.make_mesh("tensor:4")
+found["texts"]["shared"] = run(place(target, mesh), place(draft, mesh))
+try:
+    run(place(target, mesh), draft)
+except UserError as error:
+    found["errors"]["pair"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    arguments = [sys.executable, "-c", PROGRAM, json.dumps(CALLS)]
+    done = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "index", range(len(CALLS)), ids=lambda i: " ".join(CALLS[i][:2])
+)
+def test_each_device_does_its_own_heads(found, index):
+    """The numbers are the same, from int8 pages and within a window."""
+    error, part = found["attention"][index]
+    assert error < 1e-6 and part == CALLS[index][3]
+
+
+def test_a_mesh_changes_no_text(found):
+    """Greedy and sampled, as plain decoding on one device has it.
+
+    The cache is cut where heads divide, and stays so from call to call.
+    """
+    texts, held, programs = found["texts"]["shared"]
+    assert all(len(text) == 24 for text in texts)
+    assert texts == found["texts"]["alone"][0]
+    assert held == [1 / 4, 1] and found["texts"]["alone"][1] == [1]
+    assert programs == found["texts"]["alone"][2] == [1, 1], "compiled again"
+
+
+def test_what_does_not_fit(found):
+    assert "3 key/value heads cannot be cut in 4" in found["errors"]["heads"]
+    assert found["errors"]["pair"] == (
+        "the target lies on mesh tensor:4, the drafter on cpu:0; load both with "
+        "the same mesh"
+    )

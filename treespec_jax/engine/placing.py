@@ -1,0 +1,107 @@
+"""Where an engine's weights lie, and with them all that it computes."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from treespec_jax.errors import UserError
+from treespec_jax.models.views import Pages
+from treespec_jax.sharding import Placement
+
+
+def placement(target: nnx.Module, draft: nnx.Module | None) -> Placement:
+    """The devices of a pair; the cache's heads are cut as those of the target are.
+
+    Args:
+      target: its parameters may be abstract.
+      draft: None: no drafter.
+
+    Raises:
+      UserError: the two lie on different devices.
+    """
+    mesh, axis, device = _of(target)
+    if draft is not None:
+        own, _, at = _of(draft)
+        if None not in (device, at) and (own, at) != (mesh, device):
+            raise UserError(
+                f"the target lies on {_text(mesh, device)}, the drafter on "
+                f"{_text(own, at)}; load both with the same mesh"
+            )
+    return Placement(mesh, axis, device.device_kind if device is not None else None)
+
+
+def on_tpu(target: nnx.Module) -> bool:
+    """Whether the parameters lie on a TPU, one to compile for included."""
+    device = _of(target)[2]
+    platform = jax.default_backend() if device is None else device.platform
+    return platform == "tpu"
+
+
+def settle(tree, mesh: Mesh | None):
+    """Fixes where a program leaves its results; to be called in a jitted function.
+
+    What goes in and out of every step stays where it is, so that it is updated in place
+    and the next call finds the same program.
+
+    Args:
+      tree: pages lie as their `place` says, all else on every device.
+      mesh: None: nothing to do.
+    """
+
+    def pin(x):
+        return jax.lax.with_sharding_constraint(x, _sharding(mesh, x))
+
+    return tree if mesh is None else _map(pin, tree)
+
+
+def described(tree, mesh: Mesh | None):
+    """Shapes in place of the arrays of a tree, where `settle` would have them."""
+
+    def describe(x):
+        sharding = None if mesh is None else _sharding(mesh, x)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                np.shape(leaf), leaf.dtype, sharding=sharding
+            ),
+            x,
+        )
+
+    return _map(describe, tree)
+
+
+def _map(f, tree):
+    return jax.tree.map(f, tree, is_leaf=lambda x: isinstance(x, Pages))
+
+
+def _sharding(mesh: Mesh, x) -> NamedSharding:
+    spec = x.place.heads_spec if isinstance(x, Pages) else PartitionSpec()
+    return NamedSharding(mesh, spec)
+
+
+def _of(module: nnx.Module):
+    """Mesh, the axis of it that cuts key/value heads, and one device; or None each."""
+    mesh = axis = device = None
+    for variable in jax.tree.leaves(
+        nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable)
+    ):
+        (leaf,) = jax.tree.leaves(variable)
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None or isinstance(leaf, jax.core.Tracer):
+            continue
+        device = min(sharding.device_set, key=lambda device: device.id)
+        if isinstance(sharding, NamedSharding):
+            mesh = sharding.mesh
+            axes = variable.get_metadata().get("logical_axes", ())
+            if "kv_heads" in axes:
+                spec = (*sharding.spec, *([None] * len(axes)))
+                axis = axis or spec[axes.index("kv_heads")]
+    return mesh, axis, device
+
+
+def _text(mesh, device) -> str:
+    if mesh is None:
+        return str(device)
+    return "mesh " + ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
