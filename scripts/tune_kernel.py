@@ -3,8 +3,9 @@
 tune_kernel.py --topology=v5e:2x2,v6e:2x2 --work=runs/tune          (no TPU needed)
 tune_kernel.py --measure --work=runs/tune --save                    (on a TPU)
 
-It goes on where it stopped: trials are kept in --work. With --save the chosen sizes
-replace those of the same device kinds in pallas_kernels/tree_attention/tpu_sizes.json.
+It goes on where it stopped: trials are kept in --work. With --save the sizes that beat
+the default replace those of the same device kinds and classes in
+pallas_kernels/tree_attention/tpu_sizes.json.
 """
 
 from pathlib import Path
@@ -45,7 +46,7 @@ def main(_):
         topologies=() if _MEASURE.value else tuple(_TOPOLOGY.value),
         rows=tune_kernel.classes(_ROWS.value),
         work=Path(_WORK.value).expanduser(),
-        save=_SAVE.value,
+        write=_SAVE.value,
     )
 
 

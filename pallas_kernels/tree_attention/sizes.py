@@ -51,20 +51,21 @@ class BlockSizes:
             raise ValueError(f"unroll={self.unroll} is more than heads={self.heads}")
 
 
-# By device kind ("default": one that is not listed), then by query rows per key/value
-# head (T * G): up to `up_to` take an entry's sizes. scripts/tune_kernel.py writes them;
-# v5e and v6e are by the compiler's figures, see README.md, the others after the nearest
-# of the two. All fit the 16 MiB of vector memory of a v4.
+# Classes of calls: query rows per key/value head (T * G) up to which each goes.
+CLASSES = (8, 16, 32, 64, 128, 256)
+# By device kind, then by class, what differs from `BlockSizes()`; a kind or class that
+# is not there takes those of "default", which fit the 16 MiB of vector memory of a v4.
+# The others are from scripts/tune_kernel.py, by the compiler's figures: see README.md.
 SIZES_FILE = Path(__file__).with_name("tpu_sizes.json")
 
 
 @functools.cache
-def _table() -> dict[str, tuple[tuple[int | None, BlockSizes], ...]]:
-    def entry(up_to, **fields):
-        return up_to, BlockSizes(**fields)
-
+def _table() -> dict[str, dict[int, BlockSizes]]:
     kinds = json.loads(SIZES_FILE.read_text())
-    return {kind: tuple(entry(**x) for x in classes) for kind, classes in kinds.items()}
+    return {
+        kind: {int(most): BlockSizes(**fields) for most, fields in classes.items()}
+        for kind, classes in kinds.items()
+    }
 
 
 def choose(device_kind: str | None, rows: int) -> BlockSizes:
@@ -73,10 +74,29 @@ def choose(device_kind: str | None, rows: int) -> BlockSizes:
     Args:
       device_kind: `jax.Device.device_kind`; None or one that is not known: a choice
         that fits all.
-      rows: T * G.
+      rows: T * G; the last class also serves calls with more.
     """
-    table = _table()
-    for most, sizes in table.get(device_kind, table["default"]):
-        if most is None or rows <= most:
-            return sizes
-    raise AssertionError(f"no sizes for {rows} rows on {device_kind!r}")
+    most = next((most for most in CLASSES if rows <= most), CLASSES[-1])
+    default = _table()["default"][most]
+    return _table().get(device_kind, {}).get(most, default)
+
+
+def save(chosen: dict[str, dict[int, BlockSizes]]) -> None:
+    """Replaces entries, {kind: {class: sizes, or None to take the default}}."""
+    table = json.loads(SIZES_FILE.read_text())
+    usual = dataclasses.asdict(BlockSizes())
+    for kind, classes in chosen.items():
+        entries = table.setdefault(kind, {})
+        for most, sizes in classes.items():
+            entries.pop(str(most), None)
+            if sizes is not None:
+                fields = dataclasses.asdict(sizes).items()
+                entries[str(most)] = {k: v for k, v in fields if v != usual[k]}
+    lines = []
+    for kind, classes in table.items():
+        if classes:
+            entries = sorted(classes.items(), key=lambda entry: int(entry[0]))
+            rows = [f'  "{most}": {json.dumps(fields)}' for most, fields in entries]
+            lines.append(f' "{kind}": {{\n' + ",\n".join(rows) + "\n }")
+    SIZES_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    _table.cache_clear()

@@ -27,15 +27,16 @@ import jax.numpy as jnp
 from pallas_kernels import aot
 from pallas_kernels.tree_attention import estimate
 from pallas_kernels.tree_attention.api import tree_attention
-from pallas_kernels.tree_attention.sizes import SIZES_FILE, BlockSizes
+from pallas_kernels.tree_attention.sizes import BlockSizes
 
-# Query rows per key/value head up to which a class of calls goes.
-CLASSES = (8, 16, 32, 64, 128, 256)
 _SPACE = {
-    "block_rows": (256, 512, 1024),
+    "block_rows": (256, 384, 512, 1024),
     "unroll": (1, 2, 4, 8),
-    "rows": (64, 128),
+    "rows": (64, 128, 256),
 }
+# Query rows in flight at once, `unroll` heads of a tile each: more want more registers
+# than there are, and take minutes to compile.
+_IN_FLIGHT = 256
 # Estimates this close to the best count as equal; then the simplest program wins.
 _TIE = 0.01
 
@@ -95,6 +96,8 @@ def candidates(rows: int) -> Iterator[BlockSizes]:
         given = dict(zip(_SPACE, values, strict=True))
         if given["rows"] > max(rows, min(_SPACE["rows"])):
             continue  # the whole of the rows is one tile already
+        if given["unroll"] * min(given["rows"], rows) > _IN_FLIGHT:
+            continue
         yield BlockSizes(**given)
 
 
@@ -145,8 +148,13 @@ def measure_trial(shape: Shape, rows: int, sizes: BlockSizes, rounds: int = 7) -
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The cheapest without spills; among equals, as where memory bounds all, the one
-    with the fewest cycles, and then the least unrolled."""
+    """The cheapest without spills.
+
+    Args:
+      trials: the default's first: it stays unless another is cheaper by more than a
+        tie. Among equal others, as where memory bounds all, the one with the fewest
+        cycles, and then the least unrolled.
+    """
     done = [trial for trial in trials if trial.cost is not None]
     done = [trial for trial in done if not trial.figures.get("spills")] or done
     if not done:
@@ -155,7 +163,13 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 
     def rank(trial):
         sizes, cycles = trial.sizes, trial.figures.get("cycles", 0)
-        return cycles, sizes.unroll, sizes.block_rows, sizes.rows
+        return (
+            trial is not trials[0],
+            cycles,
+            sizes.unroll,
+            sizes.block_rows,
+            sizes.rows,
+        )
 
     return min((t for t in done if t.cost <= limit), key=rank)
 
@@ -198,21 +212,6 @@ class Journal:
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         self._done[json.dumps(list(key))] = trial
-
-
-def save(chosen: dict[str, dict[int, BlockSizes]], path: Path = SIZES_FILE) -> None:
-    """Replaces the entries of the device kinds in `chosen`, {kind: {rows: sizes}}.
-
-    The largest class also serves calls with more rows.
-    """
-    table = json.loads(path.read_text())
-    for kind, classes in chosen.items():
-        most = max(classes)
-        table[kind] = [
-            {"up_to": None if rows == most else rows, **dataclasses.asdict(sizes)}
-            for rows, sizes in sorted(classes.items())
-        ]
-    path.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def _attend(shape: Shape, sizes: BlockSizes):

@@ -10,12 +10,12 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.tree_attention import estimate, tree_attention
-from pallas_kernels.tree_attention.sizes import BlockSizes
+from pallas_kernels.tree_attention.sizes import BlockSizes, choose
 
 K, G, H, PAGE, SLOTS, PAGES = 8, 4, 128, 128, 4, 16
 
 
-def arrays(T):
+def arrays(T, G=G):
     shape, dtype = jax.ShapeDtypeStruct, jnp.bfloat16
     return (
         shape((SLOTS, T, K * G, H), dtype),
@@ -79,3 +79,33 @@ def test_calls_that_the_kernel_does_not_take(cost):
     odd = jax.ShapeDtypeStruct((*pages.shape[:3], 24, H), pages.dtype)
     with pytest.raises(ValueError, match="24 rows"):
         estimate.call_bytes(found, (q, odd, *rest), sizes, 100)
+
+
+@pytest.mark.parametrize(
+    ("T", "G", "bar"),
+    [
+        (2, 4, 1.0),
+        (1, 8, 1.0),
+        (32, 4, 2.0),
+        (16, 8, 2.0),
+        (64, 4, None),
+        (256, 8, None),
+    ],
+)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_figures_of_the_sizes_that_are_chosen(tpu_compiler, topology, T, G, bar):
+    """At most so many times the cycles of streaming, no spills, and no needless byte.
+
+    The shapes of Llama 3 8B (G = 4) and Qwen3 32B (G = 8).
+    """
+    kind, given = aot.device_kind(topology), arrays(T, G)
+    attend = functools.partial(tree_attention, scale=0.1, device_kind=kind.kind)
+    report = aot.compile_for(topology, attend, *given).report
+    kernel = report.kernel("tree_attention")
+    if T * G <= 256:
+        assert (kernel.mix.spills, kernel.mix.fills) == (0, 0)
+    found = estimate.prefix_cost(kernel, kind, given, choose(kind.kind, T * G))
+    if bar is not None:
+        assert found.bundles <= found.cycles <= bar * found.stream_cycles
+    least = SLOTS * 2 * H * 2 * (K * PAGES * PAGE + T * K * (G + 1))
+    assert report.bytes_accessed <= 1.05 * least

@@ -23,6 +23,7 @@ def test_choice():
     tied = trial(100.5, unroll=2)
     assert tuning.best([slow, quick]) is quick
     assert tuning.best([slow, quick, tied]) is tied
+    assert tuning.best([quick, tied]) is quick  # the default stays
     spilling = trial(50.0, spills=3)
     assert tuning.best([slow, spilling, trial(None)]) is slow
     assert tuning.best([spilling, trial(None)]) is spilling
@@ -30,7 +31,7 @@ def test_choice():
 
 
 def test_candidates_are_different_programs():
-    for rows in tuning.CLASSES:
+    for rows in sizes.CLASSES:
         given = list(tuning.candidates(rows))
         assert len(set(given)) == len(given) > 1
         assert all(x.rows <= max(64, rows) for x in given)
@@ -58,28 +59,31 @@ def test_journal_goes_on_where_it_stopped(tmp_path):
 
 
 def test_data_file(tmp_path, monkeypatch):
-    """What is saved is what is chosen, for that kind alone."""
+    """What is saved is what is chosen, for that kind and class alone."""
     path = tmp_path / "sizes.json"
     shutil.copy(sizes.SIZES_FILE, path)
     monkeypatch.setattr(sizes, "SIZES_FILE", path)
-    few, many = BlockSizes(block_rows=1024), BlockSizes(rows=64)
-    tuning.save({"TPU v9": {64: many, 8: few}}, path)
-    sizes._table.cache_clear()
+    before = json.loads(path.read_text())
+    few, many = BlockSizes(block_rows=1024), BlockSizes(rows=64, unroll=4)
     try:
-        chosen = [sizes.choose("TPU v9", rows) for rows in (1, 8, 9, 64, 65, 4096)]
-        assert chosen == [few, few, many, many, many, many]
+        sizes.save({"TPU v9": {256: many, 8: few, 16: None}})
+        chosen = [sizes.choose("TPU v9", rows) for rows in (1, 8, 16, 129, 4096)]
+        assert chosen == [few, few, sizes.choose(None, 16), many, many]
         assert sizes.choose(None, 8) == sizes.choose("TPU v10", 8) != few
+        sizes.save({"TPU v9": {256: None, 8: None}})
+        assert json.loads(path.read_text()) == before
     finally:
         sizes._table.cache_clear()
 
 
 def test_every_entry_of_the_data_file_is_reached():
     table = json.loads(sizes.SIZES_FILE.read_text())
+    assert set(table["default"]) == {str(most) for most in sizes.CLASSES}
     for kind, classes in table.items():
-        bounds = [entry.pop("up_to") for entry in classes]
-        assert bounds[-1] is None and bounds[:-1] == sorted(bounds[:-1])
-        for bound, entry in zip(bounds, classes, strict=True):
-            assert sizes.choose(kind, bound or 10**6) == BlockSizes(**entry)
+        for most, fields in classes.items():
+            assert sizes.choose(kind, int(most)) == BlockSizes(**fields)
+            same = sizes.choose(None, int(most)) == BlockSizes(**fields)
+            assert same == (kind == "default")
 
 
 def test_trial_by_the_compiler(tpu_compiler):

@@ -31,7 +31,7 @@ def test_search_and_resume(
 @pytest.mark.parametrize(
     ("expected", "args"),
     [
-        ("--rows=8,x must be whole numbers", ["--rows=8,x"]),
+        ("--rows=8,9 must be of 8, 16, 32", ["--rows=8,9"]),
         ("unknown TPU topology 'v9'", ["--topology=v9"]),
         ("--measure needs a TPU", ["--measure"]),
     ],

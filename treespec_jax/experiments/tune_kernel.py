@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pallas_kernels import aot
 from pallas_kernels.tree_attention import tuning
-from pallas_kernels.tree_attention.sizes import choose
+from pallas_kernels.tree_attention.sizes import CLASSES, SIZES_FILE, choose, save
 from treespec_jax.errors import UserError
 from treespec_jax.experiments.table import markdown
 
@@ -27,13 +27,13 @@ def classes(names: Sequence[str] | None) -> tuple[int, ...]:
     """Classes of rows, ascending; None: all that calls are sorted into.
 
     Raises:
-      UserError: not a whole number above 0.
+      UserError: not a class.
     """
     if names is None:
-        return tuning.CLASSES
-    for name in names:
-        if not name.isdecimal() or int(name) < 1:
-            raise UserError(f"--rows={','.join(names)} must be whole numbers above 0")
+        return CLASSES
+    known = [str(rows) for rows in CLASSES]
+    if not set(names) <= set(known):
+        raise UserError(f"--rows={','.join(names)} must be of {', '.join(known)}")
     return tuple(sorted({int(name) for name in names}))
 
 
@@ -42,7 +42,7 @@ def run(
     topologies: Sequence[str],
     rows: Sequence[int],
     work: Path,
-    save: bool,
+    write: bool,
 ) -> None:
     """Tries all candidates of all classes, for each topology or on this device.
 
@@ -51,18 +51,18 @@ def run(
       topologies: to rank for by the compiler; none: by time on this machine's TPU.
       rows: classes of query rows per key/value head.
       work: folder of finished trials.
-      save: replace the data file's entries.
+      write: replace the data file's entries with what beats the default.
 
     Raises:
       UserError: no TPU or no compiler, or a topology that is unknown.
     """
     journal = tuning.Journal(work / "trials.jsonl")
-    chosen: dict[str, dict[int, tuning.BlockSizes]] = {}
+    chosen: dict[str, dict[int, tuning.BlockSizes | None]] = {}
     for place, kind, attempt in _places(call, topologies):
         table = [("rows", "block_rows", "unroll", "tile", "cost", "default", "refused")]
         for count in rows:
             trials = []
-            default = choose(kind, count)
+            default = choose(None, count)
             given = list(tuning.candidates(count))
             for sizes in tqdm([default, *given], desc=f"{place} {count}", leave=False):
                 named = dataclasses.asdict(sizes)
@@ -75,7 +75,8 @@ def run(
                     f"{place}: the kernel takes no candidate at {count} rows: "
                     f"{trials[0].figures['refused']}"
                 )
-            chosen.setdefault(kind, {})[count] = found.sizes
+            better = None if found is trials[0] else found.sizes
+            chosen.setdefault(kind, {})[count] = better
             refused = sum(trial.cost is None for trial in trials)
             table.append(
                 (
@@ -91,9 +92,9 @@ def run(
         what = "measured seconds" if not topologies else "compiler's estimate, cycles"
         unit = "per call" if not topologies else "per 128 rows of prefix and head"
         print(f"{kind}: cost is {what} {unit}\n\n{markdown(table)}\n")
-    if save:
-        tuning.save(chosen)
-        print(f"written to {tuning.SIZES_FILE}", file=sys.stderr)
+    if write:
+        save(chosen)
+        print(f"written to {SIZES_FILE}", file=sys.stderr)
 
 
 def _cost(trial: tuning.Trial) -> str:
