@@ -395,7 +395,7 @@ class SpeculativeConfig:
       draws: how the drafter draws a tree, see `acceptance.facts`; "": as the rule
         usually has it.
       cascade: policy between drafter and target, one of `facts.CASCADES`; LOSSY against
-        the target (`acceptance.cascade`). Needs a temperature. "": the target's own.
+        the target (`acceptance.cascade`). "": the target's own.
       alpha: of the cascade, in [0, 1]; larger ones trust the drafter more.
       typical_eps: under the typical rule a token this likely always passes, in (0, 1].
       typical_delta: its bound is min(eps, delta exp(-entropy)), in (0, 1].

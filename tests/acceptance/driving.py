@@ -177,6 +177,7 @@ def shipped_law(
     tolerance=1e-12,
     draft_vocab=None,
     fill=None,
+    cascade=None,
 ):
     """Law of the first C + 1 tokens, as `enumeration.text_law`; the mean accepted.
 
@@ -189,12 +190,16 @@ def shipped_law(
       tolerance: of chances above 1.
       draft_vocab: rows of the drafter's distributions, if fewer than V.
       fill: the world of what a step leaves open, if it is another.
+      cascade: log pi of a tree and log p; the rule judges by it, and is compiled once
+        for all of them.
     """
     tree, scores = arrays(world, trees, meta)
     if draft_vocab is not None:
         short = tree.proposal.mass[:draft_vocab]
         proposal = dataclasses.replace(tree.proposal, mass=short)
         tree = dataclasses.replace(tree, proposal=proposal)
+    if cascade is not None:
+        scores = np.asarray(cascade(tree, scores))
     B, T = tree.tokens.shape
     if one_draw:
         _, _, chance = _judged(rule, tree, scores, np.zeros((B, T)))

@@ -313,6 +313,23 @@ def follow(world: World, tree: Tree):
     return out
 
 
+def typical(world: World, tree: Tree, eps=0.09, delta=0.3):
+    """Emitted tokens and their chance under typical acceptance."""
+
+    def passes(path):
+        p = world.p[path[:-1]]
+        some = p[p > 0]
+        entropy = -(some * np.log(some)).sum()
+        return p[path[-1]] > min(eps, delta * math.exp(-entropy))
+
+    best = (0, 0.0, ())
+    for path in tree.paths:
+        if path and all(passes(path[: i + 1]) for i in range(len(path))):
+            best = max(best, (len(path), math.log(world.chance(path)), path))
+    path = best[2]
+    return {(*path, y): world.p[path][y] for y in range(world.vocab)}
+
+
 def accepted(out: dict[Path, float]) -> float:
     """Expected number of accepted tokens."""
     return sum(chance * (len(emitted) - 1) for emitted, chance in out.items())

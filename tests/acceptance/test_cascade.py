@@ -6,22 +6,36 @@ The policy is written out here once more, token by token, over the enumeration's
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.acceptance import enumeration as ref
 from tests.acceptance.driving import shipped_law
-from tests.acceptance.test_laws import EXACT, RULES, depth_of, meta_of, trees_of
+from tests.acceptance.test_laws import (
+    EXACT,
+    RULES,
+    TOPOLOGIES,
+    best_tree,
+    depth_of,
+    meta_of,
+    trees_of,
+)
 from treespec_jax.acceptance import facts
 from treespec_jax.acceptance.cascade import Cascade
-from treespec_jax.acceptance.protocol import Rule
+from treespec_jax.acceptance.terminal import TerminalRule
+from treespec_jax.acceptance.typical import TypicalRule
 from treespec_jax.config import SpeculativeConfig
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
+from treespec_jax.trees.token_tree import Proposal
 
 ALPHAS = (0.0, 0.1, 0.4)
+ONE_TREE = {"terminal": TerminalRule(), "typical": TypicalRule()}
 
 
 def mixture(name, alpha, p, q):
@@ -49,6 +63,22 @@ def mixture(name, alpha, p, q):
     return p if defers else q
 
 
+def greedy_token(name, alpha, p, q):
+    """The drafter's likeliest token, or the target's where that is deferred."""
+    own = int(np.argmax(q))
+    distance = 0.5 * sum(abs(a - b) for a, b in zip(p, q, strict=True))
+    bar = max(p) - alpha
+    defers = {
+        "chow": max(q) < 1 - alpha,
+        "diff": max(q) < bar,
+        "opt": max(q) < max(p) - alpha * distance,
+        "token_v1": q[own] < bar,
+        "token_v2": p[own] < bar,
+        "token_v3": p[own] < (1 - alpha) * max(p),
+    }[name]
+    return int(np.argmax(p)) if defers else own
+
+
 def mixed(world, name, alpha):
     """The world whose p is the cascade."""
     other = world.replace()
@@ -58,17 +88,27 @@ def mixed(world, name, alpha):
     return other
 
 
-@dataclasses.dataclass(frozen=True)
-class Under:
-    """A shipped rule that judges by a shipped cascade."""
+@functools.cache
+def under(name, alpha, greedy=False):
+    """The shipped cascade on one tree or more, none of them alone in its batch.
 
-    rule: Rule
-    cascade: Cascade
+    Beside each stands a sampled slot, so that greedy ones do not have all of the batch.
+    """
+    cascade = Cascade(name, alpha)
 
-    def judge(self, tree, target, uniforms):
-        mixed = self.cascade.scores(tree, target.logits)
-        target = dataclasses.replace(target, logits=mixed)
-        return self.rule.judge(tree, target, uniforms)
+    @jax.jit
+    def scores(tree, scores_VBT):
+        B = scores_VBT.shape[1]
+        twice = dataclasses.replace(
+            tree.proposal,
+            mass=jnp.repeat(tree.proposal.mass, 2, axis=1),
+            total=jnp.repeat(tree.proposal.total, 2, axis=0),
+        )
+        slots = jnp.array([greedy, False] * B)
+        tree = dataclasses.replace(tree, proposal=twice)
+        return cascade.scores(tree, jnp.repeat(scores_VBT, 2, axis=1), slots)[:, ::2]
+
+    return scores
 
 
 @pytest.mark.parametrize("name", facts.CASCADES)
@@ -111,7 +151,7 @@ def test_every_rule_samples_from_the_cascade(rule, shape, name):
         }
         with jax.enable_x64(True):
             law, _ = shipped_law(
-                Under(shipped, Cascade(name, 0.2)), world, trees, meta, fill=judged
+                shipped, world, trees, meta, fill=judged, cascade=under(name, 0.2)
             )
         own = ref.text_law(judged, trees, paper)
         assert np.abs(law - own).max() < EXACT
@@ -120,6 +160,106 @@ def test_every_rule_samples_from_the_cascade(rule, shape, name):
         assert np.abs(short - wanted.law().sum(axis=-1)).max() < EXACT
         wrong = max(wrong, np.abs(short - world.law().sum(axis=-1)).max())
     assert wrong > 1e-3, "the cascade is the target: a dead test"
+
+
+def judged_by(world, depth, policy):
+    """A step's own policy: the target itself after the last level."""
+    judged = world.replace()
+    judged.p = {
+        path: p if len(path) == depth else policy(p, world.q[path])
+        for path, p in world.p.items()
+    }
+    return judged
+
+
+@pytest.mark.parametrize("name", facts.CASCADES)
+def test_the_terminal_form_samples_from_the_cascade(name):
+    """Its tree, fixed by q alone, keeps q too; as many tokens as by following pi."""
+    for world in ref.worlds(2)[1::4]:
+        tree = best_tree(world, TOPOLOGIES["full"])
+        judged = judged_by(world, 2, functools.partial(mixture, name, 0.2))
+        with jax.enable_x64(True):
+            law, mean = shipped_law(
+                TerminalRule(),
+                world,
+                [tree],
+                meta_of("full"),
+                one_draw=True,
+                fill=judged,
+                cascade=under(name, 0.2),
+            )
+        assert np.abs(law - judged.law()).max() < EXACT
+        followed = ref.accepted(ref.follow(judged, tree))
+        assert mean == pytest.approx(followed, abs=EXACT)
+
+
+@pytest.mark.parametrize("name", facts.CASCADES)
+@pytest.mark.parametrize("rule", [*RULES, "terminal", "typical"])
+def test_greedy_slots_follow_the_cascades_token(rule, name):
+    """Trees of likeliest tokens, beside a sampled slot: one text up to the last level.
+
+    Under a point mass every rule is exact, typical acceptance too.
+    """
+    shape = "chain3" if rule == "block" else "full"
+    depth = depth_of(shape)
+    shipped = {**{k: r for k, (r, _) in RULES.items()}, **ONE_TREE}[rule]
+    seen = set()
+    for world in ref.worlds(depth)[::3]:
+        tree = best_tree(world, TOPOLOGIES[shape])
+
+        def point(p, q):
+            token = greedy_token(name, 0.2, p, q)
+            seen.add(token == p.argmax())
+            return np.eye(3)[token]
+
+        judged = judged_by(world, depth, point)
+        with jax.enable_x64(True):
+            law, _ = shipped_law(
+                shipped,
+                world,
+                [tree],
+                meta_of(shape),
+                one_draw=rule == "terminal",
+                fill=judged,
+                cascade=under(name, 0.2, greedy=True),
+            )
+        assert np.abs(law - judged.law()).max() < EXACT
+    assert seen == {True, False}, "it always decides the same way: a dead test"
+
+
+@pytest.mark.parametrize("name", ["opt", "token_v1"])
+def test_one_greedy_slot_or_all_of_them_take_the_same_token(name):
+    """Alone a slot's tree keeps logits in place of q; ties go to the first token."""
+    rng = np.random.default_rng(3)
+    p, q = rng.dirichlet([0.6] * 5, size=(2, 40)).transpose(0, 2, 1)
+    p[:, 0], q[:, 1] = 0.2, 0.2
+    cascade = Cascade(name, 0.1)
+    tree = types.SimpleNamespace(
+        proposal=Proposal(
+            jnp.log(q)[:, None] + 1.5, jnp.ones((1, 40)), None, range(40), (), ()
+        )
+    )
+    scores = jnp.log(p)[:, None] - 0.5
+    alone = cascade.scores(tree, scores, jnp.ones(1, bool))
+    beside = types.SimpleNamespace(
+        proposal=Proposal(
+            jnp.stack([3 * q, q], 1),
+            jnp.ones((2, 40)) * jnp.array([[3.0], [1.0]]),
+            None,
+            range(40),
+            (),
+            (),
+        )
+    )
+    both = cascade.scores(
+        beside, jnp.repeat(scores, 2, axis=1), jnp.array([True, False])
+    )
+    np.testing.assert_array_equal(both[:, 0], alone[:, 0])
+    want = [greedy_token(name, 0.1, p[:, e], q[:, e]) for e in range(40)]
+    assert np.asarray(alone)[:, 0].argmax(axis=0).tolist() == want
+    assert (np.isfinite(alone).sum(axis=0) == 1).all()
+    mean = cascade.mixture(p, q)
+    np.testing.assert_allclose(np.exp(both[:, 1]), mean, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", facts.CASCADES)
@@ -136,18 +276,23 @@ def test_any_tree_is_exact_for_a_policy_of_drafter_and_target(rule, shape, name)
         assert np.abs(law - policy.law()).max() < EXACT
 
 
-@pytest.mark.parametrize("rule", ["token", "traversal"])
+@pytest.mark.parametrize("rule", [*RULES, "terminal"])
 def test_penalties_are_a_policy_like_any_other(rule):
     """Penalised p and q by the path: the same rules, the law of the penalised text."""
-    for world in ref.worlds(2)[1::4]:
+    shape = "chain3" if rule == "block" else "full"
+    for world in ref.worlds(depth_of(shape))[1::4]:
         penalised = world.replace()
         for laws in (penalised.p, penalised.q):
             for path, own in list(laws.items()):
                 worth = own * np.exp(-0.7 * np.bincount(path, minlength=len(own)))
                 laws[path] = worth / worth.sum()
-        trees = trees_of("full", penalised)
         with jax.enable_x64(True):
-            law, _ = shipped_law(RULES[rule][0], penalised, trees, meta_of("full"))
+            if rule == "terminal":
+                tree = best_tree(penalised, TOPOLOGIES[shape])
+                law, _ = shipped_law(TerminalRule(), penalised, [tree], one_draw=True)
+            else:
+                trees = trees_of(shape, penalised)
+                law, _ = shipped_law(RULES[rule][0], penalised, trees, meta_of(shape))
         assert np.abs(law - penalised.law()).max() < EXACT
 
 
@@ -160,12 +305,13 @@ def test_a_drafter_of_fewer_tokens_has_no_chance_for_the_others():
     judged.p = {k: world.p[k] if len(k) == 2 else v for k, v in policy.p.items()}
     with jax.enable_x64(True):
         law, _ = shipped_law(
-            Under(RULES["token"][0], Cascade("token_v3", 0.2)),
+            RULES["token"][0],
             world,
             trees_of("full", world),
             meta_of("full"),
             draft_vocab=2,
             fill=judged,
+            cascade=under("token_v3", 0.2),
         )
     assert np.abs(law - judged.law()).max() < EXACT
 
@@ -175,7 +321,7 @@ def test_a_drafter_of_fewer_tokens_has_no_chance_for_the_others():
     [
         ("token", "", "chain:2", "chao", "chow, diff"),
         ("token", "", "none", "chow", "take another tree"),
-        ("terminal", "", "chain:2", "chow", "rule='token'"),
+        ("terminal", "best", "chain:2", "chow", "take draws='best_kept'"),
         ("exact", "shared", "chain:2", "chow", "draws='sampled'"),
         ("block", "", "regular:2", "chow", "chains only"),
     ],
@@ -190,5 +336,8 @@ def test_a_cascade_keeps_the_drafters_distributions():
         how = facts.choose_draws(rule, "", shapes.parse("dynamic:4@2"), "opt")
         assert how == "sampled"
         assert facts.label(rule, "opt") == "lossy"
+    assert facts.choose_draws("terminal", "", shapes.parse("chain:2"), "opt") == (
+        "best_kept"
+    )
     with pytest.raises(UserError, match="alpha"):
         SpeculativeConfig(cascade="chow", alpha=1.5)

@@ -15,9 +15,11 @@ import pytest
 from tests.acceptance import enumeration as ref
 from tests.acceptance.driving import arrays, judge, shipped_law
 from treespec_jax.acceptance.block import BlockRule
+from treespec_jax.acceptance.exact import exact_match
 from treespec_jax.acceptance.terminal import TerminalRule
 from treespec_jax.acceptance.token import TokenRule
 from treespec_jax.acceptance.traversal import TraversalRule
+from treespec_jax.acceptance.typical import TypicalRule
 from treespec_jax.drafting import sampled
 from treespec_jax.trees.shapes import DynamicShape
 from treespec_jax.trees.topology import Topology
@@ -163,6 +165,47 @@ def test_the_terminal_form_is_exact_match_in_law(name):
         assert mean == pytest.approx(chances, abs=EXACT)
 
 
+@pytest.mark.parametrize("name", ["chain3", "full", "tapered", "lopsided"])
+def test_exact_match_gives_the_law_whatever_the_tree(name):
+    """Every token that could be chosen after every node, with its chance.
+
+    The law is p's tree by tree, not on the whole: a tree may depend on the noise.
+    """
+    follow = jax.jit(exact_match, static_argnums=2)
+    for world in ref.worlds(depth_of(name))[1::4]:
+        drawn = trees_of(name, world)
+        for tree in [best_tree(world, TOPOLOGIES[name]), drawn[0], drawn[-1]]:
+            count = len(tree.parents)
+            choice = np.array(list(itertools.product(range(3), repeat=count)))
+            weight = np.prod(
+                [world.p[path][choice[:, n]] for n, path in enumerate(tree.paths)],
+                axis=0,
+            )
+            nodes, _ = arrays(world, [tree] * len(choice), None)
+            got = follow(nodes, choice.astype(np.int32), world.depth)
+            emitted, kept = np.asarray(got.emitted), np.asarray(got.count)
+            law = np.zeros((3,) * (world.depth + 1))
+            for row in range(len(choice)):
+                path = tuple(int(x) for x in emitted[row, : kept[row] + 1])
+                world.fill(law, path, weight[row])
+            assert np.abs(law - world.law()).max() < EXACT
+            chances = sum(world.chance(path) for path in tree.paths[1:])
+            assert (weight * kept).sum() == pytest.approx(chances, abs=EXACT)
+
+
+@pytest.mark.parametrize("name", ["chain3", "full", "lopsided"])
+def test_typical_acceptance_is_medusas(name):
+    """Lossy, so that it is held to the paper's rule, and shown to be lossy."""
+    wrong = 0.0
+    for world in ref.worlds(depth_of(name))[::3]:
+        trees = trees_of(name, world)
+        with jax.enable_x64(True):
+            law, _ = shipped_law(TypicalRule(), world, trees)
+        assert np.abs(law - ref.text_law(world, trees, ref.typical)).max() < EXACT
+        wrong = max(wrong, np.abs(law - world.law()).max())
+    assert wrong > 0.01
+
+
 def test_traversal_on_a_chain_is_the_block_rule():
     """The same thresholds and the same laws of the last token, node by node."""
     for world in ref.worlds(3):
@@ -234,6 +277,22 @@ def test_degenerate_distributions(rule, name, edge):
     assert np.abs(law - want).max() < EXACT
     law, _ = shipped_law(RULES[rule][0], world, trees, meta_of(name), tolerance=1e-6)
     assert np.abs(law - want).max() < 2e-6
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_degenerate_distributions_without_samples(edge):
+    """Terminal form and typical acceptance, all nodes valid and one of them not."""
+    world = edge_world(edge, 2)
+    whole = best_tree(world, TOPOLOGIES["full"])
+    for tree in (whole, whole.without(1), whole.without(4)):
+        want = world.law()
+        paper = ref.text_law(world, [tree], ref.typical)
+        for x64, bar in ((True, EXACT), (False, 2e-6)):
+            with jax.enable_x64(x64):
+                law, _ = shipped_law(TerminalRule(), world, [tree], one_draw=True)
+                lossy, _ = shipped_law(TypicalRule(), world, [tree])
+            assert np.abs(law - want).max() < bar
+            assert np.abs(lossy - paper).max() < bar
 
 
 @pytest.mark.parametrize(

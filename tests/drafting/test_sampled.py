@@ -141,3 +141,32 @@ def test_levels_of_a_dynamic_tree_add_up(nodes, depth):
     sizes = sampled.level_sizes(shapes.DynamicShape(nodes, depth, 1, 1))
     assert len(sizes) == depth + 1 and sum(sizes) == nodes + 1 and min(sizes) >= 1
     assert sorted(sizes[1:], reverse=True) == list(sizes[1:])
+
+
+@pytest.mark.parametrize("name", ["lopsided", "dynamic5@2"])
+def test_likeliest_tokens_with_q_kept(name):
+    """No draw: siblings by falling q, those without a chance empty, q as it is."""
+    lacking = ref.World(depth_of(name), 1.0, 0.0, seed=2).replace(
+        q=lambda x: np.where(x == x.min(), 0.0, x) / (x.sum() - x.min())
+    )
+    tables = [t.astype(np.float32) for t in tables_of(lacking)]
+    params = sampling(SamplingParams(temperature=1.0))
+    nobody = np.zeros((1, 1, 2), np.float32)
+    got = jax.tree.map(
+        np.asarray, grown(shape_of(name), "best_kept", tables, nobody, params)
+    )
+    paths = {0: ()}
+    for n in range(1, got.tokens.shape[1]):
+        siblings = np.flatnonzero(got.parents[0] == got.parents[0, n])
+        rank = int((siblings[siblings > 0] < n).sum())
+        above = paths.get(got.parents[0, n])
+        if above is None or rank > 1:
+            assert not got.valid[0, n]
+            continue
+        assert got.valid[0, n]
+        paths[n] = (*above, int(got.tokens[0, n]))
+        assert paths[n][-1] == np.argsort(-lacking.q[above])[rank]
+    for e, n in enumerate(got.proposal.nodes):
+        if n in paths:
+            own = got.proposal.mass[:, 0, e] / got.proposal.total[0, e]
+            np.testing.assert_allclose(own, lacking.q[paths[n]], atol=1e-6)

@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.acceptance.test_cascade import mixture
+from tests.acceptance.test_cascade import greedy_token, mixture
 from tests.engine.test_rules import (
     GREEDY,
     PROMPT,
@@ -31,12 +31,12 @@ from treespec_jax.config import EngineConfig, SpeculativeConfig
 from treespec_jax.drafting.draft_model import DraftModel
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.stats import total
-from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
 
 __all__ = ["draft", "target"]
 
 PARAMS = dataclasses.replace(SAMPLED, top_k=0)
+WIDTHS = {"regular:2x1": (2, 1), "chain:2": (1, 1)}
 # Quantile 0.999 of chi-square, 35 degrees of freedom.
 CRITICAL = 66.62
 
@@ -53,6 +53,29 @@ def softmax_of(model):
         return p / p.sum()
 
     return policy
+
+
+def softmax_at_one(model, ids):
+    scores = full_logits(model, ids, size=32)[-1].astype(float)
+    p = np.exp(scores - scores.max())
+    return p / p.sum()
+
+
+def greedy_text(target, draft, cascade, widths) -> list[int]:
+    """Step by step: pi's token where the drafter has children, else the target's."""
+    text, level, own = list(PROMPT), 0, 0
+    while len(text) < len(PROMPT) + GREEDY.max_tokens:
+        p, q = (softmax_at_one(model, text) for model in (target, draft))
+        if level < len(widths):
+            token = greedy_token(cascade.name, cascade.alpha, p, q)
+            own += token != p.argmax()
+            held = token in np.argsort(-q)[: widths[level]]
+        else:
+            token, held = int(p.argmax()), False
+        text.append(token)
+        level = level + 1 if held else 0
+    assert own, "it is the target's own text: a dead test"
+    return text[len(PROMPT) :]
 
 
 def build(target, draft, rule, tree, cascade) -> Engine:
@@ -72,6 +95,7 @@ def build(target, draft, rule, tree, cascade) -> Engine:
     [
         ("exact", "regular:2x1", Cascade("token_v3", 0.3)),
         ("token", "chain:2", Cascade("opt", 0.2)),
+        ("terminal", "regular:2x1", Cascade("diff", 0.3)),
     ],
 )
 def test_two_tokens_have_the_cascades_law(rule, tree, cascade, target, draft):
@@ -91,5 +115,9 @@ def test_two_tokens_have_the_cascades_law(rule, tree, cascade, target, draft):
     assert stats.tokens_per_step > 1.05 and not stats.lossless
     assert stats.label == f"{rule} (lossy: cascade {cascade.name}, {cascade.alpha:g})"
     assert stats.as_dict()["cascade"] == cascade.name
-    with pytest.raises(UserError, match="raise the temperature"):
-        run(engine, [GREEDY])
+    # A greedy request beside a sampled one, and alone.
+    want = greedy_text(target, draft, cascade, WIDTHS[tree])
+    greedy, _ = run(engine, [GREEDY, PARAMS])
+    (alone,) = run(engine, [GREEDY])
+    assert greedy.tokens == alone.tokens == want
+    assert not alone.stats.lossless and alone.stats.tokens_per_step > 1

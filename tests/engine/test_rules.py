@@ -1,4 +1,4 @@
-"""Every rule in the whole engine: the law of two tokens, greedy texts, labels.
+"""Every rule in the whole engine: the law of two tokens, greedy texts, ends, labels.
 
 Chi-square of the first two tokens of REQUESTS requests that differ in their seed,
 against the target's exact probabilities (one causal pass without cache), at level
@@ -10,6 +10,7 @@ a law with a tenth of the drafter's mixed in must be refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -33,10 +34,12 @@ from treespec_jax.trees import shapes
 
 V, REQUESTS = 6, 3072
 PROMPT = [1, 4, 2]
-SAMPLED = SamplingParams(max_tokens=2, temperature=0.8, top_k=5)
-GREEDY = SamplingParams(max_tokens=12)
+SAMPLED = SamplingParams(max_tokens=2, temperature=0.8, top_k=5, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+# Ends a text, where it is not ignored.
+END = 2
 # Quantile 0.999 of chi-square by degrees of freedom.
-CRITICAL = {23: 49.73, 24: 51.18}
+CRITICAL = {16: 39.25, 23: 49.73, 24: 51.18}
 MODEL = ModelConfig(
     vocab_size=V,
     embed_dim=16,
@@ -79,15 +82,15 @@ def draft(target):
     return made
 
 
-def build(target, draft, rule, tree, draws="") -> Engine:
+def build(target, draft, rule, tree, draws="", **more) -> Engine:
     shape = shapes.parse(tree)
-    spec = SpeculativeConfig(model=draft, tree=tree, rule=rule, draws=draws)
+    spec = SpeculativeConfig(model=draft, tree=tree, rule=rule, draws=draws, **more)
     how = facts.choose_draws(rule, draws, shape)
     drafter = DraftModel(draft, shape, 0.7, draws=how) if shape.depth else NoDrafter()
     config = EngineConfig(
         max_batch=64, max_len=24, page_size=8, steps_per_dispatch=2, prefill_chunks=(4,)
     )
-    return Engine(target, drafter, config, rule=rules.make(spec))
+    return Engine(target, drafter, config, (END,), rule=rules.make(spec))
 
 
 def run(engine, params) -> list[Request]:
@@ -99,18 +102,21 @@ def run(engine, params) -> list[Request]:
     return requests
 
 
+def policy_of(model, ids) -> np.ndarray:
+    """[V] after some tokens."""
+    logits = full_logits(model, list(ids), size=32)[-1].astype(np.float64)
+    scaled = logits / SAMPLED.temperature
+    scaled[scaled < np.sort(scaled)[-SAMPLED.top_k]] = -np.inf
+    p = np.exp(scaled - scaled.max())
+    return p / p.sum()
+
+
 def law_of(model) -> np.ndarray:
     """[V, V] of the next two tokens under the policy."""
-
-    def policy(ids):
-        logits = full_logits(model, ids, size=32)[-1].astype(np.float64)
-        scaled = logits / SAMPLED.temperature
-        scaled[scaled < np.sort(scaled)[-SAMPLED.top_k]] = -np.inf
-        p = np.exp(scaled - scaled.max())
-        return p / p.sum()
-
-    first = policy(PROMPT)
-    return first[:, None] * np.stack([policy([*PROMPT, x]) for x in range(V)])
+    first, *second = (
+        policy_of(model, ids) for ids in (PROMPT, *([*PROMPT, x] for x in range(V)))
+    )
+    return first[:, None] * np.stack(second)
 
 
 def chi_square(counts, law):
@@ -148,6 +154,7 @@ def test_two_tokens_have_the_targets_law(
     # And alone: all of the batch is greedy.
     (alone,) = run(engine, [GREEDY])
     assert alone.tokens == greedy_text and alone.stats.lossless
+    check_edges(engine, greedy_text)
     assert engine.compilations["dispatch"] == 1
     counts = np.zeros((V, V))
     for request in requests:
@@ -163,6 +170,26 @@ def test_two_tokens_have_the_targets_law(
     assert statistic < CRITICAL[freedom]
 
 
+def check_edges(engine, greedy_text):
+    """Temperatures at which all mass is on one token; an end within a path."""
+    # The second is the least that is not taken for greedy.
+    cold = [dataclasses.replace(GREEDY, temperature=t) for t in (1e-6, 1.01e-5)]
+    assert [r.tokens for r in run(engine, cold)] == [greedy_text] * 2
+    long = [dataclasses.replace(SAMPLED, seed=n, max_tokens=8) for n in range(64)]
+    ending = [dataclasses.replace(p, ignore_eos=False) for p in long]
+    inside = 0
+    for whole, ended in zip(run(engine, long), run(engine, ending), strict=True):
+        assert len(whole.tokens) == 8
+        if END not in whole.tokens:
+            assert ended.tokens == whole.tokens
+            continue
+        count = whole.tokens.index(END) + 1
+        assert ended.tokens == whole.tokens[:count]
+        assert ended.finish_reason == "stop" and ended.stats.tokens == count
+        inside += ended.steps != whole.steps[: len(ended.steps)]
+    assert inside, "the end never fell into an accepted path: a dead test"
+
+
 def test_the_test_has_power(law, draft):
     """As stated above."""
     wrong = 0.9 * law + 0.1 * law_of(draft)
@@ -174,13 +201,57 @@ def test_the_test_has_power(law, draft):
         assert statistic > CRITICAL[freedom]
 
 
+def typical_law(target, draft, eps, delta) -> np.ndarray:
+    """[V, V] under typical acceptance of regular:2x1, step by step and by hand."""
+    p, q = (
+        functools.cache(functools.partial(policy_of, model))
+        for model in (target, draft)
+    )
+
+    def bound(ids):
+        some = p(ids)[p(ids) > 0]
+        return min(eps, delta * np.exp((some * np.log(some)).sum()))
+
+    def step(ids):
+        """Tokens that are kept, of which the last is not drawn yet."""
+        paths = []
+        for x in np.argsort(-q(ids))[:2]:
+            below = (*ids, int(x))
+            if p(ids)[x] > bound(ids):
+                paths.append((1, np.log(p(ids)[x]), below))
+                y = int(q(below).argmax())
+                if p(below)[y] > bound(below):
+                    chance = p(ids)[x] * p(below)[y]
+                    paths.append((2, np.log(chance), (*below, y)))
+        return max(paths, default=(0, 0.0, ids))[2]
+
+    law, root = np.zeros((V, V)), tuple(PROMPT)
+    first = step(root)
+    if len(first) == len(root) + 2:
+        law[first[-2:]] = 1.0
+    elif len(first) == len(root) + 1:
+        law[first[-1]] = p(first)
+    else:
+        for x in range(V):
+            below = (*root, x)
+            then = step(below)
+            if len(then) > len(below):
+                law[x, then[len(below)]] = p(root)[x]
+            else:
+                law[x] = p(root)[x] * p(below)
+    return law
+
+
 @pytest.mark.slow
-def test_typical_acceptance_is_labelled_lossy(target, draft, law, greedy_text):
-    """Greedy it is greedy matching; sampled it is another law, and says so."""
-    engine = build(target, draft, "typical", "regular:2x1")
+def test_typical_acceptance_is_labelled_lossy(target, law, greedy_text):
+    """Greedy it is greedy matching; sampled it is its own law, and says so."""
+    foreign, bounds = model(3), dict(eps=0.3, delta=1.0)
+    more = {f"typical_{name}": value for name, value in bounds.items()}
+    engine = build(target, foreign, "typical", "regular:2x1", **more)
     params = [dataclasses.replace(SAMPLED, seed=n) for n in range(REQUESTS)]
     *requests, greedy = run(engine, [*params, GREEDY])
     assert greedy.tokens == greedy_text
+    check_edges(engine, greedy_text)
     counts = np.zeros((V, V))
     for request in requests:
         counts[tuple(request.tokens)] += 1
@@ -188,6 +259,9 @@ def test_typical_acceptance_is_labelled_lossy(target, draft, law, greedy_text):
     assert stats["rule"] == "typical" and stats["lossless"] is False
     statistic, freedom = chi_square(counts, law)
     assert statistic > 3 * CRITICAL[freedom]
+    own = typical_law(target, foreign, **bounds)
+    statistic, freedom = chi_square(counts, own)
+    assert statistic < CRITICAL[freedom]
 
 
 def test_an_engine_refuses_what_its_rule_cannot_judge(target, draft):

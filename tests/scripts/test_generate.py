@@ -143,6 +143,44 @@ def test_flag_wins_over_override_wins_over_file(generate, tmp_path):
     assert settings["sampling"]["top_k"] == 9
 
 
+def test_penalties_and_bias(generate):
+    """By flags, with a tree: what plain decoding would emit, the banned token never."""
+    args = ["--prompt=the cat", "--max_tokens=16", "--json"]
+    free = json.loads(generate(*args).out)["completions"][0]["token_ids"]
+    banned = max(free, key=free.count)
+    out = generate(
+        *args,
+        f"--logit_bias={banned}=-100",
+        "--logit_bias=280=1.5",
+        "--repetition_penalty=1.3",
+        "--presence_penalty=0.5",
+        "--frequency_penalty=0.25",
+        "--compare",
+    ).out
+    report = json.loads(out)
+    sampling = report["settings"]["sampling"]
+    assert [banned, -100.0] in sampling["logit_bias"] and len(
+        sampling["logit_bias"]
+    ) == 2
+    assert sampling["repetition_penalty"] == 1.3
+    assert sampling["presence_penalty"] == 0.5
+    assert sampling["frequency_penalty"] == 0.25
+    (completion,) = report["completions"]
+    assert banned not in completion["token_ids"] != free
+    assert report["comparison"]["identical"]
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.9"])
+def test_a_cascade_is_labelled_lossy(generate, temperature):
+    args = ["--prompt=the cat", "--max_tokens=16", "--rule=token", "--ignore_eos"]
+    args += ["--cascade=opt", "--alpha=0.3", f"--temperature={temperature}"]
+    report = json.loads(generate(*args, "--json").out)
+    for stats in (report["stats"], report["completions"][0]["stats"]):
+        assert (stats["cascade"], stats["alpha"]) == ("opt", 0.3)
+        assert stats["rule"] == "token" and stats["lossless"] is False
+    assert "token (lossy: cascade opt, 0.3)" in generate(*args).out
+
+
 def test_plain_decoding_needs_no_drafter(run_script, files):
     args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--max_len=64"]
     result = run_script("generate.py", *args, "--max_tokens=3", "--ignore_eos")
@@ -174,6 +212,14 @@ def test_tokenizer_by_flag_and_stop(run_script, files):
         ("--min_p=2", "min_p"),
         ("--seed=-1", "seed"),
         ("--stop=", "stop"),
+        ("--repetition_penalty=0", "repetition_penalty"),
+        ("--presence_penalty=3", "presence_penalty"),
+        ("--frequency_penalty=-3", "frequency_penalty"),
+        ("--logit_bias=5", "--logit_bias='5'"),
+        ("--logit_bias=99999=1", "99999"),
+        ("--rule=tokn", "tokn"),
+        ("--cascade=chao", "chao"),
+        ("--alpha=2", "alpha"),
         ("--max_batch=0", "max_batch"),
         ("--page_size=7", "page_size"),
         ("--steps_per_dispatch=0", "steps_per_dispatch"),

@@ -20,6 +20,12 @@ on it to be taken, for token_v3 that relative to the maximum.
 
 At a node without q, one that the drafter did not expand, pi = p. Every token after a
 step's last level is one, so that the law of a text hangs on where its steps began.
+
+Greedy requests: who has the word, r, is decided by p and q at temperature 1 with
+nothing cut, and a token that would be drawn is the likeliest instead: argmax p where r,
+else argmax q; a rule by token asks r of v = argmax q. (With temperatures near 0 inside
+r both maxima would be 1, and no rule would ever defer.) That is one token per node, a
+policy like any other; token_v3 with alpha 0 is the target's own greedy text.
 """
 
 from __future__ import annotations
@@ -28,8 +34,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from treespec_jax.acceptance import families
+from treespec_jax.acceptance import families, select
 from treespec_jax.trees.token_tree import TokenTree
 
 
@@ -45,35 +52,70 @@ class Cascade:
     name: str
     alpha: float
 
-    def scores(self, tree: TokenTree, scores_VBT: jax.Array) -> jax.Array:
+    def scores(
+        self, tree: TokenTree, scores_VBT: jax.Array, greedy_B: jax.Array
+    ) -> jax.Array:
         """log pi after every node.
 
         Args:
-          tree: sampled, with its `Proposal`.
-          scores_VBT: log p up to a constant per column.
+          tree: with its `Proposal`.
+          scores_VBT: log p up to a constant per column; of greedy slots at temperature
+            1 (`Sampling.opened`).
+          greedy_B: bool; these slots get 0 for one token and -inf for the others, at
+            nodes that have q.
         """
         proposal = tree.proposal
         nodes = jnp.asarray(proposal.nodes)
-        own_VBE = scores_VBT[:, :, nodes]
-        p_VBE = jax.nn.softmax(own_VBE, axis=0)
-        q_VBE = families.drafted(proposal, slice(None), p_VBE.shape[0])
-        return scores_VBT.at[:, :, nodes].set(jnp.log(self.mixture(p_VBE, q_VBE)))
+        p_VBE = jax.nn.softmax(scores_VBT[:, :, nodes], axis=0)
+        vocab = p_VBE.shape[0]
+
+        def logits():
+            q_VBE = jax.nn.softmax(proposal.mass, axis=0)
+            return jnp.pad(q_VBE, ((0, vocab - q_VBE.shape[0]), (0, 0), (0, 0)))
+
+        q_VBE = lax.cond(
+            jnp.all(greedy_B),
+            logits,
+            lambda: families.drafted(proposal, slice(None), vocab),
+        )
+        mixture = self.mixture(p_VBE, q_VBE)
+
+        def with_points():
+            at_V11 = jnp.arange(vocab, dtype=jnp.int32)[:, None, None]
+            point = (at_V11 == self.choice(p_VBE, q_VBE)).astype(mixture.dtype)
+            return jnp.where(greedy_B[:, None], point, mixture)
+
+        pi_VBE = lax.cond(jnp.any(greedy_B), with_points, lambda: mixture)
+        return scores_VBT.at[:, :, nodes].set(jnp.log(pi_VBE))
 
     def mixture(self, p: jax.Array, q: jax.Array) -> jax.Array:
         """pi of distributions along the first axis."""
+        defer = self._defer(p, q)
+        if defer.ndim < p.ndim:
+            return jnp.where(defer, p, q)
+        deferred = jnp.sum(jnp.where(defer, q, 0.0), axis=0)
+        return jnp.where(defer, 0.0, q) + p * deferred
+
+    def choice(self, p: jax.Array, q: jax.Array) -> jax.Array:
+        """int32, the token of a greedy request, of distributions [V, B, E]."""
+        of_p, of_q = (select.argmax(x.reshape(len(x), -1)) for x in (p, q))
+        of_p, of_q = of_p.reshape(p.shape[1:]), of_q.reshape(q.shape[1:])
+        defer = self._defer(p, q)
+        if defer.ndim == p.ndim:
+            defer = jnp.take_along_axis(defer, of_q[None], axis=0)[0]
+        return jnp.where(defer, of_p, of_q)
+
+    def _defer(self, p, q):
+        """r: of every token, or of all of them at once."""
         alpha = self.alpha
         best_p, best_q = jnp.max(p, axis=0), jnp.max(q, axis=0)
-        if self.name.startswith("token"):
-            defer = {
-                "token_v1": lambda: q < best_p - alpha,
-                "token_v2": lambda: p < best_p - alpha,
-                "token_v3": lambda: p < (1 - alpha) * best_p,
-            }[self.name]()
-            deferred = jnp.sum(jnp.where(defer, q, 0.0), axis=0)
-            return jnp.where(defer, 0.0, q) + p * deferred
-        bound = {
-            "chow": lambda: 1 - alpha,
-            "diff": lambda: best_p - alpha,
-            "opt": lambda: best_p - alpha * jnp.sum(jnp.abs(p - q), axis=0) / 2,
+        return {
+            "chow": lambda: best_q < 1 - alpha,
+            "diff": lambda: best_q < best_p - alpha,
+            "opt": lambda: (
+                best_q < best_p - alpha * jnp.sum(jnp.abs(p - q), axis=0) / 2
+            ),
+            "token_v1": lambda: q < best_p - alpha,
+            "token_v2": lambda: p < best_p - alpha,
+            "token_v3": lambda: p < (1 - alpha) * best_p,
         }[self.name]()
-        return jnp.where(best_q < bound, p, q)

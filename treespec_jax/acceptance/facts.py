@@ -9,6 +9,7 @@ How a drafter draws the nodes of its tree (`draws`):
   it is drawn (drafting.sampled).
 * `with_replacement`: the same, siblings drawn independently (SpecInfer, 2305.09781).
 * `best`: the likeliest tokens of q, nothing random.
+* `best_kept`: the same level by level as for `sampled`, with q kept for a cascade.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from treespec_jax.trees.shapes import StaticShape, TreeShape
 
 # Temperatures below this are greedy: logits / temperature would overflow.
 MIN_TEMPERATURE = 1e-5
-DRAWS = ("shared", "sampled", "with_replacement", "best")
+DRAWS = ("shared", "sampled", "with_replacement", "best", "best_kept")
+# Draws that keep the drafter's distributions.
+KEPT = ("sampled", "with_replacement", "best_kept")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,11 @@ _SAMPLED = (
     "pruned or re-ranked afterwards"
 )
 FACTS = {
-    "exact": Facts(lossless=True, draws=("shared", "best", "sampled"), because=_DIFFER),
+    "exact": Facts(
+        lossless=True,
+        draws=("shared", "best", "sampled", "best_kept"),
+        because=_DIFFER,
+    ),
     "token": Facts(
         lossless=True, draws=("sampled", "with_replacement"), because=_SAMPLED
     ),
@@ -62,18 +69,18 @@ FACTS = {
     "traversal": Facts(lossless=True, draws=("sampled",), because=_SAMPLED),
     "terminal": Facts(
         lossless=True,
-        draws=("best",),
+        draws=("best", "best_kept"),
         because="its tree must be fixed by the drafter alone, without any sample",
     ),
     "typical": Facts(
-        lossless=False, draws=("best", "shared", "sampled"), because=_DIFFER
+        lossless=False,
+        draws=("best", "shared", "sampled", "best_kept"),
+        because=_DIFFER,
     ),
 }
 RULES = tuple(FACTS)
 # Policies between drafter and target (acceptance.cascade), all of them lossy.
 CASCADES = ("chow", "diff", "opt", "token_v1", "token_v2", "token_v3")
-# Draws that keep the drafter's distributions.
-_KEPT = ("sampled", "with_replacement")
 
 
 def label(rule: str, cascade: str = "") -> str:
@@ -98,8 +105,10 @@ def choose_draws(rule: str, draws: str, shape: TreeShape, cascade: str = "") -> 
     if rule not in FACTS:
         raise UserError(f"rule {rule!r} is unknown; choose from {', '.join(RULES)}")
     facts = FACTS[rule]
+    kept = [own for own in facts.draws if own in KEPT]
     if cascade:
-        draws = draws or _kept_draws(rule, cascade, shape)
+        _check_cascade(cascade, shape)
+        draws = draws or kept[0]
     draws = draws or facts.draws[0]
     if draws not in DRAWS:
         raise UserError(f"draws {draws!r} is unknown; choose from {', '.join(DRAWS)}")
@@ -108,10 +117,10 @@ def choose_draws(rule: str, draws: str, shape: TreeShape, cascade: str = "") -> 
             f"rule {rule!r} cannot judge draws={draws!r}: {facts.because}; take "
             f"draws={' or '.join(map(repr, facts.draws))}, or rule='exact'"
         )
-    if cascade and draws not in _KEPT:
+    if cascade and draws not in KEPT:
         raise UserError(
             f"cascade {cascade!r} cannot go with draws={draws!r}, which does not keep "
-            "the drafter's distributions; take draws='sampled'"
+            f"the drafter's distributions; take draws={' or '.join(map(repr, kept))}"
         )
     if facts.chain_only and not _is_chain(shape):
         raise UserError(
@@ -121,8 +130,7 @@ def choose_draws(rule: str, draws: str, shape: TreeShape, cascade: str = "") -> 
     return draws
 
 
-def _kept_draws(rule: str, cascade: str, shape: TreeShape) -> str:
-    """Draws under which a rule can serve a cascade."""
+def _check_cascade(cascade: str, shape: TreeShape) -> None:
     if cascade not in CASCADES:
         raise UserError(
             f"cascade {cascade!r} is unknown; choose from {', '.join(CASCADES)}"
@@ -132,13 +140,6 @@ def _kept_draws(rule: str, cascade: str, shape: TreeShape) -> str:
             f"cascade {cascade!r} mixes drafter and target, and tree 'none' has no "
             "drafter; take another tree, such as chain:5"
         )
-    for draws in FACTS[rule].draws:
-        if draws in _KEPT:
-            return draws
-    raise UserError(
-        f"rule {rule!r} cannot serve cascade {cascade!r}: its trees do not keep the "
-        "drafter's distributions; take rule='token', 'block' or 'traversal'"
-    )
 
 
 def _is_chain(shape: TreeShape) -> bool:

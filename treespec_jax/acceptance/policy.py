@@ -48,13 +48,24 @@ class Sampling:
     def settled(self) -> Sampling:
         """Settings that leave log p as it is, for scores that are already the policy's.
 
-        Slots must not be greedy.
+        Greedy slots stay greedy.
         """
         return Sampling(
-            temperature=jnp.ones_like(self.temperature),
+            temperature=jnp.where(self.greedy, 0.0, 1.0),
             top_k=jnp.zeros_like(self.top_k),
             top_p=jnp.ones_like(self.top_p),
             min_p=jnp.zeros_like(self.min_p),
+            seed=self.seed,
+        )
+
+    def opened(self) -> Sampling:
+        """Greedy slots at temperature 1 with nothing cut, the others as they are."""
+        greedy = self.greedy
+        return Sampling(
+            temperature=jnp.where(greedy, 1.0, self.temperature),
+            top_k=jnp.where(greedy, 0, self.top_k),
+            top_p=jnp.where(greedy, 1.0, self.top_p),
+            min_p=jnp.where(greedy, 0.0, self.min_p),
             seed=self.seed,
         )
 

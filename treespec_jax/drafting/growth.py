@@ -4,8 +4,8 @@ A drafter supplies `expand`, which turns a level's tokens into logits; this modu
 decides which children to keep. It proposes by `log q + g` with the noise g that the
 target will use at the same position, so that guesses lean towards what the target is
 about to choose; the chance that a child is right is estimated as
-softmax((log q + g) / tau). Without noise (draws "best") g is 0. Trees drawn at random
-are grown in `sampled`.
+softmax((log q + g) / tau). Without noise (draws "best") g is 0. Trees that keep q are
+grown in `sampled`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from treespec_jax.acceptance import policy
+from treespec_jax.acceptance import facts, policy
 from treespec_jax.acceptance.select import top_k, top_k_rows
 from treespec_jax.drafting import sampled
 from treespec_jax.drafting.protocol import NORMALISED, DraftContext, Expand
@@ -45,9 +45,8 @@ def grow(
     """
     if context.penalties is not None:
         root_logits_VB, expand = _penalised(context.penalties, root_logits_VB, expand)
-    if draws in ("sampled", "with_replacement"):
-        replacement = draws == "with_replacement"
-        return sampled.grow(shape, context, root_logits_VB, expand, replacement)
+    if draws in facts.KEPT:
+        return sampled.grow(shape, context, root_logits_VB, expand, draws)
     with jax.named_scope("grow"):
         if isinstance(shape, StaticShape):
             return _grow_static(shape, context, root_logits_VB, expand, tau)

@@ -1,9 +1,11 @@
-"""Trees drawn at random from the drafter, for rules that weigh a node by its chance.
+"""Trees that keep q: drawn at random, for rules that weigh a node by its chance.
 
 Siblings are drawn one after the other from q, the drafter's law under the request's own
 temperature, top-k, top-p and min-p, and keep that order. Where nodes go may depend on q
 and on the levels above, never on what a node turns out to be: none is dropped, moved or
 sorted once it is drawn, or no rule would be lossless.
+
+Draws "best_kept" take the likeliest tokens in place of draws, and keep q for a cascade.
 """
 
 from __future__ import annotations
@@ -34,46 +36,56 @@ def grow(
     context: DraftContext,
     root_logits_VB: jax.Array,
     expand: Expand,
-    replacement: bool = False,
+    draws: str = "sampled",
 ) -> TokenTree:
     """Grows a tree of the given shape, with its `Proposal`.
 
     Args:
       shape: a dynamic one has its nodes spread over its levels (`level_sizes`).
-      context: root, settings and uniforms.
+      context: root, settings and (unless "best_kept") uniforms.
       root_logits_VB: float32, the drafter's logits after the root.
       expand: runs one level of nodes through the drafter.
-      replacement: draw siblings independently (static shapes only).
+      draws: one of `facts.KEPT`; "with_replacement" for static shapes only.
     """
     with jax.named_scope("grow"):
         if isinstance(shape, StaticShape):
-            return _grow_static(shape, context, root_logits_VB, expand, replacement)
-        return _grow_dynamic(shape, context, root_logits_VB, expand)
+            return _grow_static(shape, context, root_logits_VB, expand, draws)
+        return _grow_dynamic(shape, context, root_logits_VB, expand, draws)
 
 
-def siblings(logits_VR, context: DraftContext, uniforms_BWK2, replacement=False):
+def siblings(logits_VR, context: DraftContext, number_BWK, draws):
     """Children of nodes [B, W], in the order in which they were drawn.
 
     Greedy slots get the likeliest tokens instead, best first: their target is a point
     mass, and every rule then only asks whether a child carries it.
 
+    Args:
+      logits_VR: the drafter's, R = B·W.
+      context: settings and uniforms.
+      number_BWK: nodes by whose uniforms the K children are drawn.
+      draws: one of `facts.KEPT`.
+
     Returns:
       q up to a factor [Vd, B, W] and its sums [B, W]; tokens int32, log q and the share
       of q not drawn before, [B, W, K] each.
     """
-    B, W, K, _ = uniforms_BWK2.shape
-    sampling = context.sampling
+    B, W, K = number_BWK.shape
+    sampling, slot_B11 = context.sampling, jnp.arange(B)[:, None, None]
 
     def greedy():
-        # Nobody will ask how likely they were.
+        # Only a cascade will ask for q, and it knows of these.
         tokens_RK, log_RK = _best(logits_VR, K)
         total_R = jnp.ones(B * W, logits_VR.dtype)
         return logits_VR, total_R, tokens_RK, log_RK, jnp.ones_like(log_RK)
 
     def sampled():
-        mass_VR = policy.laws(logits_VR, sampling).probs()
+        mass_VR = policy.laws(logits_VR, sampling.opened()).probs()
         total_R = jnp.sum(mass_VR, axis=0)
-        uniforms = uniforms_BWK2.reshape(B * W, K, 2)
+        if draws == "best_kept":
+            tokens_RK, log_RK = _best(jnp.log(mass_VR), K)
+            return mass_VR, total_R, tokens_RK, log_RK, jnp.ones_like(log_RK)
+        uniforms = context.uniforms[slot_B11, number_BWK].reshape(B * W, K, 2)
+        replacement = draws == "with_replacement"
         tokens, shares, left = draw.siblings(mass_VR, uniforms, replacement)
         drawn = tokens, jnp.log(shares), left
         drawn = lax.cond(jnp.any(sampling.greedy), lambda: mixed(drawn), lambda: drawn)
@@ -102,7 +114,7 @@ def _best(logits_VR, count):
     return tokens_RK, jnp.pad(log_RJ[:, :count], lacking, constant_values=-jnp.inf)
 
 
-def _grow_static(shape: StaticShape, context, logits_VR, expand, replacement):
+def _grow_static(shape: StaticShape, context, logits_VR, expand, draws):
     topology = shape.topology
     B = context.root.shape[0]
     tokens = [context.root[:, None]]
@@ -131,9 +143,8 @@ def _grow_static(shape: StaticShape, context, logits_VR, expand, replacement):
         # it comes after all that are kept, and is looked at by nobody.
         number = np.full((len(parents), most[-1]), below[0])
         number[slot, rank] = below
-        own_mass, own_total, *drawn = siblings(
-            logits_VR, context, context.uniforms[:, number], replacement
-        )
+        number = jnp.broadcast_to(jnp.asarray(number), (B, *number.shape))
+        own_mass, own_total, *drawn = siblings(logits_VR, context, number, draws)
         masses.append(own_mass)
         totals.append(own_total)
         token_BJ, log_BJ, left_BJ = (x[:, slot, rank] for x in drawn)
@@ -155,7 +166,7 @@ def _grow_static(shape: StaticShape, context, logits_VR, expand, replacement):
             nodes=tuple(int(n) for n in np.concatenate(inner)),
             levels=tuple(len(topology.level(d)) for d in range(topology.depth + 1)),
             most=tuple(most),
-            replacement=replacement,
+            replacement=draws == "with_replacement",
         )
     return static_tree(topology, tokens_BT, log_q_BT, proposal)
 
@@ -188,7 +199,7 @@ def allot(chance_BW: jax.Array, budget: int, most: int) -> jax.Array:
     )
 
 
-def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand):
+def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand, draws):
     """Level by level: every node of a level is expanded and gets its share of the next.
 
     Children are numbered parent by parent.
@@ -217,12 +228,11 @@ def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand):
         count = min(below, vocab)
         most.append(count)
         # The k-th place of every family is drawn by uniforms of its own.
-        uniforms = context.uniforms[:, first + W : first + W + below]
         number_BW = allot(path[depth], below, count)
         start_BW = jnp.cumsum(number_BW, axis=1) - number_BW
         at_BWK = start_BW[:, :, None] + jnp.arange(count)
-        uniforms = uniforms[slot_B1[:, :, None], jnp.minimum(at_BWK, below - 1)]
-        own_mass, own_total, *drawn = siblings(logits_VR, context, uniforms)
+        at_BWK = first + W + jnp.minimum(at_BWK, below - 1)
+        own_mass, own_total, *drawn = siblings(logits_VR, context, at_BWK, draws)
         masses.append(own_mass)
         totals.append(own_total)
         # Place j of the next level belongs to the family that covers it.

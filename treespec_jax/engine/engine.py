@@ -230,8 +230,7 @@ class Engine:
         """Checks a request.
 
         Raises:
-          UserError: an empty prompt, one without room for a new token, or a greedy
-            request under a cascade.
+          UserError: an empty prompt, or one without room for a new token.
         """
         if not request.prompt:
             raise UserError("the prompt is empty; give at least one token")
@@ -239,12 +238,6 @@ class Engine:
             raise UserError(
                 f"the prompt has {len(request.prompt)} tokens, max_len is "
                 f"{self.config.max_len}; shorten it or raise max_len"
-            )
-        if self.cascade and request.params.temperature < facts.MIN_TEMPERATURE:
-            raise UserError(
-                f"cascade {self.cascade.name!r} weighs laws of drafter and target, and "
-                f"temperature={request.params.temperature:g} leaves one token of each; "
-                "raise the temperature"
             )
 
     def submit(self, request: Request) -> None:

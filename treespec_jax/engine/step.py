@@ -87,10 +87,10 @@ def step(
                 logits_VR, tree.tokens[:, 1:], tree.ancestors[:, :, 1:]
             )
         if cascade is not None:
-            scores_VBT = policy.scores(scored_VR, sampling).reshape(
-                -1, *tree.depth.shape
-            )
-            scored_VR = cascade.scores(tree, scores_VBT).reshape(scored_VR.shape)
+            scores_VR = policy.scores(scored_VR, sampling.opened())
+            scores_VBT = scores_VR.reshape(-1, *tree.depth.shape)
+            scores_VBT = cascade.scores(tree, scores_VBT, sampling.greedy)
+            scored_VR = scores_VBT.reshape(scored_VR.shape)
             sampling = sampling.settled()
         verdict = rule.decide(tree, scored_VR, sampling, randomness, depth)
         count_B, ended_B = _cut(verdict, control)

@@ -34,7 +34,7 @@ _FLAGS: dict[str, tuple[Callable, Any, str, str | None]] = {
     "draws": (
         flags.DEFINE_string,
         None,
-        "shared, sampled, with_replacement, best; else as the rule has it",
+        "shared, sampled, with_replacement, best, best_kept; else as the rule has it",
         "draws",
     ),
     "cascade": (

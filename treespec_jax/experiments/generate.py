@@ -234,8 +234,8 @@ def _comparison_lines(comparison: dict[str, Any], settings: Experiment) -> str:
     label = facts.label(settings.rule, settings.cascade)
     if comparison["identical"]:
         verdict = "identical to plain decoding"
-    elif settings.sampling.temperature > 0 and (
-        settings.rule != "exact" or settings.cascade
+    elif settings.cascade or (
+        settings.rule != "exact" and settings.sampling.temperature > 0
     ):
         law = "of the same law" if label == "lossless" else "of another law (LOSSY)"
         verdict = f"others than those of plain decoding, and {law}"

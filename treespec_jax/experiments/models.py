@@ -155,7 +155,7 @@ def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
     }
     for size in sorted(sizes):
         length = min(size + 1, config.max_len - 1)
-        # Greedy or not is one program; a cascade takes no greedy request.
+        # Greedy or not is one program.
         params = SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True)
         llm.generate([[0] * length], params)
 

@@ -39,7 +39,7 @@ def table(results: dict[str, Any]) -> str:
         "% of the bandwidth."
     )
     unlike = {n: f["texts_unlike_plain"] for n, f in results["shapes"].items()}
-    if (s["rule"] != "exact" or s["cascade"]) and sampling["temperature"]:
+    if s["cascade"] or (s["rule"] != "exact" and sampling["temperature"]):
         lossless = facts.label(s["rule"], s["cascade"]) == "lossless"
         law = "of the law of plain decoding" if lossless else "LOSSY"
         by = f", cascade {s['cascade']} {s['alpha']:g}" if s["cascade"] else ""

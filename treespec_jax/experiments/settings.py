@@ -184,12 +184,6 @@ class Experiment:
         check_float("alpha", self.alpha, 0, 1)
         if depth or self.cascade:
             facts.choose_draws(self.rule, self.draws, shape, self.cascade)
-        if self.cascade and self.sampling.temperature < facts.MIN_TEMPERATURE:
-            raise UserError(
-                f"cascade {self.cascade!r} weighs laws of drafter and target, and "
-                f"temperature={self.sampling.temperature:g} leaves one token of each; "
-                "raise the temperature"
-            )
         if self.dtype and self.dtype not in DTYPES:
             raise UserError(
                 f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"

@@ -18,7 +18,7 @@ from treespec_jax.trees.topology import Topology
 )
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """The distributions that the nodes of a sampled tree were drawn from.
+    """The distributions that the nodes of a tree were drawn from.
 
     q(x | n) = mass[x, b, e] / total[b, e] for the expanded node n = nodes[e]; its child
     t was drawn from q without the siblings before it, whose complement has the share
@@ -26,13 +26,17 @@ class Proposal:
 
     Attributes:
       mass: float32 [Vd, B, E], q up to a factor, after all processing. Vd may be less
-        than the target's V; q is 0 beyond. Of greedy slots it means nothing.
+        than the target's V; q is 0 beyond. Of greedy slots it is q at temperature 1
+        with nothing cut, and if all slots are greedy the logarithm of that instead, up
+        to a constant (total is 1): only a cascade looks at it then.
       total: float32 [B, E], its sums.
       left: float32 [B, T], 1 for the root, for first children and with replacement.
       nodes: static, E ascending numbers of the nodes that may have children.
       levels: static, nodes at depth 0, 1, …, C; they are numbered level by level.
       most: static, the most children that a node of depth 0, …, C - 1 may have.
       replacement: static, whether siblings were drawn independently.
+
+    Of a tree of likeliest tokens (draws "best_kept") `left` is 1 and means nothing.
     """
 
     mass: jax.Array
@@ -61,7 +65,7 @@ class TokenTree:
       draft_logprob: float32 [B, T], the drafter's estimate of the log chance that a
         node is right, given that its parent is; 0 for the root. Of a sampled tree it is
         log q.
-      proposal: how a sampled tree was drawn; None for any other.
+      proposal: how a tree was drawn that keeps q (`facts.KEPT`); None for any other.
     """
 
     tokens: jax.Array

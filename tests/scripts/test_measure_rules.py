@@ -1,0 +1,38 @@
+"""scripts/measure_rules.py end to end on a tiny target; no figure is judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from treespec_jax.experiments import rule_costs
+
+
+@pytest.mark.slow
+def test_measurement(run_script, tmp_path, monkeypatch):
+    tiny = dict(vocab_size=256, embed_dim=16, mlp_dim=16, num_heads=2, num_kv_heads=1)
+    target = dataclasses.replace(rule_costs._TARGET, head_dim=8, **tiny)
+    monkeypatch.setattr(rule_costs, "_TARGET", target)
+    cases = [c for c in rule_costs.CASES if c.rule in ("exact", "block")][-2:]
+    monkeypatch.setattr(rule_costs, "CASES", tuple(cases))
+    folder = tmp_path / "results"
+    result = run_script("measure_rules.py", "--rounds=1", f"--output={folder}")
+    assert result.code == 0, result.err
+    assert sorted(p.name for p in folder.iterdir()) == ["results.json", "results.md"]
+    assert (folder / "results.md").read_text().strip() in result.out
+    report = json.loads((folder / "results.json").read_text())
+    assert (report["nodes"], report["vocab"], report["rounds"]) == (64, 256, 1)
+    assert set(report["rules"]) == {f"{c.rule} {c.tree}" for c in cases}
+    for figures in report["rules"].values():
+        assert figures["seconds"] > 0 and figures["draw_seconds"] > 0
+
+
+def test_mistakes(refuses, tmp_path):
+    out = f"--output={tmp_path / 'results'}"
+    refuses("--output", "measure_rules.py")
+    refuses("rounds", "measure_rules.py", out, "--rounds=0")
+    refuses("top_p", "measure_rules.py", out, "--top_p=0")
+    refuses("temperature", "measure_rules.py", out, "--temperature=-1")
+    assert list(tmp_path.iterdir()) == []
