@@ -11,6 +11,7 @@ import pytest
 from treespec_jax import LLM, SamplingParams
 from treespec_jax.checkpoints.calibration import NAME
 from treespec_jax.config import DEFAULT_TAU
+from treespec_jax.tuning.calibration import accepted_by_rank
 
 
 @pytest.mark.slow
@@ -34,6 +35,10 @@ def test_calibration(run_script, files, tmp_path):
     assert sorted(p.name for p in draft.iterdir()) == sorted([*before, NAME])
     kept = json.loads((draft / NAME).read_text())
     assert kept["tau"] > 0 and kept["families"] > 0 and kept["temperature"] == 1.0
+    for name in ("before", "after"):
+        bins = kept[f"reliability_{name}"]
+        assert len(bins) == 10 and sum(row["nodes"] for row in bins) > 0
+    assert sum(kept["accepted_by_rank"]) == kept["families"]
     assert f"tau {kept['tau']:.3f} (was {DEFAULT_TAU:g})" in result.out
     assert "estimated chance" in result.out and "by rank among siblings" in result.out
 
@@ -55,6 +60,11 @@ def test_calibration(run_script, files, tmp_path):
     assert len(one.records) == one.stats.steps
     accepted = sum(len(record.accepted) for record in one.records)
     assert accepted - one.stats.accepted in (0, 1), "but for what max_tokens cut off"
+    by_rank = accepted_by_rank(one.records[:-1])
+    last = one.records[-1].accepted
+    for rank, count in enumerate(one.stats.rank_counts):
+        known = by_rank[rank] if rank < len(by_rank) else 0
+        assert known <= count <= known + len(last)
 
 
 def test_mistakes(refuses, files, tmp_path):

@@ -59,13 +59,17 @@ def run(settings: Experiment, prompts_file: str, output: str) -> None:
             "another drafter"
         ) from None
     after = calibration.retempered(records, before, tau)
+    tables = [calibration.reliability(own) for own in (records, after)]
     values = {
         "tau": tau,
         "temperature": settings.sampling.temperature,
         "families": families,
         "target": Path(settings.target).name,
-        "error_before": calibration.error(calibration.reliability(records)),
-        "error_after": calibration.error(calibration.reliability(after)),
+        "error_before": calibration.error(tables[0]),
+        "error_after": calibration.error(tables[1]),
+        "reliability_before": tables[0],
+        "reliability_after": tables[1],
+        "accepted_by_rank": calibration.accepted_by_rank(records),
         "versions": runtime.versions(),
     }
     files.write(file, values)

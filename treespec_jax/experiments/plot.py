@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from treespec_jax.acceptance import facts
+
 
 def save(results: dict[str, Any], path: Path) -> None:
     """Writes a PNG: speed by shape, and the cost of verifying more nodes."""
@@ -14,6 +16,10 @@ def save(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _speeds(left, results["shapes"])
+    settings = results["settings"]
+    label = facts.label(settings["rule"], settings["cascade"])
+    cascade = f", cascade {settings['cascade']}" if settings["cascade"] else ""
+    left.set_title(f"rule {settings['rule']}{cascade} ({label})", fontsize="medium")
     _curve(right, results["cost_curve"])
     figure.savefig(path, dpi=120)
 
@@ -78,7 +84,8 @@ def save_rules(results: dict[str, Any], path: Path) -> None:
                 low = [found[s]["median"] - found[s]["min"] for s in own]
                 high = [found[s]["max"] - found[s]["median"] for s in own]
                 at = [shapes.index(s) + width * (number - len(rules) / 2) for s in own]
-                label_of = rule if rule != "typical" else "typical (lossy)"
+                lossy = "" if facts.FACTS[rule].lossless else " (lossy)"
+                label_of = rule + lossy
                 axes.bar(at, middle, width, yerr=[low, high], label=label_of)
             plain = next(
                 f[what]["median"]
