@@ -15,11 +15,13 @@ class BlockSizes:
     """How one call is cut up.
 
     Attributes:
-      block_rows: rows of prefix per block; rounded down to whole pages, at least one.
+      block_rows: rows of prefix per block; rounded down to whole pages, at least one,
+        and halved where memory is short.
       buffers: blocks held at once: one in use, the others being copied.
       rows: query rows of one product; a multiple of 16.
       heads: key/value heads of one grid step; the largest divisor of the number of
-        heads up to this is taken.
+        heads up to this is taken whose queries are whole tiles (multiples of 8 heads),
+        or else all heads.
       unroll: heads whose products stand side by side in one basic block, so that the
         latencies of one hide behind the others; likewise a divisor of `heads`.
       max_rows: query rows of one grid step and head; more rows read the prefix anew.

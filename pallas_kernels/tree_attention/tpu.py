@@ -1,6 +1,7 @@
 """Tree attention as one Mosaic kernel.
 
-All R = T * G query rows of a (slot, key/value head) stand as one operand. The prefix is
+All R = T * G query rows of a (slot, key/value head) stand as one operand, which the
+kernel gathers from [T, N, H] itself, and scatters the output likewise. The prefix is
 walked in blocks of whole pages, copied by hand into a ring of buffers that runs ahead
 over the ends of slots, so that the memory never waits for a slot's last product; blocks
 that hold only visible rows need no mask and go first, the partly visible ones follow,

@@ -85,7 +85,6 @@ def test_calls_that_the_kernel_does_not_take(cost):
     ("T", "G", "bar"),
     [
         (2, 4, 1.0),
-        (1, 8, 1.0),
         (32, 4, 2.0),
         (16, 8, 2.0),
         (64, 4, None),
