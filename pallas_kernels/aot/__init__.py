@@ -17,6 +17,7 @@ from pallas_kernels.aot.compiler import (
     topology_devices,
 )
 from pallas_kernels.aot.devices import DEVICE_KINDS, DeviceKind, Roofline, device_kind
+from pallas_kernels.aot.traffic import Traffic, hbm_traffic
 
 __all__ = [
     "DEVICE_KINDS",
@@ -27,8 +28,10 @@ __all__ = [
     "Loop",
     "Report",
     "Roofline",
+    "Traffic",
     "compile_for",
     "device_kind",
+    "hbm_traffic",
     "prepare",
     "read_kernel",
     "topology_devices",

@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.aot.bundles import KernelReport, read_kernel
 from pallas_kernels.aot.devices import DeviceKind, Roofline, device_kind
+from pallas_kernels.aot.traffic import Traffic, hbm_traffic
 from pallas_kernels.machine import has_tpu
 
 # Without these the library asks the network for its host, warns that there is none, and
@@ -69,8 +70,9 @@ class Report:
       code_bytes: of the program itself.
       flops: as the compiler counts them; a Pallas kernel counts what its
         `cost_estimate` states, and the body of a loop counts once.
-      bytes_accessed: likewise; what moves within VMEM counts too, and a kernel's
-        operands count whole unless it has a `cost_estimate`.
+      bytes_accessed: likewise, operands and results of every instruction, wherever
+        they lie; right for a kernel alone, many times too much for a whole program.
+      traffic: what crosses between HBM and the core, see `traffic`.
       least_bytes: the least possible: arguments read once, results written once,
         or what the caller stated.
       optimal_seconds: the compiler's, where it gives one.
@@ -91,6 +93,7 @@ class Report:
     code_bytes: int
     flops: float
     bytes_accessed: float
+    traffic: Traffic
     least_bytes: int
     optimal_seconds: float | None
     estimated_cycles: int
@@ -279,6 +282,7 @@ def _report(
         code_bytes=memory.generated_code_size_in_bytes,
         flops=flops,
         bytes_accessed=_bytes_accessed(cost),
+        traffic=hbm_traffic(text),
         least_bytes=least_bytes,
         # The compiler writes a negative number where it has none.
         optimal_seconds=optimal if optimal > 0 else None,

@@ -651,6 +651,10 @@ def tree_attention(
         ]
         for x in (kv_pages, kv_scales):
             if x is not None:
+                if not interpret:
+                    # Else XLA first fetches whole pools, free pages and all, into
+                    # vector memory where they fit there.
+                    x = pltpu.with_memory_space_constraint(x, pltpu.HBM)
                 inputs.append(x)
                 in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
     S = static.max_pages * static.page

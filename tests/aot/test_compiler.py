@@ -93,6 +93,9 @@ def test_plain_program(tpu_compiler):
     assert report.roofline.compute == pytest.approx(report.flops / kind.bf16_flops)
     assert report.roofline.memory == report.least_bytes / kind.bandwidth
     assert report.kernels == () and "HloModule" in result.text
+    # All goes through HBM once; XLA counts what it keeps in vector memory too.
+    assert report.traffic.kernels == 0
+    assert 1 <= report.traffic.total / report.least_bytes < 1.1
 
 
 def test_mesh(tpu_compiler):
@@ -172,3 +175,54 @@ def test_device_kinds_by_name():
         assert aot.device_kind(entry.kind) is entry
     # 64 KiB at 819 GB/s is 80 ns, at 1.5 GHz 120 cycles.
     assert aot.DEVICE_KINDS["v5e"].stream_cycles(65536) == pytest.approx(120, rel=0.01)
+
+
+def test_traffic_of_a_donated_update(tpu_compiler):
+    """A row written into a table in place, and rows looked up.
+
+    XLA charges the table at every turn.
+    """
+    table = jax.ShapeDtypeStruct((50_000, 1024), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((16,), jnp.int32)
+
+    def f(table, ids):
+        rows = table[ids]
+        row = jnp.tanh(rows.sum(0, keepdims=True))
+        return lax.dynamic_update_slice(table, row, (ids[0], 0)), rows
+
+    report = aot.compile_for(
+        "v5e:2x2", f, table, ids, donate_argnums=0, kernels=False
+    ).report
+    rows = 16 * 1024 * 2
+    assert rows < report.traffic.total < 10 * rows < report.least_bytes / 100
+
+
+TEXT = """
+HloModule made_up
+
+%fused (param_0: bf16[64,128], param_1: s32[]) -> bf16[8,128] {
+  %param_0 = bf16[64,128]{1,0} parameter(0)
+  %param_1 = s32[]{:T(128)S(6)} parameter(1)
+  %c = s32[]{:T(128)} constant(0)
+  ROOT %part = bf16[8,128]{1,0} dynamic-slice(%param_0, %param_1, %c)
+}
+
+ENTRY %main (a: bf16[64,128], i: s32[]) -> bf16[8,128] {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %s = ((bf16[64,128]{1,0}), bf16[16,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a)
+  %d = bf16[16,128]{1,0:S(1)} slice-done(%s)
+  %k = f32[8]{0} custom-call(%a, %d), custom_call_target="tpu_custom_call"
+  %e = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", \
+backend_config={"cost_estimate":{"flops":"1","bytes_accessed":"77"}}
+  ROOT %f = bf16[8,128]{1,0:S(1)} fusion(%a, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_traffic_by_hand():
+    assert aot.hbm_traffic(TEXT) == aot.Traffic(
+        fetched=16 * 128 * 2, kernels=64 * 128 * 2 + 8 * 4 + 77, computed=8 * 128 * 2
+    )
+    with pytest.raises(ValueError, match="no HLO program"):
+        aot.hbm_traffic("nothing")

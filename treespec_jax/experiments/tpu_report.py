@@ -316,8 +316,11 @@ def step_table(job: Job, report: aot.Report) -> str:
         ("of them updated in place", _mb(report.aliased_bytes)),
         ("temporaries", _mb(report.temporary_bytes)),
         ("program", _mb(report.code_bytes)),
-        ("bytes accessed", _mb(report.bytes_accessed)),
         ("least bytes of HBM", _mb(report.least_bytes)),
+        ("HBM traffic, by the program's text", _mb(report.traffic.total)),
+        ("of it fetched ahead of use", _mb(report.traffic.fetched)),
+        ("of it by the kernels, pages full", _mb(report.traffic.kernels)),
+        ("of it by all else", _mb(report.traffic.computed)),
         ("operations", f"{report.flops / 1e9:.1f} G"),
         ("roofline, memory", f"{1e3 * roof.memory:.2f} ms"),
         ("roofline, compute", f"{1e3 * roof.compute:.2f} ms"),
@@ -332,7 +335,11 @@ def step_table(job: Job, report: aot.Report) -> str:
     return (
         f"Step of {job.model} with tree {job.tree}, {job.dtype}, {job.batch} slots × "
         f"{job.context} rows, {report.num_devices} device(s), figures of one; loops "
-        "and both sides of conditionals count once:\n\n" + markdown(rows)
+        "and both sides of conditionals count once. Traffic is what instructions move "
+        "between HBM and the core, only the rows of what is updated in place. XLA's own "
+        f'"bytes accessed" ({_mb(report.bytes_accessed)}) is no such figure: it charges '
+        "every slice of a weight that is fetched ahead with the whole weight, and what "
+        "lies in vector memory again at each use:\n\n" + markdown(rows)
     )
 
 

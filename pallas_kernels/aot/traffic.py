@@ -1,0 +1,215 @@
+"""HBM traffic of a compiled TPU program, added up from its text.
+
+XLA's own "bytes accessed" charges each instruction with all of its operands and
+results, wherever they lie. In a program for a TPU that is several times what memory
+delivers: a weight that is fetched ahead in four slices counts four times whole, and
+again as the operand of its product, which reads it from vector memory. Here only what
+crosses between HBM and the core counts, and only as far as it is touched.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(
+    r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", re.MULTILINE
+)
+_CALLED = re.compile(r"calls=%?([\w.\-]+)")
+_ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
+# They name what others made, or wait for it; what they call is counted where it stands.
+_FREE = {
+    "after-all",
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "copy-done",
+    "get-tuple-element",
+    "optimization-barrier",
+    "parameter",
+    "partition-id",
+    "slice-done",
+    "tuple",
+    "while",
+}
+_FETCHES = {"copy-start", "slice-start"}
+# They read as much of their first operand as they give.
+_PARTIAL = {"dynamic-slice", "gather", "slice"}
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # Where the update stands.
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes between HBM and the core of one device.
+
+    Bodies of loops and both sides of conditionals count once.
+
+    Attributes:
+      fetched: ahead of their use, by copies that run beside the computation.
+      kernels: of Pallas calls, by their own `cost_estimate`; without one all operands
+        and results that lie in HBM.
+      computed: read and written by all other instructions; of what is updated in place
+        or looked up only the rows.
+    """
+
+    fetched: int
+    kernels: int
+    computed: int
+
+    @property
+    def total(self) -> int:
+        return self.fetched + self.kernels + self.computed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    result: str
+    op: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+
+def hbm_traffic(text: str) -> Traffic:
+    """Adds up the traffic of a scheduled HLO program.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()` of a TPU program.
+
+    Raises:
+      ValueError: not a program that this reader knows.
+    """
+    program = _Program(text)
+    parts = collections.Counter()
+    for name, computation in program.computations.items():
+        if name not in program.fused:
+            for instruction in computation.values():
+                parts[_kind(instruction)] += program.cost(instruction, computation)
+    if not program.computations:
+        raise ValueError("no HLO program, or of another form than this reader knows")
+    return Traffic(parts["fetched"], parts["kernels"], parts["computed"])
+
+
+def _kind(instruction: _Instruction) -> str:
+    if instruction.op in _FETCHES:
+        return "fetched"
+    return "kernels" if _is_kernel(instruction) else "computed"
+
+
+def _is_kernel(instruction: _Instruction) -> bool:
+    return 'custom_call_target="tpu_custom_call"' in instruction.rest
+
+
+class _Program:
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, _Instruction]] = {}
+        self.fused: set[str] = set()
+        current: dict[str, _Instruction] = {}
+        for line in text.splitlines():
+            if match := _COMPUTATION.match(line):
+                current = self.computations[match[1]] = {}
+            elif match := _INSTRUCTION.match(line):
+                root, name, result, op, rest = match.groups()
+                operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+                current[name] = _Instruction(
+                    result, op, tuple(operands), rest, bool(root)
+                )
+                if op == "fusion":
+                    self.fused.add(_CALLED.search(rest)[1])
+
+    def cost(self, it: _Instruction, around: dict[str, _Instruction]) -> int:
+        given = [around[x].result if x in around else "" for x in it.operands]
+        if it.op in _FREE or it.op.endswith("-done"):
+            return 0
+        if it.op in _FETCHES:
+            # (source, what arrives, …); the source of a slice in brackets of its own.
+            return _size([m[0] for m in _SHAPE.finditer(it.result)][1], everywhere=True)
+        if it.op == "fusion":
+            return self._fusion(it, given)
+        if it.op in _IN_PLACE:
+            new = given[_IN_PLACE[it.op]]
+            return _size(new) + (_size(new, everywhere=True) if _size(given[0]) else 0)
+        if it.op in _PARTIAL:
+            read = _size(it.result, everywhere=True) if _size(given[0]) else 0
+            return read + _size(it.result)
+        if it.op == "custom-call":
+            if estimate := _ESTIMATE.search(it.rest):
+                return int(estimate[1])
+            if not _is_kernel(it):
+                return 0  # The compiler's own, which place things.
+        return _size(it.result) + sum(map(_size, given))
+
+    def _fusion(self, it: _Instruction, given: list[str]) -> int:
+        name = _CALLED.search(it.rest)[1]
+        total = 0
+        for index, operand in enumerate(given):
+            if size := _size(operand):
+                total += min(size, self._read(name, index))
+        body = self.computations[name]
+        (root,) = (x for x in body.values() if x.root)
+        made, shapes = [root], [it.result]
+        if root.op == "tuple":
+            made = [body[x] for x in root.operands]
+            shapes = [m[0] for m in _SHAPE.finditer(it.result)]
+        for own, shape in zip(made, shapes, strict=True):
+            while own.op == "bitcast":
+                own = body[own.operands[0]]
+            size = _size(shape)
+            if own.op in _IN_PLACE:
+                new = body[own.operands[_IN_PLACE[own.op]]].result
+                size = min(size, _size(new, everywhere=True))
+            total += size
+        return total
+
+    def _renames(self, it: _Instruction) -> bool:
+        """Whether a fusion does nothing but to see its operand as another shape."""
+        if it.op != "fusion":
+            return False
+        body = self.computations[_CALLED.search(it.rest)[1]]
+        return all(x.op in ("parameter", "bitcast") for x in body.values())
+
+    @functools.cache  # noqa: B019  (the program lives as long as the count)
+    def _read(self, name: str, index: int) -> int:
+        """Bytes of a fused computation's parameter that it touches."""
+        body = self.computations[name]
+        (source,) = (
+            key
+            for key, x in body.items()
+            if x.op == "parameter" and x.rest.startswith(f"{index})")
+        )
+        whole = _size(body[source].result, everywhere=True)
+        total, todo = 0, [source]
+        while todo:
+            at = todo.pop()
+            for key, user in body.items():
+                for place, operand in enumerate(user.operands):
+                    if operand != at:
+                        continue
+                    if user.op == "bitcast" or self._renames(user):
+                        todo.append(key)
+                    elif user.op == "fusion":
+                        total += self._read(_CALLED.search(user.rest)[1], place)
+                    elif user.op in _PARTIAL and place == 0:
+                        total += _size(user.result, everywhere=True)
+                    elif user.op not in _IN_PLACE or place:
+                        total += whole
+        return min(total, whole)
+
+
+def _size(shapes: str, everywhere: bool = False) -> int:
+    """Bytes of all arrays of a shape that lie in HBM, or wherever."""
+    total = 0
+    for dtype, dims, layout in _SHAPE.findall(shapes):
+        if "S(" in layout and not everywhere:
+            continue
+        digits = re.search(r"\d+", dtype)
+        bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
+        total += math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+    return total
