@@ -34,14 +34,10 @@ from pallas_kernels.tree_attention import BlockSizes, quantize_rows, tree_attent
 from tests.conftest import TINY
 from tests.kernels.oracle import make_case
 from treespec_jax import sharding
-from treespec_jax.config import EngineConfig, SamplingParams
-from treespec_jax.drafting.draft_model import DraftModel
-from treespec_jax.drafting.none import NoDrafter
-from treespec_jax.engine.engine import Engine, Request
+from treespec_jax import LLM, SamplingParams
+from treespec_jax.checkpoints import LoadedModel, load, save
 from treespec_jax.errors import UserError
-from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.trees import shapes
 
 found = {"attention": [], "texts": {}, "errors": {}}
 
@@ -73,7 +69,6 @@ try:
 except ValueError as error:
     found["errors"]["heads"] = str(error)
 
-# Four devices cut the target's heads; the drafter's two stay whole.
 sizes = dict(vocab_size=96, num_layers=1, num_heads=8, num_kv_heads=4)
 wide = dataclasses.replace(TINY, **sizes)
 target = Transformer(wide, rngs=nnx.Rngs(0))
@@ -82,60 +77,48 @@ draft = Transformer(dataclasses.replace(wide, num_kv_heads=2), rngs=nnx.Rngs(1))
 draft.embedding[...], draft.head[...] = target.embedding[...], target.head[...]
 
 
-def place(module, mesh):
-    flat = FlatModule(module)
-    is_variable = lambda x: isinstance(x, nnx.Variable)
-    variables = jax.tree.leaves(nnx.state(module), is_leaf=is_variable)
-    axes = [variable.logical_axes for variable in variables]
-    return flat.bind(tuple(
-        jax.device_put(leaf, sharding.sharding_of(names, leaf.shape, mesh))
-        for leaf, names in zip(flat.leaves, axes, strict=True)
-    ))
+# Four devices cut the target's heads; the drafter's two stay whole.
+folders = {}
+for name, model in (("target", target), ("draft", draft)):
+    folders[name] = f"{sys.argv[2]}/{name}"
+    loaded = LoadedModel(model.config, model, None, name, np.dtype("float32"))
+    save(loaded, folders[name])
+pair = dict(speculative=dict(model=folders["draft"], tree="regular:2x1", tau=0.7))
+sizes = dict(
+    max_batch=2, max_len=64, page_size=16, steps_per_dispatch=4, prefill_chunks=(16,)
+)
+prompts = [list(range(3, 3 + n)) for n in (20, 5, 9)]
+params = [SamplingParams(max_tokens=24, **x) for x in ({}, {"seed": 3}, {})]
+params[1] = dataclasses.replace(params[1], temperature=0.9)
 
 
-def run(target, draft):
-    config = EngineConfig(
-        max_batch=2,
-        max_len=64,
-        page_size=16,
-        steps_per_dispatch=4,
-        prefill_chunks=(16,),
-    )
-    drafter = NoDrafter()
-    if draft is not None:
-        drafter = DraftModel(draft, shapes.parse("regular:2x1"), 0.7)
-    engine = Engine(target, drafter, config)
-    requests = [
-        Request(list(range(3, 3 + n)), SamplingParams(max_tokens=24, **sampling))
-        for n, sampling in ((20, {}), (5, {"temperature": 0.9, "seed": 3}), (9, {}))
-    ]
-    for request in requests:
-        engine.submit(request)
-    while engine.busy:
-        engine.advance()
-    state = engine._state
+def run(**options):
+    llm = LLM(folders["target"], **sizes, **options)
+    engine = llm.engine
+    texts = [c.token_ids for c in llm.generate(prompts, params)]
     held = [
         leaf.sharding.shard_shape(leaf.shape)[1] / leaf.shape[1]
-        for leaf in (state.pages[0], *(state.draft.pages if draft else ()))
+        for leaf in (engine._state.pages[0], *getattr(engine._state.draft, "pages", ()))
     ]
-    programs = engine._dispatch._cache_size(), engine._prefill._cache_size()
-    return [r.tokens for r in requests], held, programs
+    return texts, held, (engine._dispatch._cache_size(), engine._prefill._cache_size())
 
 
-found["texts"]["alone"] = run(target, None)
-mesh = sharding.make_mesh("tensor:4")
-found["texts"]["shared"] = run(place(target, mesh), place(draft, mesh))
-try:
-    run(place(target, mesh), draft)
-except UserError as error:
-    found["errors"]["pair"] = str(error)
+found["texts"]["alone"] = run()
+found["texts"]["shared"] = run(mesh="tensor:4", **pair)
+loaded = load(folders["target"], mesh=sharding.make_mesh("tensor:4"))
+for name, options in {"pair": pair, "twice": {"mesh": "tensor:4"}}.items():
+    try:
+        LLM(loaded, **sizes, **options)
+    except UserError as error:
+        found["errors"][name] = str(error)
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def found():
-    arguments = [sys.executable, "-c", PROGRAM, json.dumps(CALLS)]
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    arguments = [sys.executable, "-c", PROGRAM, json.dumps(CALLS), str(folder)]
     done = subprocess.run(
         arguments,
         capture_output=True,
@@ -173,3 +156,4 @@ def test_what_does_not_fit(found):
         "the target lies on mesh tensor:4, the drafter on cpu:0; load both with "
         "the same mesh"
     )
+    assert "pass the mesh to checkpoints.load" in found["errors"]["twice"]

@@ -35,6 +35,7 @@ from treespec_jax.engine.engine import Engine, Request
 from treespec_jax.engine.stats import Stats, total
 from treespec_jax.errors import UserError
 from treespec_jax.models.memory import use_huge_pages
+from treespec_jax.sharding import make_mesh
 from treespec_jax.trees import shapes
 from treespec_jax.tuning.calibration import TreeRecord
 
@@ -105,6 +106,9 @@ class LLM:
       steps_per_dispatch: speculation steps per host round trip.
       prefill_chunks: row counts of the compiled prefill passes.
       lanes: see `EngineConfig`.
+      mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
+        or what `sharding.make_mesh` gives; None: one device, or where a loaded model
+        lies.
       record: keep what became of every drafted tree (`Completion.records`), from which
         `tuning.calibration` makes a reliability table and fits tau.
 
@@ -131,6 +135,7 @@ class LLM:
         steps_per_dispatch: int = 8,
         prefill_chunks: Sequence[int] = (16, 128),
         lanes: int | None = None,
+        mesh: str | jax.sharding.Mesh | None = None,
         record: bool = False,
     ):
         spec = from_mapping(
@@ -158,8 +163,10 @@ class LLM:
 
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
-        target = _loaded(model, dtype)
-        draft = None if plain else _loaded(spec.model, target.dtype)
+        if isinstance(mesh, str):
+            mesh = make_mesh(mesh)
+        target = _loaded(model, dtype, mesh)
+        draft = None if plain else _loaded(spec.model, target.dtype, mesh)
         longest = target.config.max_positions
         left_out = [*target.notes, *(draft.notes if draft is not None else ())]
         self.notes = (*left_out, *limits.check_pair(target, draft))
@@ -461,9 +468,14 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _loaded(model: str | Path | LoadedModel, dtype) -> LoadedModel:
+def _loaded(model: str | Path | LoadedModel, dtype, mesh) -> LoadedModel:
     if isinstance(model, LoadedModel):
+        if mesh is not None:
+            raise UserError(
+                "a loaded model stays where it is; give its path, or pass the mesh to "
+                "checkpoints.load instead"
+            )
         return model
     if not isinstance(model, (str, Path)):
         raise UserError(f"model must be a path or a loaded model, got {model!r}")
-    return load(model, dtype=dtype)
+    return load(model, dtype=dtype, mesh=mesh)

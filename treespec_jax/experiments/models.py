@@ -76,20 +76,23 @@ def load_pair(settings: Experiment) -> Pair:
     """Reads the weights that `settings` name.
 
     Raises:
-      UserError: a checkpoint that cannot be read.
+      UserError: a checkpoint that cannot be read, or a mesh that cannot be had.
     """
     import jax
 
     from treespec_jax.checkpoints import load
+    from treespec_jax.sharding import make_mesh
 
     dtype = settings.dtype or None
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     tokenizer = settings.tokenizer or None
-    target = load(settings.target, dtype, tokenizer=tokenizer)
-    if not settings.draft:
-        return Pair(target, None)
-    return Pair(target, load(settings.draft, target.dtype, tokenizer=tokenizer))
+    mesh = make_mesh(settings.mesh) if settings.mesh else None
+    target = load(settings.target, dtype, tokenizer=tokenizer, mesh=mesh)
+    draft = None
+    if settings.draft:
+        draft = load(settings.draft, target.dtype, tokenizer=tokenizer, mesh=mesh)
+    return Pair(target, draft)
 
 
 def make_llm(settings: Experiment, pair: Pair, tree: str, record: bool = False):

@@ -144,6 +144,7 @@ class Experiment:
       cascade: a lossy policy between drafter and target, see `acceptance.cascade`.
       alpha: of the cascade.
       dtype: of weights, activations and cache; empty: see `LLM`.
+      mesh: of devices that share the models, such as "tensor:4"; empty: one device.
       sampling: what each prompt asks for.
       engine: fixed sizes.
       benchmark: what scripts/benchmark.py compares.
@@ -159,6 +160,7 @@ class Experiment:
     cascade: str = ""
     alpha: float = 0.1
     dtype: str = ""
+    mesh: str = ""
     sampling: SamplingParams = SamplingParams()
     engine: EngineSettings = EngineSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
@@ -173,6 +175,7 @@ class Experiment:
             "draws",
             "cascade",
             "dtype",
+            "mesh",
         ):
             value = getattr(self, name)
             if not isinstance(value, (str, Path)):
