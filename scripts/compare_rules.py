@@ -44,7 +44,7 @@ def main(_):
     given = _SHARED.settings()
     if _CONFIG.value is None:
         # A machine by itself is measured, and in minutes.
-        defaults = {"engine.max_batch": 1, "sampling.max_tokens": 48}
+        defaults = {"engine.max_batch": 1, "sampling.max_tokens": 32}
         given |= {name: v for name, v in defaults.items() if given[name] is None}
     experiment = settings.build(_CONFIG.value, given)
     experiment = experiment.with_paths(needs_drafter=True)
