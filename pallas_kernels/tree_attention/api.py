@@ -142,7 +142,7 @@ def _plan(name, arrays, window, device_kind, block_sizes):
             return block_sizes, reason
         return default_sizes(q.dtype.itemsize, rows, q.shape[3], device_kind), None
     given = isinstance(block_sizes, BlockSizes)
-    sizes = block_sizes if given else choose(device_kind, rows)
+    sizes = block_sizes if given else choose(device_kind, rows, tree_kv.shape[1])
     return sizes, tpu.unsupported(
         q, kv_pages, page_table, tree_kv, kv_scales, window, sizes
     )

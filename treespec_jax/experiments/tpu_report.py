@@ -227,7 +227,7 @@ def compile_kernel(job: Job, nodes: int) -> KernelResult:
         shape((B, K, 2, T, H), dtype),
         shape((B, T, T), jnp.bool_),
     )
-    sizes = choose(job.kind.kind, T * c.queries_per_kv)
+    sizes = choose(job.kind.kind, T * c.queries_per_kv, K)
     attend = functools.partial(
         tree_attention, scale=H**-0.5, implementation="tpu", block_sizes=sizes
     )
