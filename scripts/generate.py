@@ -66,6 +66,7 @@ _STOP = flags.DEFINE_multi_string("stop", None, "text that ends the output; repe
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", None, "go on past the end of text")
 _LOGPROBS = flags.DEFINE_bool("logprobs", None, "log p of every token, with --json")
 _PAGE_SIZE = flags.DEFINE_integer("page_size", None, "cache rows per page")
+_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", None, "int8: half the cache, LOSSY")
 _MESH = flags.DEFINE_string("mesh", None, "devices that share the models: tensor:4")
 _STEPS = flags.DEFINE_integer("steps_per_dispatch", None, "steps per host round trip")
 _COMPARE = flags.DEFINE_bool("compare", False, "decode plainly too and compare")
@@ -92,6 +93,7 @@ def main(_):
             "sampling.ignore_eos": _IGNORE_EOS.value,
             "sampling.logprobs": _LOGPROBS.value,
             "mesh": _MESH.value,
+            "engine.cache_dtype": _CACHE_DTYPE.value,
             "engine.page_size": _PAGE_SIZE.value,
             "engine.steps_per_dispatch": _STEPS.value,
         },

@@ -440,6 +440,8 @@ class EngineConfig:
       lanes: numbers in a row of the cache are padded to a multiple of it; None: 128 on
         a TPU, whose kernel reads whole lanes, else 1. Heads of 64 then take twice the
         memory there.
+      cache_dtype: "int8" keeps keys and values rounded, with a scale per row and head:
+        lossy, in a half of bfloat16's memory; empty: the dtype of the weights.
     """
 
     max_batch: int = 8
@@ -449,6 +451,7 @@ class EngineConfig:
     steps_per_dispatch: int = 8
     prefill_chunks: tuple[int, ...] = (16, 128)
     lanes: int | None = None
+    cache_dtype: str = ""
 
     def __post_init__(self):
         check_int("max_batch", self.max_batch, 1)
@@ -461,6 +464,11 @@ class EngineConfig:
             check_int("num_pages", self.num_pages, 1)
         if self.lanes is not None:
             check_int("lanes", self.lanes, 1)
+        if self.cache_dtype not in ("", "int8"):
+            raise UserError(
+                'cache_dtype must be "int8", or empty for that of the weights, got '
+                f"{self.cache_dtype!r}"
+            )
         chunks = tuple(self.prefill_chunks)
         if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < 1:
             raise UserError(

@@ -17,3 +17,8 @@ def quantize_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     scales = jnp.max(jnp.abs(wide), axis=-1) / 127
     safe = jnp.where(scales > 0, scales, 1.0)
     return jnp.round(wide / safe[..., None]).astype(jnp.int8), scales
+
+
+def dequantize_rows(rows: jax.Array, scales: jax.Array, dtype) -> jax.Array:
+    """Rows [..., H] that `quantize_rows` rounded, as their readers see them."""
+    return (rows.astype(jnp.float32) * scales[..., None]).astype(dtype)

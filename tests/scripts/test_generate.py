@@ -225,6 +225,7 @@ def test_tokenizer_by_flag_and_stop(run_script, files):
         ("--max_len=1", "max_len"),
         ("--max_len=4000", "max_len"),
         ("--dtype=int8", "int8"),
+        ("--cache_dtype=int4", "int4"),
         ("--mesh=tensor:4096", "asks for 4096 devices"),
         ("--tree=regular:0", "regular:0"),
         ("--tree=chain:-1", "chain:-1"),

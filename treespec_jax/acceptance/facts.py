@@ -83,9 +83,9 @@ RULES = tuple(FACTS)
 CASCADES = ("chow", "diff", "opt", "token_v1", "token_v2", "token_v3")
 
 
-def label(rule: str, cascade: str = "") -> str:
-    """ "lossless" or "lossy", for tables."""
-    return "lossy" if cascade else FACTS[rule].label
+def label(rule: str, cascade: str = "", cache_dtype: str = "") -> str:
+    """ "lossless" or "lossy", for tables; a cache with a dtype of its own rounds."""
+    return "lossy" if cascade or cache_dtype else FACTS[rule].label
 
 
 def choose_draws(rule: str, draws: str, shape: TreeShape, cascade: str = "") -> str:

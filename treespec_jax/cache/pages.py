@@ -32,12 +32,14 @@ class CacheLayout:
       num_pages: the trash page included.
       page_size: rows per page.
       lanes: the width of a row is padded to a multiple of it.
+      int8: keep rows rounded, with their scales.
       place: on which devices; a model whose heads cannot be cut so is held by each.
     """
 
     num_pages: int
     page_size: int
     lanes: int = 1
+    int8: bool = False
     place: Placement = Placement()
 
 
@@ -46,7 +48,15 @@ def empty_pages(config: ModelConfig, layout: CacheLayout, dtype) -> Pages:
     width = -(-config.head_dim // layout.lanes) * layout.lanes
     heads = config.num_kv_heads
     shape = (layout.num_pages, heads, 2, layout.page_size, width)
-    layers = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    def layer():
+        if not layout.int8:
+            return jnp.zeros(shape, dtype)
+        # Scales lie along the lanes too.
+        rows = -(-layout.page_size // layout.lanes) * layout.lanes
+        return jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:3], rows), jnp.float32)
+
+    layers = tuple(layer() for _ in range(config.num_layers))
     return Pages(layers, layout.place.of_heads(heads))
 
 

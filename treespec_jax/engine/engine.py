@@ -154,7 +154,13 @@ class Engine:
         }
         self._penalties = penalties.Requests(B, config.max_len)
 
-        layout = paging.CacheLayout(num_pages + 1, config.page_size, lanes, self._place)
+        layout = paging.CacheLayout(
+            num_pages + 1,
+            config.page_size,
+            lanes,
+            config.cache_dtype == "int8",
+            self._place,
+        )
 
         def begin(leaves):
             self.compilations["begin"] += 1
@@ -245,6 +251,7 @@ class Engine:
         self.check(request)
         request.stats.prompt_tokens = len(request.prompt)
         request.stats.rule = self.rule.name
+        request.stats.cache_dtype = self.config.cache_dtype
         if self.cascade:
             request.stats.cascade = self.cascade.name
             request.stats.alpha = self.cascade.alpha

@@ -106,6 +106,7 @@ class LLM:
       steps_per_dispatch: speculation steps per host round trip.
       prefill_chunks: row counts of the compiled prefill passes.
       lanes: see `EngineConfig`.
+      cache_dtype: "int8" for a rounded cache, which is lossy; see `EngineConfig`.
       mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
         or what `sharding.make_mesh` gives; None: one device, or where a loaded model
         lies.
@@ -135,6 +136,7 @@ class LLM:
         steps_per_dispatch: int = 8,
         prefill_chunks: Sequence[int] = (16, 128),
         lanes: int | None = None,
+        cache_dtype: str = "",
         mesh: str | jax.sharding.Mesh | None = None,
         record: bool = False,
     ):
@@ -158,6 +160,7 @@ class LLM:
             "steps_per_dispatch": steps_per_dispatch,
             "prefill_chunks": tuple(prefill_chunks),
             "lanes": lanes,
+            "cache_dtype": cache_dtype,
         }
         EngineConfig(**sizes, max_len=4096 if max_len is None else max_len)
 

@@ -23,6 +23,7 @@ class Stats:
       rule: which drafted tokens were kept.
       cascade: the policy, if it was not the target's.
       alpha: of the cascade.
+      cache_dtype: "int8" if the cache rounds keys and values.
       emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
       rank_counts: entry n counts the accepted nodes that were child n of their parent,
         in the order of the tree: of falling estimate, or as they were drawn.
@@ -39,6 +40,7 @@ class Stats:
     rule: str = "exact"
     cascade: str = ""
     alpha: float = 0.0
+    cache_dtype: str = ""
     emitted_counts: list[int] = dataclasses.field(default_factory=list)
     rank_counts: list[int] = dataclasses.field(default_factory=list)
     prefill_seconds: float = 0.0
@@ -65,13 +67,16 @@ class Stats:
 
     @property
     def lossless(self) -> bool:
-        """Whether the tokens have the law of plain decoding."""
-        return facts.FACTS[self.rule].lossless and not self.cascade
+        """Whether the tokens have the law of plain decoding with unrounded keys."""
+        exact = facts.FACTS[self.rule].lossless and not self.cascade
+        return exact and not self.cache_dtype
 
     @property
     def label(self) -> str:
         """How texts were sampled, for tables."""
         label = facts.label(self.rule, self.cascade)
+        if self.cache_dtype:
+            label = f"lossy: {self.cache_dtype} cache"
         if self.cascade:
             return f"{self.rule} ({label}: cascade {self.cascade}, {self.alpha:g})"
         return f"{self.rule} ({label})"
@@ -121,6 +126,7 @@ class Stats:
                     "rule",
                     "cascade",
                     "alpha",
+                    "cache_dtype",
                     "lossless",
                     "requests",
                     "prompt_tokens",
@@ -151,6 +157,7 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
         rule=parts[0].rule if parts else "exact",
         cascade=parts[0].cascade if parts else "",
         alpha=parts[0].alpha if parts else 0.0,
+        cache_dtype=parts[0].cache_dtype if parts else "",
         emitted_counts=_summed(p.emitted_counts for p in parts),
         rank_counts=_summed(p.rank_counts for p in parts),
         prefill_seconds=prefill_seconds,

@@ -289,7 +289,9 @@ def _cache(model: Transformer, config: EngineConfig, length: int):
     per_slot = -(-config.max_len // config.page_size)
     dtype = model.embedding[...].dtype
     count = B * per_slot + 1
-    layout = paging.CacheLayout(count, config.page_size, config.lanes or 1)
+    layout = paging.CacheLayout(
+        count, config.page_size, config.lanes or 1, config.cache_dtype == "int8"
+    )
     pages = paging.empty_pages(model.config, layout, dtype)
     table = jnp.arange(1, count, dtype=jnp.int32).reshape(B, per_slot)
     return pages, table, jnp.full(B, length, jnp.int32)

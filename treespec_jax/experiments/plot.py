@@ -17,7 +17,8 @@ def save(results: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _speeds(left, results["shapes"])
     settings = results["settings"]
-    label = facts.label(settings["rule"], settings["cascade"])
+    kept = settings["engine"].get("cache_dtype", "")
+    label = facts.label(settings["rule"], settings["cascade"], kept)
     cascade = f", cascade {settings['cascade']}" if settings["cascade"] else ""
     left.set_title(f"rule {settings['rule']}{cascade} ({label})", fontsize="medium")
     _curve(right, results["cost_curve"])

@@ -15,8 +15,11 @@ def table(results: dict[str, Any]) -> str:
     weights = results["target_weight_bytes"]
     sampling = s["sampling"]
     kind = "greedy" if not sampling["temperature"] else f"T={sampling['temperature']:g}"
+    kept = s["engine"].get("cache_dtype", "")
+    label = facts.label(s["rule"], s["cascade"], kept)
+    cache = f", {kept} cache" if kept else ""
     lines = [
-        f"rule {s['rule']} ({facts.label(s['rule'], s['cascade'])}), {s['dtype']}, "
+        f"rule {s['rule']} ({label}), {s['dtype']}{cache}, "
         f"{kind}, "
         f"{len(results['prompts'])} prompts × "
         f"{sampling['max_tokens']} tokens, batch {s['engine']['max_batch']}, "

@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.tree_attention import (
+    dequantize_rows,
+    quantize_rows,
+    tree_attention,
+)
 from treespec_jax.config import ModelConfig
 from treespec_jax.models.linear import linear
 from treespec_jax.models.rotary import apply_rotary
@@ -122,6 +126,12 @@ class Attention(nnx.Module):
         q_BTNH = qk_KxHR[:, :G].reshape(K * G, H, B, T).transpose(2, 3, 0, 1)
         kv_K2HR = jnp.stack([qk_KxHR[:, G], qkv_KxHR[:, G + 1]], axis=1)
         kv_BK2TH = kv_K2HR.reshape(K, 2, H, B, T).transpose(3, 0, 1, 4, 2)
+        scales = None
+        if isinstance(pages, tuple):
+            # The tree sees what the cache will keep: whether a token was drafted or
+            # is committed already changes nothing.
+            kv_BK2TH = dequantize_rows(*quantize_rows(kv_BK2TH), kv_BK2TH.dtype)
+            pages, scales = pages
         tree_kv = kv_BK2TH
         if scratch is not None:
             tree_kv = jnp.concatenate([scratch, kv_BK2TH], axis=3)
@@ -137,6 +147,7 @@ class Attention(nnx.Module):
             window=self.window,
             soft_cap=cfg.attention_soft_cap,
             tree_depth=None if self.window is None else depth_BU,
+            kv_scales=scales,
             mesh=place.mesh,
             heads_axis=place.axis,
             device_kind=place.device_kind,
