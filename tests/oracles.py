@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax.acceptance import policy
+from treespec_jax.acceptance import noise, policy
 from treespec_jax.config import SamplingParams
 from treespec_jax.models.transformer import Transformer
 
@@ -49,10 +49,8 @@ def perturbed_scores(model, ids, params: SamplingParams) -> np.ndarray:
     """Scores [V] whose argmax is the token after `ids`."""
     logits = jnp.asarray(full_logits(model, ids)[-1])[:, None]
     settings = sampling(params)
-    at = jnp.full((1, 1), len(ids))
-    noise = policy.gumbel_noise(settings.seed, at, logits.shape[0])
-    depth = jnp.zeros((1, 1), jnp.int32)
-    return np.asarray(policy.perturbed(logits, depth, noise, settings))[:, 0]
+    own = noise.gumbel(settings.seed, jnp.full(1, len(ids)), logits.shape[0])
+    return np.asarray(policy.perturbed(logits, own, settings))[:, 0]
 
 
 class Ties:

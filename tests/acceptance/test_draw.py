@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treespec_jax.acceptance import draw, policy, select, streams
+from treespec_jax.acceptance import draw, noise, select, streams
 
 one = jax.jit(draw.one)
 siblings = jax.jit(draw.siblings, static_argnames="replacement")
@@ -116,8 +116,8 @@ def test_streams_are_independent_and_uniform():
     seed, at = jnp.full(DRAWS, 3, jnp.uint32), jnp.arange(DRAWS)
     names = streams.PROPOSAL, streams.ACCEPT, streams.LAST
     drawn = [np.asarray(streams.uniforms(seed, at, s, (1,)))[:, 0] for s in names]
-    noise = np.asarray(policy.gumbel_noise(seed[:1], at[None], 1))[0, 0]
-    drawn.append(np.exp(-np.exp(-noise)))
+    shared = np.asarray(noise.gumbel(seed, at, 1))[0]
+    drawn.append(np.exp(-np.exp(-shared)))
 
     def statistic(a, b):
         cell = (a * 16).astype(int) * 16 + (b * 16).astype(int)

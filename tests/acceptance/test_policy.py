@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treespec_jax.acceptance import policy
+from treespec_jax.acceptance import noise, policy
 from treespec_jax.acceptance.policy import SHORT_LIST, Sampling
 from treespec_jax.config import SamplingParams
 
 truncate = jax.jit(policy.truncate)
 choose = jax.jit(policy.choose)
-noise_of = jax.jit(policy.gumbel_noise, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def noise_of(seed_B, positions_BC, vocab):
+    return noise.gumbel(seed_B[:, None], positions_BC, vocab)
 
 
 def settings(*params: SamplingParams) -> Sampling:
@@ -154,17 +159,33 @@ def test_noise_depends_on_seed_and_position_alone():
     assert near.sum() == len(everything)
 
 
-def test_step_noise_is_that_of_the_next_positions():
-    """Position p + d after depth d; nothing is drawn for an all greedy batch."""
-    params = SamplingParams(temperature=1.0, seed=3), SamplingParams(seed=4)
-    step_noise = jax.jit(policy.step_noise, static_argnums=(2, 3))
-    got = step_noise(settings(*params), jnp.array([5, 0]), 3, 11)
-    want = noise_of(
-        jnp.array([3, 4], jnp.uint32), jnp.array([[5, 6, 7], [0, 1, 2]]), 11
-    )
-    np.testing.assert_array_equal(got, want)
-    quiet = step_noise(settings(params[1], params[1]), jnp.array([5, 0]), 3, 11)
-    assert not np.asarray(quiet).any()
+@pytest.mark.parametrize("vocab", [1, 1001])
+def test_noise_is_that_of_jax_bit_for_bit(vocab):
+    """The generator that it writes out, in a form that is quick."""
+    seeds = jnp.array([0, 9, 2**32 - 1], jnp.uint32)
+    positions = jnp.array([0, 77, 2**31 - 1])
+
+    @jax.jit
+    def theirs(seed, position):
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, (vocab,), jnp.float32)
+
+    want = np.stack([theirs(*pair) for pair in zip(seeds, positions, strict=True)])
+    got = jax.jit(noise.gumbel, static_argnums=2)(seeds, positions, vocab)
+    np.testing.assert_array_equal(np.asarray(got).T, want)
+
+
+def test_a_step_has_the_noise_of_the_next_positions():
+    """Position p + d after depth d, kept or not; nothing is drawn if all is quiet."""
+    own = noise.Noise(jnp.array([3, 4], jnp.uint32), jnp.array([5, 0]), 11)
+    want = noise_of(own.seed, jnp.array([[5, 6, 7], [0, 1, 2]]), 11)
+    kept = own.kept(2, quiet=jnp.bool_(False))
+    assert kept.rows.shape == (2, 11, 2)
+    for depth in range(3):
+        for one in own, kept:
+            got = jax.jit(noise.Noise.after)(one, depth)
+            np.testing.assert_array_equal(got, want[:, :, depth])
+    assert not np.asarray(own.kept(2, quiet=jnp.bool_(True)).rows).any()
 
 
 P = np.array([0.35, 0.25, 0.15, 0.1, 0.06, 0.05, 0.03, 0.01])
@@ -220,21 +241,19 @@ def test_a_greedy_slot_in_a_mixed_batch_ignores_noise():
     rng = np.random.default_rng(3)
     V, T = 97, 4
     logits = rng.normal(size=(V, 2 * T)).astype(np.float32)
-    depth = jnp.array([[0, 1, 1, 2]] * 2)
-    noise = 20 * rng.gumbel(size=(V, 2, 3)).astype(np.float32)
+    own = 20 * rng.gumbel(size=(V, 2)).astype(np.float32)
     mixed = settings(SamplingParams(), SamplingParams(temperature=1.0))
-    got = np.asarray(choose(jnp.asarray(logits), depth, jnp.asarray(noise), mixed))
-    np.testing.assert_array_equal(got[0], logits[:, :T].argmax(axis=0))
-    # The other one takes the noise of each node's own depth.
-    scores = logits[:, T:] + noise[:, 1][:, [0, 1, 1, 2]]
-    np.testing.assert_array_equal(got[1], scores.argmax(axis=0))
-    assert (got[1] != logits[:, T:].argmax(axis=0)).any()
+    got = np.asarray(choose(jnp.asarray(logits), jnp.asarray(own), mixed))
+    np.testing.assert_array_equal(got[:T], logits[:, :T].argmax(axis=0))
+    scores = logits[:, T:] + own[:, 1:]
+    np.testing.assert_array_equal(got[T:], scores.argmax(axis=0))
+    assert (got[T:] != logits[:, T:].argmax(axis=0)).any()
 
 
 def test_a_nearly_zero_temperature_is_greedy():
     logits = np.random.default_rng(4).normal(size=(97, 1)).astype(np.float32)
-    noise = jnp.full((97, 1, 1), 1e6).at[5].set(2e6)
+    own = jnp.full((97, 1), 1e6).at[5].set(2e6)
     for temperature in (0.0, 1e-6, 1e-30):
         params = settings(SamplingParams(temperature=temperature))
-        got = choose(jnp.asarray(logits), jnp.zeros((1, 1), jnp.int32), noise, params)
-        assert int(got[0, 0]) == logits[:, 0].argmax()
+        got = choose(jnp.asarray(logits), own, params)
+        assert int(got[0]) == logits[:, 0].argmax()

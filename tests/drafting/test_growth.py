@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.oracles import sampling
-from treespec_jax.acceptance import policy
+from treespec_jax.acceptance.noise import Noise
 from treespec_jax.config import SamplingParams
 from treespec_jax.drafting.growth import NORMALISED, grow
 from treespec_jax.drafting.protocol import DraftContext
@@ -64,18 +64,17 @@ class Table:
         self.root = 2 * rng.normal(size=(vocab, B)).astype(np.float32)
         self.step = 2 * rng.normal(size=(DEPTHS, vocab, vocab)).astype(np.float32)
         settings = sampling(params, B)
-        noise = np.zeros((vocab, B, DEPTHS + 1), np.float32)
-        if params.temperature > 0:
-            at = jnp.arange(B)[:, None] * 7 + jnp.arange(1, DEPTHS + 2)
-            noise = np.asarray(policy.gumbel_noise(settings.seed, at, vocab))
-        self.noise = noise
+        first = jnp.arange(B) * 7 + 1
+        shared = Noise(settings.seed, first, vocab)
+        kept = shared.kept(DEPTHS, quiet=params.temperature == 0)
+        self.noise = np.asarray(kept.rows)
         self.context = DraftContext(
             active=jnp.ones(B, bool),
             root=jnp.array([3, 1], jnp.int32) % vocab,
             lengths=jnp.arange(B) * 7,
             page_table=jnp.zeros((B, 1), jnp.int32),
             sampling=settings,
-            noise=jnp.asarray(noise),
+            noise=jnp.asarray(self.noise),
         )
 
     def grow(self, shape):
@@ -92,7 +91,7 @@ class Table:
         scaled = logits / self.params.temperature
         if self.params.top_k:
             scaled[scaled < np.sort(scaled)[-self.params.top_k]] = -np.inf
-        return scaled + self.noise[:, b, len(path)]
+        return scaled + self.noise[len(path), :, b]
 
     def children(self, b, path, count):
         """(token, log chance) of the best children, best first."""

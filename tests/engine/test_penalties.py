@@ -14,7 +14,7 @@ import pytest
 
 from tests.engine.test_lossless import build
 from tests.oracles import TIE, full_logits
-from treespec_jax.acceptance import policy
+from treespec_jax.acceptance import noise
 from treespec_jax.acceptance.penalties import Requests
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine.engine import Request
@@ -65,11 +65,11 @@ def scores(target, prompt, output, params):
     if params.temperature == 0:
         return logits
     seed, at = np.full(1, params.seed, np.uint32), len(prompt) + len(output)
-    noise = _noise(seed, np.full((1, 1), at), len(logits))[:, 0, 0]
-    return logits / params.temperature + noise
+    own = _gumbel(seed, np.full(1, at), len(logits))[:, 0]
+    return logits / params.temperature + own
 
 
-_noise = jax.jit(policy.gumbel_noise, static_argnums=2)
+_gumbel = jax.jit(noise.gumbel, static_argnums=2)
 
 
 def run(engine, prompts, params) -> list[Request]:

@@ -114,7 +114,7 @@ def test_timed_passes_are_those_of_the_drafter(name):
             min_p=jnp.zeros(1),
             seed=jnp.zeros(1, jnp.uint32),
         ),
-        noise=jnp.zeros((vocab, 1, shape.depth + 1)),
+        noise=jnp.zeros((shape.depth, vocab, 1)),
     )
     # Traced only: that is where passes are laid out.
     jax.eval_shape(

@@ -11,24 +11,80 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from treespec_jax.acceptance import policy
-from treespec_jax.acceptance.protocol import Verdict, path_to
+from treespec_jax.acceptance import policy, select
+from treespec_jax.acceptance.noise import Noise
+from treespec_jax.acceptance.protocol import Verdict, columns, path_to
 from treespec_jax.trees.token_tree import TokenTree
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """See `protocol.Rule`; its randomness is the noise [V, B, C + 1] of the policy."""
+    """See `protocol.Rule`; its randomness is the noise of the policy."""
 
     name = "exact"
 
     def randomness(self, sampling, root_B, nodes, depth, vocab):
-        return policy.step_noise(sampling, root_B + 1, depth + 1, vocab)
+        return Noise(sampling.seed, root_B + 1, vocab)
 
     def decide(self, tree, logits_VR, sampling, randomness, max_depth):
-        choice_BT = policy.choose(logits_VR, tree.depth, randomness, sampling)
-        return exact_match(tree, choice_BT, max_depth)
+        B, T = tree.tokens.shape
+
+        def greedy():
+            choice_BT = select.argmax(logits_VR).reshape(B, T)
+            return exact_match(tree, choice_BT, max_depth)
+
+        def sampled():
+            def choose(depth, node_B):
+                own_VB = columns(logits_VR, node_B)
+                return policy.choose(own_VB, randomness.after(depth), sampling)
+
+            return walk(tree, choose, max_depth)
+
+        return lax.cond(jnp.all(sampling.greedy), greedy, sampled)
+
+
+def walk(tree: TokenTree, choose, max_depth: int) -> Verdict:
+    """`exact_match` that asks for the choices of the accepted nodes only.
+
+    Noise and truncation of a column cost more than reading it, and most nodes of a
+    tree are not accepted.
+
+    Args:
+      tree: siblings must carry different tokens.
+      choose: from a depth and a node of it per slot [B] to the tokens [B] after them.
+      max_depth: C, the static depth of the tree.
+    """
+    B, T = tree.tokens.shape
+    below_T = jnp.arange(T) > 0
+
+    def visit(state):
+        depth, node_B, _, verdict = state
+        walking_B = verdict.count == depth
+        choice_B = choose(depth, node_B)
+        child_BT = (tree.parents == node_B[:, None]) & below_T & tree.valid
+        child_BT &= tree.tokens == choice_B[:, None]
+        found_B = walking_B & jnp.any(child_BT, axis=1)
+        next_B = jnp.argmax(child_BT, axis=1).astype(jnp.int32)
+        verdict = Verdict(
+            path=verdict.path.at[:, depth + 1].set(
+                jnp.where(found_B, next_B, 0), mode="drop"
+            ),
+            count=verdict.count + found_B,
+            emitted=verdict.emitted.at[:, depth].set(choice_B),
+        )
+        node_B = jnp.where(found_B, next_B, node_B)
+        return depth + 1, node_B, jnp.any(found_B), verdict
+
+    nothing = jnp.zeros((B, max_depth + 1), jnp.int32)
+    start = Verdict(nothing, jnp.zeros(B, jnp.int32), nothing)
+    state = jnp.int32(0), jnp.zeros(B, jnp.int32), jnp.bool_(True), start
+    # A tree that is its root, which is plain decoding, needs no loop.
+    state = visit(state)
+    if max_depth > 0:
+        state = lax.while_loop(lambda state: state[2], visit, state)
+    return state[3]
 
 
 def exact_match(tree: TokenTree, choice_BT: jax.Array, max_depth: int) -> Verdict:

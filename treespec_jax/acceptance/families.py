@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax.acceptance import policy, uniform
+from treespec_jax.acceptance.protocol import columns
 from treespec_jax.trees.token_tree import Proposal, TokenTree
 
 
@@ -97,7 +98,8 @@ def drafted_one(tree: TokenTree, node_B: jax.Array, vocab: int) -> jax.Array:
     place[list(proposal.nodes)] = np.arange(len(proposal.nodes))
     at_B = jnp.asarray(place)[node_B]
     total_B1 = jnp.take_along_axis(proposal.total, at_B[:, None], axis=1)
-    return _filled(uniform.column(proposal.mass, at_B) / total_B1, vocab)
+    own_VB = columns(proposal.mass.reshape(proposal.mass.shape[0], -1), at_B)
+    return _filled(own_VB[:, :, None] / total_B1, vocab)
 
 
 def _filled(q_VBE, vocab):

@@ -70,33 +70,6 @@ class Sampling:
         )
 
 
-def gumbel_noise(seed_B: jax.Array, positions_BC: jax.Array, vocab: int) -> jax.Array:
-    """float32 [V, B, C] Gumbel noise, a function of (seed, absolute position) alone.
-
-    Counter based (threefry), so that plain decoding, every drafter and every tree see
-    the same noise for the token at a position (common random numbers).
-    """
-
-    def draw(seed, position):
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, (vocab,), jnp.float32)
-
-    per_slot = jax.vmap(draw, (None, 0), out_axes=1)
-    return jax.vmap(per_slot, (0, 0), out_axes=1)(seed_B, positions_BC)
-
-
-def step_noise(
-    sampling: Sampling, next_position_B: jax.Array, count: int, vocab: int
-) -> jax.Array:
-    """Noise [V, B, count] of the positions from `next_position`; zeros if greedy."""
-    positions = next_position_B[:, None] + jnp.arange(count)
-    return lax.cond(
-        jnp.all(sampling.greedy),
-        lambda: jnp.zeros((vocab, *positions.shape), jnp.float32),
-        lambda: gumbel_noise(sampling.seed, positions, vocab),
-    )
-
-
 def truncate(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits over temperature, with -inf where top-k, top-p or min-p cut.
 
@@ -110,22 +83,29 @@ def truncate(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
       float32 [V, R].
     """
     own = _per_column(sampling, logits_VR.shape[1])
-    scaled, _, floor_R = _scaled(logits_VR, own)
+    scale_R, _, floor_R = _bounds(logits_VR, own)
+    scaled = logits_VR * scale_R
     return jnp.where(scaled >= floor_R, scaled, -jnp.inf)
 
 
-def _scaled(logits_VR, sampling):
-    """Logits over temperature, their maxima and their least kept value, per column."""
-    scaled = logits_VR / jnp.where(sampling.greedy, 1.0, sampling.temperature)
-    best_R = jnp.max(scaled, axis=0)
-    floor_R = best_R + jnp.log(jnp.where(sampling.greedy, 0.0, sampling.min_p))
-    cuts_R = ~sampling.greedy & ((sampling.top_k > 0) | (sampling.top_p < 1.0))
+def _bounds(logits_VR, own: Sampling):
+    """1 / temperature, and of logits times it the largest and the least kept, [R] each.
+
+    Only reads the logits: an array of their size costs more than the sums over it.
+    """
+    # A product, so that here and in every loop it rounds alike; a compiler may or may
+    # not make one of a division.
+    scale_R = 1.0 / jnp.where(own.greedy, 1.0, own.temperature)
+    best_R = jnp.max(logits_VR, axis=0) * scale_R
+    floor_R = best_R + jnp.log(jnp.where(own.greedy, 0.0, own.min_p))
+    cuts_R = ~own.greedy & ((own.top_k > 0) | (own.top_p < 1.0))
     cut_R = lax.cond(
         jnp.any(cuts_R),
-        lambda: _rank_threshold(scaled, best_R, sampling),
+        lambda: _rank_threshold(logits_VR * scale_R, best_R, own),
         lambda: jnp.full_like(best_R, -jnp.inf),
     )
-    return scaled, best_R, jnp.maximum(floor_R, jnp.where(cuts_R, cut_R, -jnp.inf))
+    floor_R = jnp.maximum(floor_R, jnp.where(cuts_R, cut_R, -jnp.inf))
+    return scale_R, best_R, floor_R
 
 
 @jax.tree_util.register_dataclass
@@ -138,7 +118,7 @@ class Laws:
 
     Attributes:
       logits: [V, R], a column per node, B major.
-      temperature: [R], 1 for greedy slots.
+      scale: [R], 1 / temperature; 1 for greedy slots.
       best: [R], largest of logits / temperature.
       floor: [R], least of them that is kept.
       point: int32 [R], the only token of a greedy slot; -1 for others.
@@ -146,14 +126,14 @@ class Laws:
     """
 
     logits: jax.Array
-    temperature: jax.Array
+    scale: jax.Array
     best: jax.Array
     floor: jax.Array
     point: jax.Array
     total: jax.Array
 
     def _mass(self, logits, token):
-        scaled = logits / self.temperature
+        scaled = logits * self.scale
         kept = (scaled >= self.floor) & ((self.point < 0) | (self.point == token))
         return jnp.where(kept, jnp.exp(scaled - self.best), 0.0)
 
@@ -173,7 +153,7 @@ class Laws:
         """[R], in nats."""
         token_V1 = jnp.arange(self.logits.shape[0], dtype=jnp.int32)[:, None]
         mass = self._mass(self.logits, token_V1)
-        gap = self.logits / self.temperature - self.best
+        gap = self.logits * self.scale - self.best
         energy = jnp.sum(jnp.where(mass > 0, mass * gap, 0.0), axis=0)
         return jnp.log(self.total) - energy / self.total
 
@@ -181,16 +161,16 @@ class Laws:
 def laws(logits_VR: jax.Array, sampling: Sampling) -> Laws:
     """The policy after every column. Arguments as for `truncate`."""
     own = _per_column(sampling, logits_VR.shape[1])
-    scaled, best_R, floor_R = _scaled(logits_VR, own)
+    scale_R, best_R, floor_R = _bounds(logits_VR, own)
     point_R = lax.cond(
         jnp.any(own.greedy),
         lambda: jnp.where(own.greedy, select.argmax(logits_VR), -1),
         lambda: jnp.full(own.greedy.shape, -1, jnp.int32),
     )
-    one = jnp.ones((), scaled.dtype)
+    one = jnp.ones((), logits_VR.dtype)
     bare = Laws(
         logits=logits_VR,
-        temperature=jnp.where(own.greedy, 1.0, own.temperature),
+        scale=scale_R,
         best=best_R,
         floor=floor_R,
         point=point_R,
@@ -284,40 +264,26 @@ def _searched_threshold(scaled_VR, best_R, top_k_R, top_p_R):
 
 
 def perturbed(
-    logits_VR: jax.Array,
-    depth_BT: jax.Array,
-    noise_VBC: jax.Array,
-    sampling: Sampling,
+    logits_VR: jax.Array, noise_VB: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """float32 [V, R]: truncated log p (up to a constant) plus the noise of the node.
+    """float32 [V, R]: truncated log p (up to a constant) plus the noise of a position.
 
     Args:
-      logits_VR: float32, R = B·T columns, B major.
-      depth_BT: int32, depth of each node.
-      noise_VBC: float32 [V, B, C + 1], noise of the positions after depth 0..C.
+      logits_VR: float32, R = B·W columns, B major; those of a slot are at one depth.
+      noise_VB: float32, of the position after them (`noise.Noise.after`).
       sampling: settings per slot.
     """
-    slot_B1 = jnp.arange(depth_BT.shape[0])[:, None]
-    noise_VR = noise_VBC[:, slot_B1, depth_BT].reshape(logits_VR.shape)
-    quiet_R = _per_column(sampling, logits_VR.shape[1]).greedy
-    return truncate(logits_VR, sampling) + jnp.where(quiet_R, 0.0, noise_VR)
+    V, B = noise_VB.shape
+    quiet_VB = jnp.where(sampling.greedy, 0.0, noise_VB)
+    spread = jnp.broadcast_to(quiet_VB[:, :, None], (V, B, logits_VR.shape[1] // B))
+    return truncate(logits_VR, sampling) + spread.reshape(logits_VR.shape)
 
 
-def choose(
-    logits_VR: jax.Array,
-    depth_BT: jax.Array,
-    noise_VBC: jax.Array,
-    sampling: Sampling,
-) -> jax.Array:
-    """int32 [B, T]: the token that the policy emits after each node.
+def choose(logits_VR: jax.Array, noise_VB: jax.Array, sampling: Sampling) -> jax.Array:
+    """int32 [R]: the token that the policy emits after each node.
 
     `argmax(log p + g)` with the noise of the position after the node (Gumbel-max): a
     sample from p. Greedy slots take the argmax of the logits. Arguments as for
     `perturbed`.
     """
-    choice_R = lax.cond(
-        jnp.all(sampling.greedy),
-        lambda: select.argmax(logits_VR),
-        lambda: select.argmax(perturbed(logits_VR, depth_BT, noise_VBC, sampling)),
-    )
-    return choice_R.reshape(depth_BT.shape)
+    return select.argmax(perturbed(logits_VR, noise_VB, sampling))

@@ -5,7 +5,7 @@
 2. The *rule* says which nodes of the tree are kept, and what token comes after them.
    Under a lossless rule the emitted tokens have the policy's law, whatever it is.
 3. *Randomness* comes from `streams`, or for the exact rule from the noise shared with
-   the drafter (`policy.step_noise`). It is an input of a rule, never made inside one,
+   the drafter (`noise.Noise`). It is an input of a rule, never made inside one,
    so that a test can enumerate it.
 
 A rule is a small frozen dataclass, hashable, static under jit; `facts` says of each
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from treespec_jax.acceptance import draw
 from treespec_jax.acceptance.policy import Sampling
@@ -97,6 +98,14 @@ class Rule(Protocol):
           randomness: of `randomness`.
           max_depth: C, the static depth of the tree.
         """
+
+
+def columns(x_VR: jax.Array, node_B: jax.Array) -> jax.Array:
+    """Column [V, B] of one node per slot of x, R = B·T columns, B major."""
+    B = node_B.shape[0]
+    column_B = node_B + x_VR.shape[1] // B * jnp.arange(B, dtype=jnp.int32)
+    # Behind the barrier nothing reads the long rows of x twice.
+    return lax.optimization_barrier(jnp.take(x_VR, column_B, axis=1, mode="clip"))
 
 
 def path_to(

@@ -13,7 +13,7 @@ from jax import lax
 from treespec_jax.acceptance import policy, select, streams
 from treespec_jax.acceptance.exact import exact_match
 from treespec_jax.acceptance.policy import Sampling
-from treespec_jax.acceptance.protocol import Judgement, settle
+from treespec_jax.acceptance.protocol import Judgement, columns, settle
 from treespec_jax.acceptance.streams import Uniforms
 from treespec_jax.trees.token_tree import TokenTree
 
@@ -82,7 +82,9 @@ class Target:
 
     def of_one(self, node_B: jax.Array) -> jax.Array:
         """p [V, B, 1] of one node per slot."""
-        return self._probs(column(self.logits, node_B))
+        V, B, T = self.logits.shape
+        own_VB = columns(self.logits.reshape(V, B * T), node_B)
+        return self._probs(own_VB[:, :, None])
 
     def child_chances(self, tree: TokenTree, laws: policy.Laws) -> jax.Array:
         """p of every node's token after its parent [B, T]; of the root, 1."""
@@ -101,11 +103,6 @@ def alone(target: Target) -> Judgement:
     node_B = jnp.zeros(target.logits.shape[1], jnp.int32)
     law_VB1 = target.of_one(node_B)
     return Judgement(node_B, law_VB1[:, :, 0], jnp.ones_like(law_VB1[0]))
-
-
-def column(x_VBT: jax.Array, node_B: jax.Array) -> jax.Array:
-    """Column [V, B, 1] of one node per slot."""
-    return jnp.take_along_axis(x_VBT, node_B[None, :, None], axis=2)
 
 
 def earlier_siblings(parents_BT: jax.Array) -> jax.Array:

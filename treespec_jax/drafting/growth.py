@@ -88,8 +88,8 @@ def best_children(logits_VR, depth, count, context: DraftContext, tau):
     def perturbed():
         if context.noise is None:
             return policy.truncate(logits_VR, context.sampling)
-        depth_BW = jnp.full((B, R // B), depth, jnp.int32)
-        return policy.perturbed(logits_VR, depth_BW, context.noise, context.sampling)
+        noise_VB = context.noise[depth]
+        return policy.perturbed(logits_VR, noise_VB, context.sampling)
 
     values, tokens = lax.cond(
         jnp.all(context.sampling.greedy),

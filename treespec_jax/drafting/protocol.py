@@ -33,8 +33,8 @@ class DraftContext:
       lengths: int32 [B], tokens before the root; the root's absolute position.
       page_table: int32 [B, max_pages], shared with the target.
       sampling: the requests' settings.
-      noise: float32 [V, B, C + 1], the noise the target will use after depth 0..C;
-        None unless the drafter draws "shared".
+      noise: float32 [C, V, B], the noise the target will use after depth 0..C-1; None
+        unless the drafter draws "shared".
       uniforms: float32 [B, T, 2] in [0, 1) of the proposals' own stream, for the draw
         of each node; None unless the drafter samples.
       penalties: of the policy; None if no request has any.

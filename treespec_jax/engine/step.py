@@ -13,6 +13,7 @@ from jax import lax
 
 from treespec_jax.acceptance import policy, streams
 from treespec_jax.acceptance.cascade import Cascade
+from treespec_jax.acceptance.noise import Noise
 from treespec_jax.acceptance.penalties import Penalties
 from treespec_jax.acceptance.protocol import Rule
 from treespec_jax.cache import pages as paging
@@ -66,6 +67,16 @@ def step(
     lengths = jnp.where(active_B, state.lengths, 0)
     nodes, sampling = drafter.num_nodes, control.sampling
     randomness = rule.randomness(sampling, lengths, nodes, depth, vocab)
+    noise = uniforms = None
+    if drafter.draws == "shared" and depth > 0:
+        # What the drafter has to make anyway, the exact rule need not make again.
+        kept = Noise(sampling.seed, lengths + 1, vocab)
+        kept = kept.kept(depth, quiet=jnp.all(sampling.greedy))
+        noise = kept.rows
+        if rule.name == "exact":
+            randomness = kept
+    elif drafter.draws in ("sampled", "with_replacement"):
+        uniforms = streams.of_proposal(sampling.seed, lengths, nodes)
     context = DraftContext(
         active=active_B,
         root=state.root,
@@ -73,7 +84,8 @@ def step(
         page_table=control.page_table,
         sampling=sampling,
         penalties=penalties,
-        **_draft_randomness(drafter, rule, randomness, sampling, lengths, vocab),
+        noise=noise,
+        uniforms=uniforms,
     )
     with jax.named_scope("draft"):
         tree, draft = drafter.propose(state.draft, context)
@@ -128,20 +140,6 @@ def step(
     )
     ranks_BC = _ranks(tree, verdict.path)
     return state, control, verdict.emitted, count_B, logprobs_BC, ranks_BC, trees
-
-
-def _draft_randomness(drafter, rule, randomness, sampling, lengths_B, vocab):
-    """What the drafter may draw by: `noise` or `uniforms` of its context."""
-    noise = uniforms = None
-    if drafter.draws == "shared":
-        # The exact rule's own, so that it is made once.
-        noise = randomness
-        if rule.name != "exact":
-            count = drafter.depth + 1
-            noise = policy.step_noise(sampling, lengths_B + 1, count, vocab)
-    elif drafter.draws in ("sampled", "with_replacement"):
-        uniforms = streams.of_proposal(sampling.seed, lengths_B, drafter.num_nodes)
-    return {"noise": noise, "uniforms": uniforms}
 
 
 def _cut(verdict, control: Control):
