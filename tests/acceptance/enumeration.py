@@ -44,6 +44,8 @@ class World:
     def replace(self, p=None, q=None) -> World:
         """The same with functions of the old distributions in place of p or q."""
         world = copy.copy(self)
+        # Worlds are shared between tests; what is done to this one stays in it.
+        world.p, world.q = dict(self.p), dict(self.q)
         if p is not None:
             world.p = {path: p(own) for path, own in self.p.items()}
         if q is not None:
