@@ -129,42 +129,44 @@ def _judged(rule, tree, scores, accept):
 def _branches(rule, tree, scores, tolerance):
     """All combinations of the parts: slot, weight and uniforms of each.
 
-    A rule need not look at nodes that no longer matter: their chance is UNSEEN, and
-    rows branch at a node once it has been asked. A node not asked yet would reject.
+    A rule need not look at nodes that no longer matter: their chance is UNSEEN. Nor
+    need it give a node's last word before its uniform is close: wherever the number
+    falls inside the part that a row stands for, the part falls in two.
     """
     B, T = tree.tokens.shape
-    slot, weight, accept = np.arange(B), np.ones(B), np.ones((B, T))
-    settled = np.zeros((B, T), bool)
-    settled[:, 0] = True
+    slot, weight = np.arange(B), np.ones(B)
+    low, high = np.zeros((B, T)), np.ones((B, T))
     while True:
+        accept = (low + high) / 2
         own, own_scores = _rows(tree, scores, slot)
         _, _, chance = _judged(rule, own, own_scores, accept)
         chance = chance.astype(float)
         assert np.isfinite(chance).all()
         seen = chance != UNSEEN
         assert (chance[seen] >= 0).all() and (chance[seen] <= 1 + tolerance).all()
-        chance = np.minimum(chance, 1.0)
-        fresh = seen & ~settled
-        if not fresh.any():
+        inside = seen & (low < chance) & (chance < high)
+        inside[:, 0] = False
+        if not inside.any():
             return slot, weight, accept
         for n in range(1, T):
-            own = fresh[:, n]
-            below, above = accept[own].copy(), accept[own].copy()
+            own = inside[:, n]
             edge = chance[own, n]
-            below[:, n], above[:, n] = edge / 2, (1 + edge) / 2
-            settled[own, n] = True
+            share = (edge - low[own, n]) / (high[own, n] - low[own, n])
+            below, above = high[own].copy(), low[own].copy()
+            below[:, n] = above[:, n] = edge
+            rest = [x[~own] for x in (slot, weight, low, high, chance, inside)]
+            same = slot[own], weight[own], low[own], high[own], chance[own], inside[own]
             parts = [
-                (slot[~own], weight[~own], accept[~own], settled[~own], fresh[~own]),
-                (slot[own], weight[own] * edge, below, settled[own], fresh[own]),
-                (slot[own], weight[own] * (1 - edge), above, settled[own], fresh[own]),
+                rest,
+                [same[0], same[1] * share, same[2], below, *same[4:]],
+                [same[0], same[1] * (1 - share), above, *same[3:]],
             ]
-            chances = np.concatenate([chance[~own], chance[own], chance[own]])
-            slot, weight, accept, settled, fresh = (
+            slot, weight, low, high, chance, inside = (
                 np.concatenate(x) for x in zip(*parts, strict=True)
             )
             some = weight > 0
-            slot, weight, accept, settled, fresh, chance = (
-                x[some] for x in (slot, weight, accept, settled, fresh, chances)
+            slot, weight, low, high, chance, inside = (
+                x[some] for x in (slot, weight, low, high, chance, inside)
             )
 
 

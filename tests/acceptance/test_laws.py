@@ -207,16 +207,24 @@ def test_typical_acceptance_is_medusas(name):
 
 
 def test_traversal_on_a_chain_is_the_block_rule():
-    """The same thresholds and the same laws of the last token, node by node."""
+    """The same nodes, laws of the last token, and sides of every threshold.
+
+    The block rule bounds a threshold from above where the uniform is no lower than that,
+    or a deeper node has passed.
+    """
     for world in ref.worlds(3):
         tree, scores = arrays(world, trees_of("chain3", world), meta_of("chain3"))
         rng = np.random.default_rng(0)
         accept = rng.random(tree.tokens.shape)
         with jax.enable_x64(True):
-            ours = judge(TraversalRule(), tree, scores, accept)
-            theirs = judge(BlockRule(), tree, scores, accept)
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-12)
+            node, law, ours = judge(TraversalRule(), tree, scores, accept)
+            same, own, theirs = judge(BlockRule(), tree, scores, accept)
+        np.testing.assert_array_equal(node, same)
+        np.testing.assert_allclose(law, own, atol=1e-12)
+        ours, theirs, accept = (np.asarray(x)[:, 1:] for x in (ours, theirs, accept))
+        assert (theirs >= ours - 1e-12).all()
+        decided = np.arange(1, tree.tokens.shape[1]) >= np.asarray(node)[:, None]
+        assert ((accept < ours) == (accept < theirs))[decided].all()
 
 
 def test_what_the_block_rule_accepts():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jax import lax
 
 from treespec_jax.acceptance import families, uniform
 from treespec_jax.acceptance.protocol import Judgement
@@ -37,17 +38,7 @@ class BlockRule(uniform.UniformRule):
             some_B = valid_BT[:, at] & (log_w[-1] > -jnp.inf)
             log_w.append(jnp.where(some_B, grown_B, -jnp.inf))
         w_BT = jnp.exp(jnp.stack(log_w, axis=1))
-        # Of nodes that have a child; the root needs none, it is always accepted.
-        chance_BT = w_BT
-        if T > 2:
-            p = laws.probs().reshape(V, B, T)[:, :, 1:-1]
-            q = families.drafted(tree.proposal, slice(1, None), V)
-            mass = jnp.sum(jnp.maximum(w_BT[:, 1:-1] * p - q, 0.0), axis=0)
-            inner = families.covered(mass, w_BT[:, 1:-1])
-            inner = jnp.where(valid_BT[:, 2:], inner, w_BT[:, 1:-1])
-            chance_BT = chance_BT.at[:, 1:-1].set(inner)
-        passed_BT = (uniforms.accept < chance_BT).at[:, 0].set(True)
-        node_B = jnp.max(jnp.where(passed_BT, jnp.arange(T), 0), axis=1)
+        node_B, chance_BT = _last_passing(tree, target, uniforms, w_BT, valid_BT)
         law_VB = families.last_law(
             tree,
             target,
@@ -56,3 +47,43 @@ class BlockRule(uniform.UniformRule):
             jnp.take_along_axis(w_BT, node_B[:, None], axis=1)[:, 0],
         )
         return Judgement(node_B.astype(jnp.int32), law_VB, chance_BT)
+
+
+def _last_passing(tree, target, uniforms, w_BT, valid_BT):
+    """The last node that passes [B], and h of the nodes that were asked, w of others.
+
+    As h_i <= w_i, only a node whose uniform is below w_i is asked, the deepest first.
+    """
+    V, B, T = target.logits.shape
+    node_T = jnp.arange(T)
+    open_BT = (uniforms.accept < w_BT).at[:, 0].set(True)
+    # The root and a node without a child need no sum.
+    plain_BT = (node_T == 0) | ~jnp.pad(valid_BT[:, 1:], ((0, 0), (0, 1)))
+
+    def pick(x_BT, node_B):
+        return jnp.take_along_axis(x_BT, node_B[:, None], axis=1)[:, 0]
+
+    def deepest(open_BT):
+        return jnp.max(jnp.where(open_BT, node_T, 0), axis=1)
+
+    def ask(carry):
+        node_B, done_B, open_BT, chance_BT = carry
+        weight_B = pick(w_BT, node_B)
+        p_VB = target.of_one(node_B)[:, :, 0]
+        q_VB = families.drafted_one(tree, node_B, V)[:, :, 0]
+        mass_B = jnp.sum(jnp.maximum(weight_B * p_VB - q_VB, 0.0), axis=0)
+        own_B = families.covered(mass_B, weight_B)
+        asked_BT = (node_T == node_B[:, None]) & ~done_B[:, None]
+        chance_BT = jnp.where(asked_BT, own_B[:, None], chance_BT)
+        passed_B = pick(uniforms.accept, node_B) < own_B
+        open_BT &= ~(asked_BT & ~passed_B[:, None])
+        node_B = deepest(open_BT)
+        done_B |= passed_B | pick(plain_BT, node_B)
+        return node_B, done_B, open_BT, chance_BT
+
+    node_B = deepest(open_BT)
+    carry = node_B, pick(plain_BT, node_B), open_BT, w_BT
+    node_B, _, _, chance_BT = lax.while_loop(
+        lambda carry: ~jnp.all(carry[1]), ask, carry
+    )
+    return node_B, chance_BT
