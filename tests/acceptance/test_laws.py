@@ -209,8 +209,8 @@ def test_typical_acceptance_is_medusas(name):
 def test_traversal_on_a_chain_is_the_block_rule():
     """The same nodes, laws of the last token, and sides of every threshold.
 
-    The block rule bounds a threshold from above where the uniform is no lower than that,
-    or a deeper node has passed.
+    The block rule gives a bound of a threshold where the uniform is no lower than the
+    bound, or a deeper node has passed.
     """
     for world in ref.worlds(3):
         tree, scores = arrays(world, trees_of("chain3", world), meta_of("chain3"))
