@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -168,6 +170,15 @@ def test_two_tokens_have_the_targets_law(
         )
     assert stats.rule == rule and stats.tokens_per_step > 1.05
     assert statistic < CRITICAL[freedom]
+
+
+@pytest.mark.parametrize("rule, tree, draws", [*CASES, ("typical", "regular:2x1", "")])
+def test_no_rule_moves_data_to_the_host(rule, tree, draws, target, draft):
+    """Nothing in the program of a dispatch calls back or feeds a host."""
+    function, arguments = build(target, draft, rule, tree, draws).program()
+    text = jax.jit(function).lower(*arguments).as_text()
+    assert "stablehlo.while" in text and "stablehlo.dot_general" in text
+    assert not re.findall("callback|outfeed|infeed|stablehlo.send|stablehlo.recv", text)
 
 
 def check_edges(engine, greedy_text):
