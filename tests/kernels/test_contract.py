@@ -81,7 +81,7 @@ CALLS = {
         K=8,
         sizes=BlockSizes(block_rows=32, heads=4, unroll=2, buffers=2),
     ),
-    "chunk": Call(T=272, G=1, H=64, B=2, max_pages=5),
+    "chunk": Call(T=512, G=1, H=64, B=2, max_pages=5),
     "int8": Call(T=5, G=2, K=2, int8=True, page=32, max_pages=5),
     "int8, window": Call(T=5, G=2, H=64, int8=True, window=24),
     "bf16": Call(T=7, G=4, K=2, dtype="bfloat16"),
