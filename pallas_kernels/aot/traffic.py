@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import math
 import re
 
@@ -175,7 +174,6 @@ class _Program:
         body = self.computations[_CALLED.search(it.rest)[1]]
         return all(x.op in ("parameter", "bitcast") for x in body.values())
 
-    @functools.cache  # noqa: B019  (the program lives as long as the count)
     def _read(self, name: str, index: int) -> int:
         """Bytes of a fused computation's parameter that it touches."""
         body = self.computations[name]
