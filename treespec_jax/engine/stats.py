@@ -68,8 +68,8 @@ class Stats:
     @property
     def lossless(self) -> bool:
         """Whether the tokens have the law of plain decoding with unrounded keys."""
-        exact = facts.FACTS[self.rule].lossless and not self.cascade
-        return exact and not self.cache_dtype
+        label = facts.label(self.rule, self.cascade, self.cache_dtype)
+        return label == "lossless"
 
     @property
     def label(self) -> str:
