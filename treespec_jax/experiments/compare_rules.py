@@ -128,8 +128,7 @@ def _summary(
         "rule": rule,
         "shape": shape,
         "temperature": temperature,
-        # Without a temperature every rule keeps what plain decoding would emit.
-        "lossless": facts.FACTS[rule].lossless or temperature == 0,
+        "lossless": facts.FACTS[rule].lossless,
         "draws": facts.FACTS[rule].draws[0] if name != PLAIN else None,
         "tokens": whole.tokens,
         "steps": whole.steps,
