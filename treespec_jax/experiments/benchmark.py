@@ -136,14 +136,7 @@ def run_round(settings: Experiment, llms, ids, number: int) -> dict[str, Run]:
     """Every shape on every prompt; who comes first changes from prompt to prompt."""
     names = list(llms)
     batch = settings.engine.max_batch
-    params = [
-        dataclasses.replace(
-            settings.sampling,
-            seed=(settings.sampling.seed + index) % 2**32,
-            ignore_eos=True,
-        )
-        for index in range(len(ids))
-    ]
+    params = models.seeded(settings.sampling, len(ids))
     parts = {name: [] for name in names}
     for turn, start in enumerate(range(0, len(ids), batch)):
         at = (number + turn) % len(names)

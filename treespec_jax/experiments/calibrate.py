@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,7 @@ def run(settings: Experiment, prompts_file: str, output: str) -> None:
     llm = models.make_llm(settings, pair, settings.tree, record=True)
     for note in llm.notes:
         say(f"note: {note}")
-    params = [
-        dataclasses.replace(
-            settings.sampling,
-            seed=(settings.sampling.seed + index) % 2**32,
-            ignore_eos=True,
-        )
-        for index in range(len(texts))
-    ]
+    params = models.seeded(settings.sampling, len(texts))
     generation = llm.generate(texts, params)
     records = [record for one in generation for record in one.records]
     before = llm.drafter.tau

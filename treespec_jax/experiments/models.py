@@ -146,6 +146,16 @@ def encode(
     return encoded
 
 
+def seeded(sampling: SamplingParams, count: int) -> list[SamplingParams]:
+    """Settings of so many texts to measure: seeds that follow, and no early end."""
+    return [
+        dataclasses.replace(
+            sampling, seed=(sampling.seed + index) % 2**32, ignore_eos=True
+        )
+        for index in range(count)
+    ]
+
+
 def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
     """Compiles all that these prompts will run, on prompts just long enough for it."""
     from treespec_jax.engine.engine import prefill_plan
