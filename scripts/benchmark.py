@@ -11,7 +11,7 @@ _SHARED = common_flags.define(
     "draft",
     "tokenizer",
     "rule",
-    "draws",
+    "proposal",
     "cascade",
     "alpha",
     "dtype",

@@ -20,7 +20,7 @@ _SHARED = common_flags.define(
     "draft",
     "tokenizer",
     "rule",
-    "draws",
+    "proposal",
     "cascade",
     "alpha",
     "dtype",

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax.acceptance import noise, policy
 from treespec_jax.config import SamplingParams
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.sampling import noise, policy
 
 # Two perturbed scores closer than this may be ordered either way by rounding.
 TIE = 1e-4
@@ -32,8 +32,8 @@ def _jitted(model: Transformer, size: int):
     @jax.jit
     def logits(tokens):
         at = jnp.arange(size)[None]
-        hidden, _ = model(tokens, at, jnp.tril(jnp.ones((1, size, size), bool)))
-        return model.logits(hidden)
+        forward = model(tokens, at, jnp.tril(jnp.ones((1, size, size), bool)))
+        return model.logits(forward.hidden)
 
     return logits
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 
 _PUBLIC = {
-    "LLM": "treespec_jax.engine.llm",
+    "LLM": "treespec_jax.llm",
     "SamplingParams": "treespec_jax.config",
     "UserError": "treespec_jax.errors",
 }

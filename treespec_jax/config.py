@@ -303,7 +303,7 @@ class SamplingParams:
       logprobs: also return log p (natural, of the model before penalties, bias,
         temperature and truncation) of every emitted token.
       repetition_penalty: logits of tokens in the prompt or the output are divided by
-        it where positive, multiplied where not; 1 is none (`acceptance.penalties`).
+        it where positive, multiplied where not; 1 is none (`sampling.penalties`).
       presence_penalty: taken off the logits of tokens that were emitted, in [-2, 2];
         the prompt does not count, here and below.
       frequency_penalty: taken off once per time that the token was emitted, in
@@ -380,25 +380,29 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class SpeculativeConfig:
-    """How the drafter is made.
+    """How a text is speculated on. Names are checked by `limits.check_speculation`.
 
     Attributes:
-      method: "none" (plain decoding) or "draft_model" (SpecInfer).
-      model: path of the draft model's checkpoint, or a loaded one.
+      method: what drafts, one of `drafting.METHODS`: "none" (plain decoding),
+        "draft_model" (SpecInfer) or "ngram" (prompt lookup).
+      model: path of the draft model's checkpoint, or a loaded one; None for methods
+        without a model.
       tree: a tree shape, see `treespec_jax.trees.shapes.parse`.
       tau: temperature of the drafter's estimate that a child is right,
         softmax(score / tau); orders the paths of a dynamic tree. None: the one that
         scripts/calibrate_drafter.py left beside the drafter, else DEFAULT_TAU.
       rule: which drafted tokens are kept: "exact" (the text of plain decoding, token
-        for token), "token", "block", "traversal", "terminal" (other texts of the same
-        law) or "typical" (lossy), see `treespec_jax.acceptance`.
-      draws: how the drafter draws a tree, see `acceptance.facts`; "": as the rule
-        usually has it.
-      cascade: policy between drafter and target, one of `facts.CASCADES`; LOSSY against
-        the target (`acceptance.cascade`). "": the target's own.
+        for token), "token", "block", "traversal", "terminal" (different text, same
+        distribution) or "typical" (lossy), see `treespec_jax.acceptance`.
+      proposal: how the drafter proposes the nodes of a tree, see
+        `acceptance.compatibility`; "": as the rule usually has it.
+      cascade: policy between drafter and target, one of `compatibility.CASCADES`;
+        LOSSY against the target (`acceptance.cascade`). "": the target's own.
       alpha: of the cascade, in [0, 1]; larger ones trust the drafter more.
       typical_eps: under the typical rule a token this likely always passes, in (0, 1].
       typical_delta: its bound is min(eps, delta exp(-entropy)), in (0, 1].
+      options: settings of the method itself, a mapping by name, kept as sorted pairs;
+        each drafter says which it has.
     """
 
     method: str = "draft_model"
@@ -406,24 +410,31 @@ class SpeculativeConfig:
     tree: str = "chain:5"
     tau: float | None = None
     rule: str = "exact"
-    draws: str = ""
+    proposal: str = ""
     cascade: str = ""
     alpha: float = 0.1
     typical_eps: float = 0.09
     typical_delta: float = 0.3
-
-    METHODS = ("none", "draft_model")
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
-        if self.method not in self.METHODS:
-            raise UserError(
-                f"speculative method {self.method!r} is unknown; choose from "
-                f"{', '.join(self.METHODS)}"
-            )
+        for name in ("method", "tree", "rule", "proposal", "cascade"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise UserError(f"speculative {name} must be a text, got {value!r}")
         check_optional("speculative tau", self.tau)
         check_float("speculative alpha", self.alpha, 0, 1)
         for name in ("typical_eps", "typical_delta"):
             check_float(f"speculative {name}", getattr(self, name), 0, 1, open_low=True)
+        options = self.options
+        try:
+            items = options.items() if isinstance(options, Mapping) else options
+            pairs = sorted((str(name), value) for name, value in items)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"speculative options must map names to values, got {options!r}"
+            ) from None
+        object.__setattr__(self, "options", tuple(pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,8 +451,10 @@ class EngineConfig:
       lanes: numbers in a row of the cache are padded to a multiple of it; None: 128 on
         a TPU, whose kernel reads whole lanes, else 1. Heads of 64 then take twice the
         memory there.
-      cache_dtype: "int8" keeps keys and values rounded, with a scale per row and head:
-        lossy, in a half of bfloat16's memory; empty: the dtype of the weights.
+      cache_dtype: of keys and values: float32, bfloat16, float16, or "int8", which
+        keeps them rounded, with a scale per row and head: lossy, in a half of
+        bfloat16's memory.
+      record: keep what became of every drafted tree (`Completion.records`).
     """
 
     max_batch: int = 8
@@ -451,7 +464,10 @@ class EngineConfig:
     steps_per_dispatch: int = 8
     prefill_chunks: tuple[int, ...] = (16, 128)
     lanes: int | None = None
-    cache_dtype: str = ""
+    cache_dtype: str = "float32"
+    record: bool = False
+
+    CACHE_DTYPES: ClassVar = ("float32", "bfloat16", "float16", "int8")
 
     def __post_init__(self):
         check_int("max_batch", self.max_batch, 1)
@@ -464,14 +480,39 @@ class EngineConfig:
             check_int("num_pages", self.num_pages, 1)
         if self.lanes is not None:
             check_int("lanes", self.lanes, 1)
-        if self.cache_dtype not in ("", "int8"):
+        if self.cache_dtype not in self.CACHE_DTYPES:
             raise UserError(
-                'cache_dtype must be "int8", or empty for that of the weights, got '
+                f"cache_dtype must be one of {', '.join(self.CACHE_DTYPES)}, got "
                 f"{self.cache_dtype!r}"
             )
+        check_bool("record", self.record)
         chunks = tuple(self.prefill_chunks)
         if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < 1:
             raise UserError(
                 f"prefill_chunks must ascend from at least 1, got {chunks!r}"
             )
         object.__setattr__(self, "prefill_chunks", chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings(EngineConfig):
+    """`EngineConfig` before the models are known.
+
+    Attributes:
+      max_len: None: what the models can do, 4096 at most.
+      cache_dtype: empty: the dtype of the weights.
+    """
+
+    max_len: int | None = None
+    cache_dtype: str = ""
+
+    def __post_init__(self):
+        checked = self.resolve(self.max_len or 4096, self.cache_dtype or "float32")
+        object.__setattr__(self, "prefill_chunks", checked.prefill_chunks)
+
+    def resolve(self, max_len: int, cache_dtype: str) -> EngineConfig:
+        """With what the models decide filled in."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return EngineConfig(
+            **{**values, "max_len": max_len, "cache_dtype": cache_dtype}
+        )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from treespec_jax.checkpoints.tokenizers import (
-    Tokenizer,
-    check_rows,
-    compare_vocabularies,
-)
-from treespec_jax.config import ModelConfig
+from treespec_jax.acceptance import compatibility
+from treespec_jax.config import ModelConfig, SpeculativeConfig
+from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
+from treespec_jax.trees import shapes
+from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
 # Length of a slot unless asked for: longer ones take memory that few texts use.
 DEFAULT_MAX_LEN = 4096
@@ -21,45 +20,6 @@ class Model(Protocol):
     """A described or a loaded checkpoint."""
 
     config: ModelConfig
-    tokenizer: Tokenizer | None
-
-
-def check_pair(target: Model, draft: Model | None) -> list[str]:
-    """What to know of vocabularies that differ without harm; see the README.
-
-    Whatever the drafter lacks or has besides, the text is the target's own.
-
-    Args:
-      target: any model.
-      draft: of the same tokens, as far as both have them; None: plain decoding.
-
-    Raises:
-      UserError: a token means something else to the drafter, or embeddings of
-        different sizes come without tokenizers to compare.
-    """
-    models = {"target": target} | ({} if draft is None else {"drafter": draft})
-    notes = []
-    for model in models.values():
-        if model.tokenizer is not None:
-            # Read by now, so that a small one was meant.
-            rows = model.config.vocab_size
-            notes.append(check_rows(model.tokenizer, rows, chosen=True))
-    if draft is not None:
-        notes += [_compare(target, draft)]
-    return list(dict.fromkeys(note for note in notes if note))
-
-
-def _compare(target: Model, draft: Model) -> str | None:
-    if target.tokenizer is not None and draft.tokenizer is not None:
-        return compare_vocabularies(target.tokenizer, draft.tokenizer)
-    sizes = target.config.vocab_size, draft.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"the drafter has {sizes[1]} tokens, the target {sizes[0]}, and without "
-            "the tokenizers of both nobody knows whether they mean the same; put them "
-            "beside the weights"
-        )
-    return None
 
 
 def text_length(max_len: int | None, target: Model, draft: Model | None) -> int:
@@ -78,6 +38,30 @@ def text_length(max_len: int | None, target: Model, draft: Model | None) -> int:
             f"max_len={max_len} is past the {name}'s {longest} positions; lower it"
         )
     return max_len
+
+
+def check_speculation(config: SpeculativeConfig) -> TreeShape:
+    """The shape of the trees, once method, tree, rule and policy fit together.
+
+    Raises:
+      UserError: an unknown name, or a tree that the rule would not be lossless for.
+    """
+    if config.method not in METHODS:
+        raise UserError(
+            f"speculative method {config.method!r} is unknown; choose from "
+            f"{', '.join(METHODS)}"
+        )
+    shape = shapes.parse("none" if config.method == "none" else config.tree)
+    lacking = METHODS[config.method].has_model and config.model in (None, "")
+    if shape.depth and lacking:
+        raise UserError(
+            f"speculative method {config.method!r} needs a model; give its path"
+        )
+    if shape.depth or config.cascade:
+        compatibility.choose_proposal(
+            config.rule, config.proposal, shape, config.cascade
+        )
+    return shape if shape.depth else ROOT_ONLY
 
 
 def check_tree(depth: int, max_len: int) -> None:

@@ -1,9 +1,11 @@
-"""Exact laws of sampling rules, by enumeration in float64; knows nothing of the rules.
+"""Exact distributions of sampling rules, by enumeration in float64; knows nothing of
+the rules.
 
 A toy world gives p and q after every short path. A generator lists every tree that a
-drafter can draw, with its chance. A rule, written here as in the papers, adds up the
-chance of every text of C + 1 tokens; what a step leaves open, plain decoding fills in.
-A lossless rule gives p's own law whatever p, q and the generator are.
+drafter can draw, with its probability. A rule, written here as in the papers, adds up
+the probability of every text of C + 1 tokens; what a step leaves open, plain decoding
+fills in. A lossless rule gives p's own distribution whatever p, q and the generator
+are.
 """
 
 from __future__ import annotations
@@ -52,38 +54,38 @@ class World:
             world.q = {path: q(own) for path, own in self.q.items()}
         return world
 
-    def chance(self, path: Path) -> float:
+    def probability(self, path: Path) -> float:
         """Of a text under p."""
         return math.prod(self.p[path[:i]][x] for i, x in enumerate(path))
 
-    def law(self) -> np.ndarray:
+    def distribution(self) -> np.ndarray:
         """Of the first C + 1 tokens under p."""
-        law = np.zeros((self.vocab,) * (self.depth + 1))
-        for path in np.ndindex(law.shape):
-            law[path] = self.chance(path)
-        return law
+        distribution = np.zeros((self.vocab,) * (self.depth + 1))
+        for path in np.ndindex(distribution.shape):
+            distribution[path] = self.probability(path)
+        return distribution
 
-    def fill(self, law: np.ndarray, emitted: Path, chance: float) -> None:
-        """Adds what a step emitted to a law; plain decoding goes on behind it."""
-        below = np.array(chance)
+    def fill(self, distribution: np.ndarray, emitted: Path, probability: float) -> None:
+        """Adds what a step emitted; plain decoding goes on behind it."""
+        below = np.array(probability)
         for length in range(len(emitted), self.depth + 1):
             shape = (self.vocab,) * (length - len(emitted))
             rows = [self.p[(*emitted, *rest)] for rest in np.ndindex(shape)]
             below = below[..., None] * np.array(rows).reshape(*shape, self.vocab)
-        law[emitted] += below
+        distribution[emitted] += below
 
 
 @dataclasses.dataclass
 class Tree:
-    """One drawn tree and its chance.
+    """One drawn tree and its probability.
 
     Attributes:
       parents: of every node; that of the root is 0.
       paths: tokens from the root down to every node; None for a place left empty.
-      shares: chance of each draw, given those before it.
+      shares: probability of each draw, given those before it.
       left: mass of q that the siblings before it left.
       before: mass of q, of what is left, on smaller tokens: the draw by inversion.
-      chance: of the tree.
+      probability: of the tree.
     """
 
     parents: list[int]
@@ -91,7 +93,7 @@ class Tree:
     shares: list[float]
     left: list[float]
     before: list[float]
-    chance: float = 1.0
+    probability: float = 1.0
 
     @property
     def valid(self) -> list[bool]:
@@ -166,7 +168,7 @@ def _born(world, tree: Tree, parent: int, replacement) -> Iterator[Tree]:
             [*tree.shares, share],
             [*tree.left, mass],
             [*tree.before, before],
-            tree.chance * share,
+            tree.probability * share,
         )
 
     if mass == 0:
@@ -186,14 +188,14 @@ def static(parents: tuple[int, ...]) -> Wish:
     return levels
 
 
-def text_law(world: World, trees, rule, **mutation) -> np.ndarray:
-    """Law of the first C + 1 tokens under a rule, over all trees."""
-    law = np.zeros((world.vocab,) * (world.depth + 1))
+def text_distribution(world: World, trees, rule, **mutation) -> np.ndarray:
+    """Distribution of the first C + 1 tokens under a rule, over all trees."""
+    distribution = np.zeros((world.vocab,) * (world.depth + 1))
     for tree in trees:
-        for emitted, chance in rule(world, tree, **mutation).items():
-            if chance > 0:
-                world.fill(law, emitted, tree.chance * chance)
-    return law
+        for emitted, probability in rule(world, tree, **mutation).items():
+            if probability > 0:
+                world.fill(distribution, emitted, tree.probability * probability)
+    return distribution
 
 
 def _norm(x: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
@@ -201,7 +203,7 @@ def _norm(x: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
 
 
 def token(world: World, tree: Tree, replacement=False, update=True):
-    """Emitted tokens and their chance under the token rule."""
+    """Emitted tokens and their probability under the token rule."""
     out: dict[Path, float] = {}
     at, alive = 0, 1.0
 
@@ -227,11 +229,11 @@ def token(world: World, tree: Tree, replacement=False, update=True):
 
 
 def traversal(world: World, tree: Tree, update=True):
-    """Emitted tokens and their chance under the traversal rule."""
+    """Emitted tokens and their probability under the traversal rule."""
     out: dict[Path, float] = {}
 
     def visit(at, a, alive):
-        """Chance that the node's whole family is rejected."""
+        """Probability that the node's whole family is rejected."""
         path = tree.paths[at]
         P = world.p[path]
         Q = world.q[path].copy()
@@ -257,7 +259,7 @@ def traversal(world: World, tree: Tree, update=True):
 
 
 def block(world: World, tree: Tree, stop=False, product=False):
-    """Emitted tokens and their chance under the block rule.
+    """Emitted tokens and their probability under the block rule.
 
     `stop` leaves the loop at the first failure, `product` multiplies the uniforms.
     """
@@ -274,17 +276,17 @@ def block(world: World, tree: Tree, stop=False, product=False):
         else:
             h.append(w[i])
     out: dict[Path, float] = {}
-    for k, chance in enumerate(_last_success(h[1:], stop, product)):
+    for k, probability in enumerate(_last_success(h[1:], stop, product)):
         P = world.p[path[:k]]
         if k < c:
             P = _norm(np.maximum(w[k] * P - world.q[path[:k]], 0), P)
         for y in range(world.vocab):
-            out[(*path[:k], y)] = chance * P[y]
+            out[(*path[:k], y)] = probability * P[y]
     return out
 
 
 def _last_success(h, stop, product) -> list[float]:
-    """Chance that test k = 0, 1, … is the last to pass."""
+    """Probability that test k = 0, 1, … is the last to pass."""
     c = len(h)
     if stop:
         return [math.prod(h[:k]) * (1 - h[k] if k < c else 1) for k in range(c + 1)]
@@ -305,18 +307,18 @@ def follow(world: World, tree: Tree):
 
     def visit(path, alive):
         for y in range(world.vocab):
-            chance = alive * world.p[path][y]
+            probability = alive * world.p[path][y]
             if (*path, y) in paths:
-                visit((*path, y), chance)
+                visit((*path, y), probability)
             else:
-                out[(*path, y)] = chance
+                out[(*path, y)] = probability
 
     visit((), 1.0)
     return out
 
 
 def typical(world: World, tree: Tree, eps=0.09, delta=0.3):
-    """Emitted tokens and their chance under typical acceptance."""
+    """Emitted tokens and their probability under typical acceptance."""
 
     def passes(path):
         p = world.p[path[:-1]]
@@ -327,14 +329,14 @@ def typical(world: World, tree: Tree, eps=0.09, delta=0.3):
     best = (0, 0.0, ())
     for path in tree.paths:
         if path and all(passes(path[: i + 1]) for i in range(len(path))):
-            best = max(best, (len(path), math.log(world.chance(path)), path))
+            best = max(best, (len(path), math.log(world.probability(path)), path))
     path = best[2]
     return {(*path, y): world.p[path][y] for y in range(world.vocab)}
 
 
 def accepted(out: dict[Path, float]) -> float:
     """Expected number of accepted tokens."""
-    return sum(chance * (len(emitted) - 1) for emitted, chance in out.items())
+    return sum(probability * (len(emitted) - 1) for emitted, probability in out.items())
 
 
 @functools.cache

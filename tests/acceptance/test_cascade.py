@@ -1,4 +1,5 @@
-"""Cascades: their formulas, their exact laws under every rule, and the whole engine.
+"""Cascades: their formulas, their exact distributions under every rule, and the whole
+engine.
 
 The policy is written out here once more, token by token, over the enumeration's worlds.
 """
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 
 from tests.acceptance import enumeration as ref
-from tests.acceptance.driving import shipped_law
-from tests.acceptance.test_laws import (
+from tests.acceptance.driving import shipped_distribution
+from tests.acceptance.policies import greedy_token, mixture
+from tests.acceptance.shapes import (
     EXACT,
     RULES,
     TOPOLOGIES,
@@ -25,7 +27,7 @@ from tests.acceptance.test_laws import (
     meta_of,
     trees_of,
 )
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 from treespec_jax.acceptance.cascade import Cascade
 from treespec_jax.acceptance.terminal import TerminalRule
 from treespec_jax.acceptance.typical import TypicalRule
@@ -36,47 +38,6 @@ from treespec_jax.trees.token_tree import Proposal
 
 ALPHAS = (0.0, 0.1, 0.4)
 ONE_TREE = {"terminal": TerminalRule(), "typical": TypicalRule()}
-
-
-def mixture(name, alpha, p, q):
-    """By the paper's words."""
-    if name.startswith("token"):
-        defer = []
-        for v in range(len(p)):
-            if name == "token_v1":
-                defer.append(q[v] < max(p) - alpha)
-            elif name == "token_v2":
-                defer.append(p[v] < max(p) - alpha)
-            else:
-                defer.append(p[v] < (1 - alpha) * max(p))
-        moved = sum(q[v] for v in range(len(p)) if defer[v])
-        return np.array(
-            [(0 if defer[v] else q[v]) + p[v] * moved for v in range(len(p))]
-        )
-    distance = 0.5 * sum(abs(a - b) for a, b in zip(p, q, strict=True))
-    if name == "chow":
-        defers = max(q) < 1 - alpha
-    elif name == "diff":
-        defers = max(q) < max(p) - alpha
-    else:
-        defers = max(q) < max(p) - alpha * distance
-    return p if defers else q
-
-
-def greedy_token(name, alpha, p, q):
-    """The drafter's likeliest token, or the target's where that is deferred."""
-    own = int(np.argmax(q))
-    distance = 0.5 * sum(abs(a - b) for a, b in zip(p, q, strict=True))
-    bar = max(p) - alpha
-    defers = {
-        "chow": max(q) < 1 - alpha,
-        "diff": max(q) < bar,
-        "opt": max(q) < max(p) - alpha * distance,
-        "token_v1": q[own] < bar,
-        "token_v2": p[own] < bar,
-        "token_v3": p[own] < (1 - alpha) * max(p),
-    }[name]
-    return int(np.argmax(p)) if defers else own
 
 
 def mixed(world, name, alpha):
@@ -101,8 +62,7 @@ def under(name, alpha, greedy=False):
         B = scores_VBT.shape[1]
         twice = dataclasses.replace(
             tree.proposal,
-            mass=jnp.repeat(tree.proposal.mass, 2, axis=1),
-            total=jnp.repeat(tree.proposal.total, 2, axis=0),
+            log_q=jnp.repeat(tree.proposal.log_q, 2, axis=1),
         )
         slots = jnp.array([greedy, False] * B)
         tree = dataclasses.replace(tree, proposal=twice)
@@ -111,8 +71,8 @@ def under(name, alpha, greedy=False):
     return scores
 
 
-@pytest.mark.parametrize("name", facts.CASCADES)
-def test_the_policy_is_a_law_and_that_of_the_paper(name):
+@pytest.mark.parametrize("name", compatibility.CASCADES)
+def test_the_policy_is_a_distribution_and_that_of_the_paper(name):
     deferred = set()
     for alpha in ALPHAS:
         for world in ref.worlds(1):
@@ -126,7 +86,7 @@ def test_the_policy_is_a_law_and_that_of_the_paper(name):
     assert deferred == {"q", "other"}, "it always decides the same way: a dead test"
 
 
-@pytest.mark.parametrize("name", facts.CASCADES)
+@pytest.mark.parametrize("name", compatibility.CASCADES)
 @pytest.mark.parametrize(
     ("rule", "shape"), [("token", "full"), ("block", "chain3"), ("traversal", "full")]
 )
@@ -134,7 +94,7 @@ def test_every_rule_samples_from_the_cascade(rule, shape, name):
     """The first C tokens follow pi, whose nodes were all expanded.
 
     The token after a leaf is the target's, as the papers' rules have it on the same
-    trees; so is the joint law of all C + 1 tokens.
+    trees; so is the joint distribution of all C + 1 tokens.
     """
     depth = depth_of(shape)
     shipped, paper = RULES[rule]
@@ -150,15 +110,15 @@ def test_every_rule_samples_from_the_cascade(rule, shape, name):
             for path, own in wanted.p.items()
         }
         with jax.enable_x64(True):
-            law, _ = shipped_law(
+            distribution, _ = shipped_distribution(
                 shipped, world, trees, meta, fill=judged, cascade=under(name, 0.2)
             )
-        own = ref.text_law(judged, trees, paper)
-        assert np.abs(law - own).max() < EXACT
-        assert np.abs(law - judged.law()).max() < EXACT
-        short = law.sum(axis=-1)
-        assert np.abs(short - wanted.law().sum(axis=-1)).max() < EXACT
-        wrong = max(wrong, np.abs(short - world.law().sum(axis=-1)).max())
+        own = ref.text_distribution(judged, trees, paper)
+        assert np.abs(distribution - own).max() < EXACT
+        assert np.abs(distribution - judged.distribution()).max() < EXACT
+        short = distribution.sum(axis=-1)
+        assert np.abs(short - wanted.distribution().sum(axis=-1)).max() < EXACT
+        wrong = max(wrong, np.abs(short - world.distribution().sum(axis=-1)).max())
     assert wrong > 1e-3, "the cascade is the target: a dead test"
 
 
@@ -172,14 +132,14 @@ def judged_by(world, depth, policy):
     return judged
 
 
-@pytest.mark.parametrize("name", facts.CASCADES)
+@pytest.mark.parametrize("name", compatibility.CASCADES)
 def test_the_terminal_form_samples_from_the_cascade(name):
     """Its tree, fixed by q alone, keeps q too; as many tokens as by following pi."""
     for world in ref.worlds(2)[1::4]:
         tree = best_tree(world, TOPOLOGIES["full"])
         judged = judged_by(world, 2, functools.partial(mixture, name, 0.2))
         with jax.enable_x64(True):
-            law, mean = shipped_law(
+            distribution, mean = shipped_distribution(
                 TerminalRule(),
                 world,
                 [tree],
@@ -188,12 +148,12 @@ def test_the_terminal_form_samples_from_the_cascade(name):
                 fill=judged,
                 cascade=under(name, 0.2),
             )
-        assert np.abs(law - judged.law()).max() < EXACT
+        assert np.abs(distribution - judged.distribution()).max() < EXACT
         followed = ref.accepted(ref.follow(judged, tree))
         assert mean == pytest.approx(followed, abs=EXACT)
 
 
-@pytest.mark.parametrize("name", facts.CASCADES)
+@pytest.mark.parametrize("name", compatibility.CASCADES)
 @pytest.mark.parametrize("rule", [*RULES, "terminal", "typical"])
 def test_greedy_slots_follow_the_cascades_token(rule, name):
     """Trees of likeliest tokens, beside a sampled slot: one text up to the last level.
@@ -214,7 +174,7 @@ def test_greedy_slots_follow_the_cascades_token(rule, name):
 
         judged = judged_by(world, depth, point)
         with jax.enable_x64(True):
-            law, _ = shipped_law(
+            distribution, _ = shipped_distribution(
                 shipped,
                 world,
                 [tree],
@@ -223,34 +183,24 @@ def test_greedy_slots_follow_the_cascades_token(rule, name):
                 fill=judged,
                 cascade=under(name, 0.2, greedy=True),
             )
-        assert np.abs(law - judged.law()).max() < EXACT
+        assert np.abs(distribution - judged.distribution()).max() < EXACT
     assert seen == {True, False}, "it always decides the same way: a dead test"
 
 
 @pytest.mark.parametrize("name", ["opt", "token_v1"])
 def test_one_greedy_slot_or_all_of_them_take_the_same_token(name):
-    """Alone a slot's tree keeps logits in place of q; ties go to the first token."""
+    """Ties go to the first token."""
     rng = np.random.default_rng(3)
     p, q = rng.dirichlet([0.6] * 5, size=(2, 40)).transpose(0, 2, 1)
     p[:, 0], q[:, 1] = 0.2, 0.2
     cascade = Cascade(name, 0.1)
     tree = types.SimpleNamespace(
-        proposal=Proposal(
-            jnp.log(q)[:, None] + 1.5, jnp.ones((1, 40)), None, range(40), (), ()
-        )
+        proposal=Proposal(jnp.log(q)[:, None], None, range(40), (), ())
     )
     scores = jnp.log(p)[:, None] - 0.5
     alone = cascade.scores(tree, scores, jnp.ones(1, bool))
-    beside = types.SimpleNamespace(
-        proposal=Proposal(
-            jnp.stack([3 * q, q], 1),
-            jnp.ones((2, 40)) * jnp.array([[3.0], [1.0]]),
-            None,
-            range(40),
-            (),
-            (),
-        )
-    )
+    twice = jnp.repeat(jnp.log(q)[:, None], 2, axis=1)
+    beside = types.SimpleNamespace(proposal=Proposal(twice, None, range(40), (), ()))
     both = cascade.scores(
         beside, jnp.repeat(scores, 2, axis=1), jnp.array([True, False])
     )
@@ -262,41 +212,45 @@ def test_one_greedy_slot_or_all_of_them_take_the_same_token(name):
     np.testing.assert_allclose(np.exp(both[:, 1]), mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", facts.CASCADES)
-@pytest.mark.parametrize("shape", ["lopsided", "dynamic5@2"])
+@pytest.mark.parametrize("name", compatibility.CASCADES)
+@pytest.mark.parametrize("shape", ["lopsided", "allotted5@2"])
 @pytest.mark.parametrize("rule", ["token", "traversal"])
 def test_any_tree_is_exact_for_a_policy_of_drafter_and_target(rule, shape, name):
     """Where pi is known at leaves too, as a policy that needs no drafter's tree."""
     for world in ref.worlds(depth_of(shape))[2::6]:
         policy = mixed(world, name, 0.2)
         with jax.enable_x64(True):
-            law, _ = shipped_law(
+            distribution, _ = shipped_distribution(
                 RULES[rule][0], policy, trees_of(shape, world), meta_of(shape)
             )
-        assert np.abs(law - policy.law()).max() < EXACT
+        assert np.abs(distribution - policy.distribution()).max() < EXACT
 
 
 @pytest.mark.parametrize("rule", [*RULES, "terminal"])
 def test_penalties_are_a_policy_like_any_other(rule):
-    """Penalised p and q by the path: the same rules, the law of the penalised text."""
+    """p and q penalised by the path: the distribution of the penalised text."""
     shape = "chain3" if rule == "block" else "full"
     for world in ref.worlds(depth_of(shape))[1::4]:
         penalised = world.replace()
-        for laws in (penalised.p, penalised.q):
-            for path, own in list(laws.items()):
+        for distributions in (penalised.p, penalised.q):
+            for path, own in list(distributions.items()):
                 worth = own * np.exp(-0.7 * np.bincount(path, minlength=len(own)))
-                laws[path] = worth / worth.sum()
+                distributions[path] = worth / worth.sum()
         with jax.enable_x64(True):
             if rule == "terminal":
                 tree = best_tree(penalised, TOPOLOGIES[shape])
-                law, _ = shipped_law(TerminalRule(), penalised, [tree], one_draw=True)
+                distribution, _ = shipped_distribution(
+                    TerminalRule(), penalised, [tree], one_draw=True
+                )
             else:
                 trees = trees_of(shape, penalised)
-                law, _ = shipped_law(RULES[rule][0], penalised, trees, meta_of(shape))
-        assert np.abs(law - penalised.law()).max() < EXACT
+                distribution, _ = shipped_distribution(
+                    RULES[rule][0], penalised, trees, meta_of(shape)
+                )
+        assert np.abs(distribution - penalised.distribution()).max() < EXACT
 
 
-def test_a_drafter_of_fewer_tokens_has_no_chance_for_the_others():
+def test_a_drafter_of_fewer_tokens_has_no_probability_for_the_others():
     world = ref.World(2, 1.0, 0.3, seed=7).replace(
         q=lambda x: np.array([*x[:-1], 0.0]) / x[:-1].sum()
     )
@@ -304,7 +258,7 @@ def test_a_drafter_of_fewer_tokens_has_no_chance_for_the_others():
     judged = policy.replace()
     judged.p = {k: world.p[k] if len(k) == 2 else v for k, v in policy.p.items()}
     with jax.enable_x64(True):
-        law, _ = shipped_law(
+        distribution, _ = shipped_distribution(
             RULES["token"][0],
             world,
             trees_of("full", world),
@@ -313,31 +267,35 @@ def test_a_drafter_of_fewer_tokens_has_no_chance_for_the_others():
             fill=judged,
             cascade=under("token_v3", 0.2),
         )
-    assert np.abs(law - judged.law()).max() < EXACT
+    assert np.abs(distribution - judged.distribution()).max() < EXACT
 
 
 @pytest.mark.parametrize(
-    ("rule", "draws", "tree", "cascade", "expected"),
+    ("rule", "proposal", "tree", "cascade", "expected"),
     [
         ("token", "", "chain:2", "chao", "chow, diff"),
         ("token", "", "none", "chow", "take another tree"),
-        ("terminal", "best", "chain:2", "chow", "take draws='best_kept'"),
-        ("exact", "shared", "chain:2", "chow", "draws='sampled'"),
+        ("terminal", "best", "chain:2", "chow", "take proposal='best_kept'"),
+        ("exact", "shared", "chain:2", "chow", "proposal='sampled'"),
         ("block", "", "regular:2", "chow", "chains only"),
     ],
 )
-def test_what_cannot_serve_a_cascade_is_refused(rule, draws, tree, cascade, expected):
+def test_what_cannot_serve_a_cascade_is_refused(
+    rule, proposal, tree, cascade, expected
+):
     with pytest.raises(UserError, match=expected):
-        facts.choose_draws(rule, draws, shapes.parse(tree), cascade)
+        compatibility.choose_proposal(rule, proposal, shapes.parse(tree), cascade)
 
 
 def test_a_cascade_keeps_the_drafters_distributions():
     for rule in ("exact", "token", "traversal", "typical"):
-        how = facts.choose_draws(rule, "", shapes.parse("dynamic:4@2"), "opt")
+        how = compatibility.choose_proposal(
+            rule, "", shapes.parse("dynamic:4@2"), "opt"
+        )
         assert how == "sampled"
-        assert facts.label(rule, "opt") == "lossy"
-    assert facts.choose_draws("terminal", "", shapes.parse("chain:2"), "opt") == (
-        "best_kept"
-    )
+        assert compatibility.label(rule, "opt") == "lossy"
+    assert compatibility.choose_proposal(
+        "terminal", "", shapes.parse("chain:2"), "opt"
+    ) == ("best_kept")
     with pytest.raises(UserError, match="alpha"):
         SpeculativeConfig(cascade="chow", alpha=1.5)

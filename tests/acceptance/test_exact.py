@@ -36,7 +36,7 @@ def slots(draw):
         for parent, token in zip(parents[1:], tokens[1:], strict=True):
             taken.setdefault(parent, set()).add(token)
         free = [n for n in range(node) if len(taken.get(n, ())) < VOCAB]
-        # Deep trees are rare by chance alone.
+        # Deep trees are rare by probability alone.
         parent = draw(st.sampled_from([free[-1], *free]))
         left = sorted(set(range(VOCAB)) - taken.get(parent, set()))
         parents.append(parent)

@@ -1,7 +1,7 @@
 """Well-known ways to get a rule wrong: the enumeration refuses each of them.
 
-A law error of more than WRONG for at least one of the worlds, against less than 1e-10
-for the right form (test_laws).
+An error of more than WRONG for at least one of the worlds, against less than 1e-10 for
+the right form (test_distributions).
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 
 from tests.acceptance import enumeration as ref
-from tests.acceptance.driving import arrays, draws, judge, shipped_law
-from tests.acceptance.test_laws import EXACT, RULES, meta_of, trees_of
-from treespec_jax.acceptance import draw
+from tests.acceptance.driving import arrays, judge, last_tokens, shipped_distribution
+from tests.acceptance.shapes import EXACT, RULES, meta_of, trees_of
+from treespec_jax.sampling import draw
 
 WRONG = 5e-3
 WORLDS = (1, 5)
 
 
-def error(law, world) -> float:
-    return float(np.abs(law - world.law()).max())
+def error(distribution, world) -> float:
+    return float(np.abs(distribution - world.distribution()).max())
 
 
 def shipped_error(rule, world, trees, meta) -> float:
     with jax.enable_x64(True):
-        law, _ = shipped_law(RULES[rule][0], world, trees, meta)
-    return error(law, world)
+        distribution, _ = shipped_distribution(RULES[rule][0], world, trees, meta)
+    return error(distribution, world)
 
 
 def by_falling_q(world, tree, a, b):
@@ -48,7 +48,7 @@ def test_siblings_sorted_by_q(rule):
     for world in (ref.worlds(2)[i] for i in WORLDS):
         trees = [by_falling_q(world, t, 3, 4) for t in trees_of("late", world)]
         errors.append(shipped_error(rule, world, trees, meta_of("late")))
-        paper = ref.text_law(world, trees, RULES[rule][1])
+        paper = ref.text_distribution(world, trees, RULES[rule][1])
         assert error(paper, world) == pytest.approx(errors[-1], abs=EXACT)
     assert max(errors) > WRONG
 
@@ -77,7 +77,7 @@ def test_q_not_updated(rule):
             for t in trees_of("late", world)
         ]
         errors.append(shipped_error(rule, world, trees, meta_of("late", True)))
-        paper = ref.text_law(world, trees, RULES[rule][1], update=False)
+        paper = ref.text_distribution(world, trees, RULES[rule][1], update=False)
         assert error(paper, world) == pytest.approx(errors[-1], abs=EXACT)
     assert max(errors) > WRONG
 
@@ -87,9 +87,11 @@ def test_the_block_rule_must_try_every_node_by_itself(mutation):
     errors = []
     for world in (ref.worlds(3)[i] for i in WORLDS):
         trees = trees_of("chain3", world)
-        law = ref.text_law(world, trees, ref.block, **{mutation: True})
-        assert law.sum() == pytest.approx(1.0)
-        errors.append(error(law, world))
+        distribution = ref.text_distribution(
+            world, trees, ref.block, **{mutation: True}
+        )
+        assert distribution.sum() == pytest.approx(1.0)
+        errors.append(error(distribution, world))
     assert max(errors) > WRONG
 
 
@@ -102,30 +104,30 @@ def test_proposal_and_last_token_from_one_stream():
     errors = {"shared": 0.0, "own": 0.0}
     for world in (ref.World(1, 1.0, 0.0, seed) for seed in range(4)):
         trees = trees_of_chain(world)
-        meta = dict(nodes=(0,), levels=(1, 1), most=(1,))
+        meta = dict(nodes=(0,), level_sizes=(1, 1), max_children=(1,))
         with jax.enable_x64(True):
             tree, scores = arrays(world, trees, meta)
             # The root's residual, whichever token was drafted.
-            node, mass, chance = judge(
+            node, mass, probability = judge(
                 RULES["token"][0], tree, scores, np.ones(tree.tokens.shape)
             )
             assert not np.asarray(node).any()
-            mass, chance = np.asarray(mass)[:, 0], np.asarray(chance)[:, 1]
+            mass, probability = np.asarray(mass)[:, 0], np.asarray(probability)[:, 1]
             q = world.q[()]
             ends = np.unique(np.concatenate([[0], np.cumsum(q), np.cumsum(mass), [1]]))
             middle = (ends[1:] + ends[:-1]) / 2
             pairs = np.stack([middle, middle], axis=1)
-            columns = np.broadcast_to(q[:, None], (3, len(middle)))
+            columns = np.log(np.broadcast_to(q[:, None], (3, len(middle))))
             drafted = np.asarray(draw.siblings(columns, pairs[:, None])[0])[:, 0]
-            last = draws(mass, pairs)
+            last = last_tokens(mass, pairs)
         first = {"shared": np.zeros(3), "own": np.zeros(3)}
         for length, x, y in zip(np.diff(ends), drafted, last, strict=True):
-            for law in first.values():
-                law[x] += length * chance[x]
-            first["shared"][y] += length * (1 - chance[x])
-            first["own"] += length * (1 - chance[x]) * mass
-        for name, law in first.items():
-            wrong = np.abs(law - world.p[()]).max()
+            for distribution in first.values():
+                distribution[x] += length * probability[x]
+            first["shared"][y] += length * (1 - probability[x])
+            first["own"] += length * (1 - probability[x]) * mass
+        for name, distribution in first.items():
+            wrong = np.abs(distribution - world.p[()]).max()
             errors[name] = max(errors[name], float(wrong))
     assert errors["own"] < EXACT
     assert errors["shared"] > WRONG

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treespec_jax.cache.allocator import PageAllocator
-from treespec_jax.cache.pages import TRASH_PAGE
+from treespec_jax.cache.allocator import TRASH_PAGE, PageAllocator
 
 
 def test_all_but_the_trash_page_are_handed_out_once():

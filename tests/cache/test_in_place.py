@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treespec_jax.acceptance.policy import Sampling
+from tests.engine.support import speculate
+from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
-from treespec_jax.drafting.draft_model import DraftModel
 from treespec_jax.engine.engine import Engine
-from treespec_jax.engine.state import Control
-from treespec_jax.trees import shapes
 
 # A pool of 1021 pages: no other array of the program has such an axis.
 POOL = 1020
@@ -30,34 +28,21 @@ def build(target, draft) -> Engine:
         steps_per_dispatch=4,
         prefill_chunks=(16,),
     )
-    return Engine(target, DraftModel(draft, shapes.parse("regular:2x2"), 0.5), config)
+    return Engine(target, config, speculate(draft, "regular:2x2"))
 
 
 def compiled(engine: Engine, what: str):
     """The optimised program of a dispatch or a prefill, as the engine calls it."""
-    width = MAX_LEN // PAGE
     i32 = np.int32
     if what == "dispatch":
-        control = Control(
-            page_table=np.zeros((BATCH, width), i32),
-            remaining=np.zeros(BATCH, i32),
-            eos=np.full((BATCH, 1), -1, i32),
-            sampling=Sampling(
-                temperature=np.zeros(BATCH, np.float32),
-                top_k=np.zeros(BATCH, i32),
-                top_p=np.ones(BATCH, np.float32),
-                min_p=np.zeros(BATCH, np.float32),
-                seed=np.zeros(BATCH, np.uint32),
-            ),
-            want_logprobs=np.zeros(BATCH, bool),
-            max_steps=i32(4),
-        )
-        args = (control,)
+        function, args = engine.program()
     else:
-        tokens, table = np.zeros((1, 16), i32), np.zeros((1, width), i32)
-        args = (i32(0), tokens, i32(0), i32(0), i32(0), table)
-    call = getattr(engine, f"_{what}")
-    return call.lower(engine._leaves, engine._state, *args).compile()
+        one, tokens = np.zeros(1, i32), np.zeros((1, 16), i32)
+        chunk = Chunk(tokens, one, one, np.zeros((1, MAX_LEN // PAGE), i32))
+        executor = engine._executor
+        function = executor._traced_prefill
+        args = executor._leaves, executor._state, i32(0), chunk, (tokens, one)
+    return jax.jit(function, donate_argnums=1).lower(*args).compile()
 
 
 def copies(text: str) -> list[str]:
@@ -76,10 +61,13 @@ def test_no_copy_of_the_cache(what, tiny_target, tiny_draft):
     assert f"f32[{POOL + 1}," in text, "the pool has another shape: a dead test"
     assert not copies(text)
     memory = program.memory_analysis()
-    layer = engine._state.pages[0].nbytes
+    layer = engine._executor._state.pages[0].nbytes
     assert memory.temp_size_in_bytes < layer / 2
     # Every page is given back in the buffer that it came in.
-    cache = sum(x.nbytes for x in (*engine._state.pages, *engine._state.draft.pages))
+    cache = sum(
+        x.nbytes
+        for x in (*engine._executor._state.pages, *engine._executor._state.draft.pages)
+    )
     assert memory.alias_size_in_bytes >= cache
 
 

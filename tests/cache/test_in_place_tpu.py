@@ -26,7 +26,8 @@ def step(rows, pages, table, lengths, q, kv, mask, path, count):
         q += attend(q, whole, table, lengths, new, mask, kv_scales=scales)
     after = q[0, 0, 0, 0] < jnp.inf
     path = path[:, :rows]
-    pages = paging.commit(Pages(pages), table, lengths, kv, path, count, after)
+    destination = paging.Destination(table, lengths, count)
+    pages = paging.commit(Pages(pages), destination, kv, path, after)
     return q, pages.layers
 
 

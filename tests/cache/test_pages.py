@@ -16,8 +16,9 @@ L, B, C, T, K, H, PAGE, MAX_PAGES = 2, 3, 4, 6, 2, 4, 8, 3
 TABLE = np.array([[5, 2, 7], [1, 6, 3], [4, 0, 0]], np.int32)
 
 
-def written(layers, *args):
-    return paging.commit(Pages(layers), *args).layers
+def written(layers, table, lengths, kv, path, counts, after):
+    destination = paging.Destination(table, lengths, counts)
+    return paging.commit(Pages(layers), destination, kv, path, after).layers
 
 
 write = jax.jit(written)
@@ -159,7 +160,7 @@ def test_the_scatter_equals_row_writes(monkeypatch):
 
 
 def test_pages_start_empty():
-    pages = paging.empty_pages(TINY, paging.CacheLayout(3, PAGE), jnp.bfloat16)
+    pages = paging.empty_pages(TINY, paging.CacheLayout(3, PAGE, "bfloat16"))
     assert len(pages) == TINY.num_layers
     assert all(p.shape == (3, TINY.num_kv_heads, 2, PAGE, TINY.head_dim) for p in pages)
     assert all(p.dtype == jnp.bfloat16 and not p.any() for p in pages)

@@ -42,8 +42,8 @@ def forward(model, tokens_BT, start=0, view=None, depths=None, mask=None):
 def _forward(graph, state, tokens_BT, positions_BT, mask_BTU, view):
     B, T = tokens_BT.shape
     model = nnx.merge(graph, state)
-    hidden, kv = model(tokens_BT, positions_BT, mask_BTU, view)
-    return model.logits(hidden).reshape(B, T, -1), kv
+    done = model(tokens_BT, positions_BT, mask_BTU, view)
+    return model.logits(done.hidden).reshape(B, T, -1), done.kv
 
 
 def greedy(model, ids, count):

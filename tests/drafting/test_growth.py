@@ -16,17 +16,20 @@ import numpy as np
 import pytest
 
 from tests.oracles import sampling
-from treespec_jax.acceptance.noise import Noise
 from treespec_jax.config import SamplingParams
-from treespec_jax.drafting.growth import NORMALISED, grow
+from treespec_jax.drafting.children import NORMALISED
+from treespec_jax.drafting.growth import grow
 from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.sampling.noise import Noise
+from treespec_jax.sampling.randomness import Given
 from treespec_jax.trees import shapes
-from treespec_jax.trees.shapes import DynamicShape
+from treespec_jax.trees.shapes import BestFirstShape
 from treespec_jax.trees.topology import Topology
 
 TAU = 0.5
 B = 2
 DEPTHS = 5
+ROOTS = np.array([3, 1], np.int32)
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.8, seed=11)
 
@@ -34,11 +37,11 @@ SAMPLED = SamplingParams(temperature=0.8, seed=11)
 def expander(root, step):
     """`expand` of a table: sums what the mask shows; the scratch is earlier rows."""
 
-    def expand(tokens_BW, depth, mask_BWU, scratch):
-        rows = step[depth - 1][tokens_BW]
+    def expand(level, scratch):
+        rows = step[level.depth - 1][level.tokens]
         held = rows if scratch is None else jnp.concatenate([scratch, rows], axis=1)
-        assert mask_BWU.shape == (*tokens_BW.shape, held.shape[1])
-        seen = jnp.where(mask_BWU[..., None], held[:, None], 0.0).sum(axis=2)
+        assert level.mask.shape == (*level.tokens.shape, held.shape[1])
+        seen = jnp.where(level.mask[..., None], held[:, None], 0.0).sum(axis=2)
         logits_BWV = root.T[:, None] + seen
         return logits_BWV.reshape(-1, root.shape[0]).T, held
 
@@ -49,9 +52,28 @@ def expander(root, step):
 def _compiled(shape):
     """One compilation per shape and vocabulary, whatever the tables hold."""
     return jax.jit(
-        lambda root, step, context: grow(
-            shape, context, root, expander(root, step), TAU
+        lambda root, step, noise, settings: grow(
+            shape,
+            context_of(noise, settings),
+            root,
+            expander(root, step),
+            TAU,
         )
+    )
+
+
+def context_of(noise, settings) -> DraftContext:
+    """Two slots that share their noise with the target."""
+    return DraftContext(
+        target=None,
+        vocab=noise.vocab,
+        active=jnp.ones(B, bool),
+        root=ROOTS % noise.vocab,
+        lengths=jnp.arange(B) * 7,
+        page_table=jnp.zeros((B, 1), jnp.int32),
+        sampling=settings,
+        randomness=Given(shared=noise),
+        proposal="shared",
     )
 
 
@@ -63,23 +85,19 @@ class Table:
         self.vocab, self.params = vocab, params
         self.root = 2 * rng.normal(size=(vocab, B)).astype(np.float32)
         self.step = 2 * rng.normal(size=(DEPTHS, vocab, vocab)).astype(np.float32)
-        settings = sampling(params, B)
-        first = jnp.arange(B) * 7 + 1
-        shared = Noise(settings.seed, first, vocab)
-        kept = shared.kept(DEPTHS, quiet=params.temperature == 0)
-        self.noise = np.asarray(kept.rows)
-        self.context = DraftContext(
-            active=jnp.ones(B, bool),
-            root=jnp.array([3, 1], jnp.int32) % vocab,
-            lengths=jnp.arange(B) * 7,
-            page_table=jnp.zeros((B, 1), jnp.int32),
-            sampling=settings,
-            noise=jnp.asarray(self.noise),
-        )
+        self.settings = sampling(params, B)
+        shared = Noise(self.settings.seed, jnp.arange(B) * 7 + 1, vocab)
+        self.shared = shared.with_rows(DEPTHS, quiet=params.temperature == 0)
+        self.noise = np.asarray(self.shared.rows)
+
+    @property
+    def arrays(self):
+        """What a growth is called with."""
+        tables = jnp.asarray(self.root), jnp.asarray(self.step)
+        return *tables, self.shared, self.settings
 
     def grow(self, shape):
-        tables = jnp.asarray(self.root), jnp.asarray(self.step)
-        return jax.tree.map(np.asarray, _compiled(shape)(*tables, self.context))
+        return jax.tree.map(np.asarray, _compiled(shape)(*self.arrays))
 
     def scores(self, b, path) -> np.ndarray:
         """float64 [V]: what the children of a path are ranked by."""
@@ -94,14 +112,14 @@ class Table:
         return scaled + self.noise[len(path), :, b]
 
     def children(self, b, path, count):
-        """(token, log chance) of the best children, best first."""
+        """(token, log probability) of the best children, best first."""
         scores = self.scores(b, path)
         order = np.argsort(-scores, kind="stable")
         with np.errstate(divide="ignore"):
             best = scores[order[: max(count, NORMALISED)]] / TAU
-            chance = best - best.max()
-            chance = chance - np.log(np.exp(chance).sum())
-        return list(zip(order[:count].tolist(), chance[:count], strict=True))
+            probability = best - best.max()
+            probability = probability - np.log(np.exp(probability).sum())
+        return list(zip(order[:count].tolist(), probability[:count], strict=True))
 
 
 def paths_of(tree, b) -> list[tuple[int, ...]]:
@@ -140,31 +158,31 @@ STATIC = {
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", STATIC)
 def test_a_static_node_is_the_child_of_its_rank(name, params):
-    """Token and chance of every node, from the conditional of its true path."""
+    """Token and probability of every node, from the conditional of its true path."""
     shape, table = STATIC[name], Table(23, params)
     tree = table.grow(shape)
     ranks = shape.topology.ranks
     for b in range(B):
         check_consistent(tree, b)
-        assert tree.tokens[b, 0] == table.context.root[b]
+        assert tree.tokens[b, 0] == ROOTS[b]
         assert tree.draft_logprob[b, 0] == 0
         paths = paths_of(tree, b)
         for node in range(1, shape.num_nodes):
             above = paths[tree.parents[b, node]]
             best = table.children(b, above, int(ranks[node]) + 1)
-            token, chance = best[ranks[node]]
+            token, probability = best[ranks[node]]
             assert tree.tokens[b, node] == token
-            assert tree.draft_logprob[b, node] == pytest.approx(chance, abs=1e-4)
+            assert tree.draft_logprob[b, node] == pytest.approx(probability, abs=1e-4)
     assert tree.valid.all()
     np.testing.assert_array_equal(tree.parents[0, 1:], shape.topology.parents[1:])
 
 
 def beam(table, b, shape) -> dict[tuple[int, ...], float]:
-    """Best-first within a beam: path to log chance, the `nodes` best."""
+    """Best-first within a beam: path to log probability, the `nodes` best."""
     seen = {}
     level = {
-        (token,): chance
-        for token, chance in table.children(
+        (token,): probability
+        for token, probability in table.children(
             b, (), min(shape.root_children, table.vocab)
         )
     }
@@ -175,9 +193,9 @@ def beam(table, b, shape) -> dict[tuple[int, ...], float]:
         frontier = sorted(level, key=level.get, reverse=True)[: shape.width]
         count = min(shape.children, table.vocab)
         level = {
-            (*path, token): level[path] + chance
+            (*path, token): level[path] + probability
             for path in frontier
-            for token, chance in table.children(b, path, count)
+            for token, probability in table.children(b, path, count)
         }
     best = sorted(seen, key=seen.get, reverse=True)[: shape.nodes]
     return {path: seen[path] for path in best}
@@ -186,7 +204,11 @@ def beam(table, b, shape) -> dict[tuple[int, ...], float]:
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     "shape",
-    [shapes.parse("dynamic:9@4"), DynamicShape(12, 3, 3, 5), DynamicShape(4, 1, 4, 2)],
+    [
+        shapes.parse("dynamic:9@4"),
+        BestFirstShape(12, 3, 3, 5),
+        BestFirstShape(4, 1, 4, 2),
+    ],
     ids=lambda shape: f"{shape.nodes}@{shape.depth}w{shape.width}c{shape.children}",
 )
 def test_a_dynamic_tree_is_the_beams_best(shape, params):
@@ -209,28 +231,28 @@ def test_with_room_for_all_it_is_best_first_over_every_path():
     """No beam in the oracle: all 155 paths of five tokens, the likeliest 20."""
     vocab, depth, nodes = 5, 3, 20
     table = Table(vocab, SAMPLED, seed=4)
-    tree = table.grow(DynamicShape(nodes, depth, width=vocab**2, children=vocab))
+    tree = table.grow(BestFirstShape(nodes, depth, width=vocab**2, children=vocab))
     for b in range(B):
-        chances = {}
+        probabilities = {}
         for size in range(1, depth + 1):
             for path in itertools.product(range(vocab), repeat=size):
-                chances[path] = sum(
+                probabilities[path] = sum(
                     dict(table.children(b, path[:at], vocab))[path[at]]
                     for at in range(size)
                 )
-        best = sorted(chances, key=chances.get, reverse=True)[:nodes]
+        best = sorted(probabilities, key=probabilities.get, reverse=True)[:nodes]
         assert set(paths_of(tree, b)[1:]) == set(best)
         assert tree.depth[b].max() > 1
 
 
-def test_path_chances_never_rise():
-    """A node's own chance is at most one, so no path beats its parent's."""
+def test_path_probabilities_never_rise():
+    """A node's own probability is at most one, so no path beats its parent's."""
     tree = Table(23, SAMPLED).grow(shapes.parse("dynamic:9@4"))
     assert (tree.draft_logprob <= 0).all()
     # The kept ones are the best: nothing below a node that was left out.
-    chance = (tree.ancestors * tree.draft_logprob[:, None, :]).sum(axis=-1)
-    parents = np.take_along_axis(chance, tree.parents, axis=1)
-    assert (chance[:, 1:] <= parents[:, 1:]).all()
+    probability = (tree.ancestors * tree.draft_logprob[:, None, :]).sum(axis=-1)
+    parents = np.take_along_axis(probability, tree.parents, axis=1)
+    assert (probability[:, 1:] <= parents[:, 1:]).all()
 
 
 @pytest.mark.parametrize("name", ["dynamic:15@2", "regular:5x1", "regular:2x4"])
@@ -246,7 +268,7 @@ def test_a_tiny_vocabulary_pads_with_invalid_nodes(name):
         reachable = [tree.valid[b, row].all() for row in tree.ancestors[b]]
         valid = [p for p, ok in zip(paths, reachable, strict=True) if ok]
         assert not tree.valid[b].all()
-        if isinstance(shape, DynamicShape):
+        if isinstance(shape, BestFirstShape):
             every = [(t,) for t in range(3)]
             every += list(itertools.product(range(3), repeat=2))
             assert sorted(valid[1:]) == sorted(every)
@@ -289,41 +311,43 @@ def test_each_slot_has_its_own_tree():
 
 
 def grow_and_watch(shape):
-    """The tree, and the tokens and masks that `expand` was given."""
+    """The tree, and tokens, parents and masks that `expand` was given."""
     table = Table(23, SAMPLED)
 
-    def run(root, step, context):
-        calls, inner = [], expander(root, step)
+    def run(root, step, noise, settings):
+        levels, inner = [], expander(root, step)
 
-        def watched(tokens, depth, mask, scratch):
-            calls.append((tokens, mask))
-            return inner(tokens, depth, mask, scratch)
+        def watched(level, scratch):
+            levels.append((level.tokens, level.parents, level.mask))
+            return inner(level, scratch)
 
-        return grow(shape, context, root, watched, TAU), calls
+        context = context_of(noise, settings)
+        return grow(shape, context, root, watched, TAU), levels
 
-    out = jax.jit(run)(jnp.asarray(table.root), jnp.asarray(table.step), table.context)
-    return jax.tree.map(np.asarray, out)
+    return jax.tree.map(np.asarray, jax.jit(run)(*table.arrays))
 
 
-@pytest.mark.parametrize("name", ["regular:3x2x2", "dynamic:9@4"])
-def test_the_mask_is_true_ancestry(name):
-    """Each row sees itself and one row per level above, a path that really is one."""
+@pytest.mark.parametrize("name", ["regular:3x2x2", "dynamic:9@4", "allotted:9@4"])
+def test_masks_and_parents_are_true_ancestry(name):
+    """Each row sees itself and one row per level above, the last of them its parent."""
     shape = shapes.parse(name)
     tree, calls = grow_and_watch(shape)
     assert len(calls) == shape.depth - 1
-    tokens = np.concatenate([t for t, _ in calls], axis=1)
-    level = np.repeat(np.arange(len(calls)), [t.shape[1] for t, _ in calls])
+    tokens = np.concatenate([call[0] for call in calls], axis=1)
+    level = np.repeat(np.arange(len(calls)), [call[0].shape[1] for call in calls])
     for b in range(B):
         grown = set(paths_of(tree, b))
         known, first = [], 0
-        for depth, (own, mask) in enumerate(calls):
+        for depth, (own, parents, mask) in enumerate(calls):
             for w in range(own.shape[1]):
                 seen = np.flatnonzero(mask[b, w])
                 assert level[seen].tolist() == list(range(depth + 1))
                 assert seen[-1] == first + w
+                # Number 0 is the root, which no mask shows.
+                assert parents[b, w] == (seen[-2] + 1 if depth else 0)
                 # What it sees is what its parent saw, and itself.
                 assert depth == 0 or known[seen[-2]] == seen[:-1].tolist()
                 known.append(seen.tolist())
-                if name.startswith("regular"):
+                if not name.startswith("dynamic"):
                     assert tuple(tokens[b, seen]) in grown
             first += own.shape[1]

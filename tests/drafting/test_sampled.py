@@ -1,4 +1,4 @@
-"""Sampled trees: the shipped growth draws every tree with the chance it should have.
+"""Sampled trees: every tree is grown with the probability that it should have.
 
 `tests.acceptance.enumeration` lists all trees of a toy world with the piece of [0, 1)
 that draws each node; the middle of these pieces, fed as uniforms, must give that very
@@ -15,12 +15,18 @@ import numpy as np
 import pytest
 
 from tests.acceptance import enumeration as ref
-from tests.acceptance.test_laws import DYNAMIC, TOPOLOGIES, depth_of, meta_of, trees_of
+from tests.acceptance.shapes import (
+    ALLOTTED,
+    TOPOLOGIES,
+    depth_of,
+    meta_of,
+    trees_of,
+)
 from tests.oracles import sampling
 from treespec_jax.config import SamplingParams
-from treespec_jax.drafting import sampled
 from treespec_jax.drafting.growth import grow
 from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.sampling.randomness import Given
 from treespec_jax.trees import shapes
 from treespec_jax.trees.topology import Topology
 
@@ -28,11 +34,11 @@ from treespec_jax.trees.topology import Topology
 def expander(tables):
     """`expand` of a world: logits by the path that the mask shows."""
 
-    def expand(tokens_BW, depth, mask_BWU, scratch):
-        digits = tokens_BW * 3 ** (depth - 1)
+    def expand(level, scratch):
+        digits = level.tokens * 3 ** (level.depth - 1)
         held = digits if scratch is None else jnp.concatenate([scratch, digits], axis=1)
-        code_BW = jnp.sum(jnp.where(mask_BWU, held[:, None], 0), axis=2)
-        return tables[depth][:, code_BW.ravel()], held
+        code_BW = jnp.sum(jnp.where(level.mask, held[:, None], 0), axis=2)
+        return tables[level.depth][:, code_BW.ravel()], held
 
     return expand
 
@@ -52,28 +58,30 @@ def tables_of(world):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def grown(shape, draws, tables, uniforms, params):
+def grown(shape, proposal, tables, uniforms, params):
     B = uniforms.shape[0]
     context = DraftContext(
+        target=None,
+        vocab=tables[0].shape[0],
         active=jnp.ones(B, bool),
         root=jnp.zeros(B, jnp.int32),
         lengths=jnp.zeros(B, jnp.int32),
         page_table=jnp.zeros((B, 1), jnp.int32),
         sampling=params,
-        noise=None,
-        uniforms=uniforms,
+        randomness=Given(uniforms=uniforms),
+        proposal=proposal,
     )
     root = jnp.broadcast_to(tables[0], (tables[0].shape[0], B))
-    return grow(shape, context, root, expander(tables), tau=1.0, draws=draws)
+    return grow(shape, context, root, expander(tables), tau=1.0)
 
 
 def shape_of(name):
-    if name in DYNAMIC:
-        return DYNAMIC[name]
+    if name in ALLOTTED:
+        return ALLOTTED[name]
     return shapes.StaticShape(Topology(TOPOLOGIES[name]))
 
 
-CASES = [(n, False) for n in ("chain3", "lopsided", "overfull", *DYNAMIC)]
+CASES = [(n, False) for n in ("chain3", "lopsided", "overfull", *ALLOTTED)]
 
 
 @pytest.mark.parametrize("name, replacement", [*CASES, ("late", True)])
@@ -82,10 +90,10 @@ def test_every_tree_is_drawn_by_its_piece_of_the_uniforms(name, replacement):
         trees = trees_of(name, world, replacement)
         pieces = [np.add(t.before, np.multiply(t.shares, 0.5)) for t in trees]
         uniforms = np.stack([np.zeros_like(pieces), pieces], axis=2)
-        draws = "with_replacement" if replacement else "sampled"
+        proposal = "with_replacement" if replacement else "sampled"
         with jax.enable_x64(True):
             params = sampling(SamplingParams(temperature=1.0), len(trees))
-            got = grown(shape_of(name), draws, tables_of(world), uniforms, params)
+            got = grown(shape_of(name), proposal, tables_of(world), uniforms, params)
             got = jax.tree.map(np.asarray, got)
         meta = meta_of(name, replacement)
         for key, value in meta.items():
@@ -97,13 +105,13 @@ def test_every_tree_is_drawn_by_its_piece_of_the_uniforms(name, replacement):
                     continue
                 assert got.parents[b, n] == tree.parents[n]
                 assert got.tokens[b, n] == path[-1]
-                assert got.proposal.left[b, n] == pytest.approx(tree.left[n])
-                chance = world.q[path[:-1]][path[-1]]
-                assert got.draft_logprob[b, n] == pytest.approx(np.log(chance))
+                assert got.proposal.remaining[b, n] == pytest.approx(tree.left[n])
+                probability = world.q[path[:-1]][path[-1]]
+                assert got.draft_logprob[b, n] == pytest.approx(np.log(probability))
             for e, n in enumerate(meta["nodes"]):
                 if tree.paths[n] is not None:
-                    own = got.proposal.mass[:, b, e] / got.proposal.total[b, e]
-                    np.testing.assert_allclose(own, world.q[tree.paths[n]])
+                    q = np.exp(got.proposal.log_q[:, b, e])
+                    np.testing.assert_allclose(q, world.q[tree.paths[n]])
 
 
 def test_a_greedy_slot_gets_the_likeliest_tokens():
@@ -122,7 +130,7 @@ def test_a_greedy_slot_gets_the_likeliest_tokens():
             paths.append((*above, int(got.tokens[0, n])))
             order = np.argsort(-world.q[above])
             assert paths[n][-1] == order[(n - 1) % 2]
-    assert np.isfinite(got.proposal.left).all()
+    assert np.isfinite(got.proposal.remaining).all()
 
 
 def test_q_follows_the_requests_own_settings():
@@ -137,15 +145,15 @@ def test_q_follows_the_requests_own_settings():
 
 
 @pytest.mark.parametrize("nodes, depth", [(7, 4), (15, 5), (4, 4), (9, 1), (63, 8)])
-def test_levels_of_a_dynamic_tree_add_up(nodes, depth):
-    sizes = sampled.level_sizes(shapes.DynamicShape(nodes, depth, 1, 1))
+def test_levels_of_an_allotted_tree_add_up(nodes, depth):
+    sizes = shapes.AllottedShape(nodes, depth).level_sizes
     assert len(sizes) == depth + 1 and sum(sizes) == nodes + 1 and min(sizes) >= 1
     assert sorted(sizes[1:], reverse=True) == list(sizes[1:])
 
 
-@pytest.mark.parametrize("name", ["lopsided", "dynamic5@2"])
+@pytest.mark.parametrize("name", ["lopsided", "allotted5@2"])
 def test_likeliest_tokens_with_q_kept(name):
-    """No draw: siblings by falling q, those without a chance empty, q as it is."""
+    """No draw: siblings by falling q, those without a probability empty, q as it is."""
     lacking = ref.World(depth_of(name), 1.0, 0.0, seed=2).replace(
         q=lambda x: np.where(x == x.min(), 0.0, x) / (x.sum() - x.min())
     )
@@ -168,5 +176,5 @@ def test_likeliest_tokens_with_q_kept(name):
         assert paths[n][-1] == np.argsort(-lacking.q[above])[rank]
     for e, n in enumerate(got.proposal.nodes):
         if n in paths:
-            own = got.proposal.mass[:, 0, e] / got.proposal.total[0, e]
-            np.testing.assert_allclose(own, lacking.q[paths[n]], atol=1e-6)
+            q = np.exp(got.proposal.log_q[:, 0, e])
+            np.testing.assert_allclose(q, lacking.q[paths[n]], atol=1e-6)

@@ -1,8 +1,8 @@
-"""Cascades in the whole engine: the law of two tokens, and what is said of it.
+"""Cascades in the whole engine: the distribution of two tokens, and what is said of it.
 
 Chi-square as in test_rules; under these trees the first two tokens of a request always
 follow a node that the drafter expanded, so that both are the cascade's. The target's
-own law must be refused.
+own distribution must be refused.
 """
 
 from __future__ import annotations
@@ -12,28 +12,24 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.acceptance.test_cascade import greedy_token, mixture
-from tests.engine.test_rules import (
+from tests.acceptance.policies import greedy_token, mixture
+from tests.engine.small import (
+    CONFIG,
     GREEDY,
     PROMPT,
     REQUESTS,
     SAMPLED,
     V,
+    between,
     chi_square,
-    draft,
+    model,
     run,
-    target,
 )
+from tests.engine.support import speculate
 from tests.oracles import full_logits
-from treespec_jax.acceptance import facts, rules
 from treespec_jax.acceptance.cascade import Cascade
-from treespec_jax.config import EngineConfig, SpeculativeConfig
-from treespec_jax.drafting.draft_model import DraftModel
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.stats import total
-from treespec_jax.trees import shapes
-
-__all__ = ["draft", "target"]
 
 PARAMS = dataclasses.replace(SAMPLED, top_k=0)
 WIDTHS = {"regular:2x1": (2, 1), "chain:2": (1, 1)}
@@ -41,7 +37,7 @@ WIDTHS = {"regular:2x1": (2, 1), "chain:2": (1, 1)}
 CRITICAL = 66.62
 
 
-def law_of(policy) -> np.ndarray:
+def distribution_of(policy) -> np.ndarray:
     first = policy(PROMPT)
     return first[:, None] * np.stack([policy([*PROMPT, x]) for x in range(V)])
 
@@ -78,15 +74,20 @@ def greedy_text(target, draft, cascade, widths) -> list[int]:
     return text[len(PROMPT) :]
 
 
+@pytest.fixture(scope="module")
+def target():
+    return model(0)
+
+
+@pytest.fixture(scope="module")
+def draft():
+    return between(0, 1)
+
+
 def build(target, draft, rule, tree, cascade) -> Engine:
-    shape = shapes.parse(tree)
-    how = facts.choose_draws(rule, "", shape, cascade.name)
-    config = EngineConfig(
-        max_batch=64, max_len=24, page_size=8, steps_per_dispatch=2, prefill_chunks=(4,)
+    return Engine(
+        target, CONFIG, speculate(draft, tree, rule, tau=0.7, cascade=cascade)
     )
-    drafter = DraftModel(draft, shape, 0.7, draws=how)
-    made = rules.make(SpeculativeConfig(rule=rule))
-    return Engine(target, drafter, config, rule=made, cascade=cascade)
 
 
 @pytest.mark.slow
@@ -98,7 +99,7 @@ def build(target, draft, rule, tree, cascade) -> Engine:
         ("terminal", "regular:2x1", Cascade("diff", 0.3)),
     ],
 )
-def test_two_tokens_have_the_cascades_law(rule, tree, cascade, target, draft):
+def test_two_tokens_have_the_cascades_distribution(rule, tree, cascade, target, draft):
     engine = build(target, draft, rule, tree, cascade)
     params = [dataclasses.replace(PARAMS, seed=n) for n in range(REQUESTS)]
     requests = run(engine, params)
@@ -106,10 +107,12 @@ def test_two_tokens_have_the_cascades_law(rule, tree, cascade, target, draft):
     for request in requests:
         counts[tuple(request.tokens)] += 1
     p, q = softmax_of(target), softmax_of(draft)
-    law = law_of(lambda ids: mixture(cascade.name, cascade.alpha, p(ids), q(ids)))
-    statistic, freedom = chi_square(counts, law)
+    distribution = distribution_of(
+        lambda ids: mixture(cascade.name, cascade.alpha, p(ids), q(ids))
+    )
+    statistic, freedom = chi_square(counts, distribution)
     assert freedom == 35 and statistic < CRITICAL
-    statistic, _ = chi_square(counts, law_of(p))
+    statistic, _ = chi_square(counts, distribution_of(p))
     assert statistic > 2 * CRITICAL, "the cascade is the target: a dead test"
     stats = total([r.stats for r in requests], 0, 0)
     assert stats.tokens_per_step > 1.05 and not stats.lossless

@@ -10,8 +10,8 @@ import pytest
 from tests.engine.scripted import follow, scripted
 from treespec_jax.checkpoints import load_tokenizer
 from treespec_jax.config import SamplingParams
-from treespec_jax.engine.llm import LLM
 from treespec_jax.errors import UserError
+from treespec_jax.llm import LLM
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizers"
 HELLO = [{"role": "user", "content": "the cat"}]

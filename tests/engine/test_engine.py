@@ -14,14 +14,15 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.test_lossless import build
+from tests.engine import support
+from tests.engine.support import build, speculate
 from tests.oracles import full_logits
 from treespec_jax.config import EngineConfig, SamplingParams
-from treespec_jax.drafting.draft_model import DraftModel
-from treespec_jax.drafting.none import NoDrafter
-from treespec_jax.engine.engine import Engine, Request, prefill_plan
+from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.request import Request
+from treespec_jax.engine.scheduler import prefill_plan
 from treespec_jax.errors import UserError
-from treespec_jax.trees import shapes
+from treespec_jax.speculation import PLAIN
 
 PAGE, MAX_LEN, BATCH, CHUNKS = 16, 128, 3, (8, 32)
 # One text of MAX_LEN takes 8 pages; three of them would take 24.
@@ -33,10 +34,7 @@ SAMPLED = SamplingParams(
 
 def serve(engine, requests) -> list[Request]:
     """Runs requests together; afterwards nobody may hold a page."""
-    for request in requests:
-        engine.submit(request)
-    while engine.busy:
-        engine.advance()
+    support.serve(engine, requests)
     assert engine.free_pages == NUM_PAGES
     return requests
 
@@ -56,7 +54,7 @@ def prompt(ragged_prompts):
     return ragged_prompts[2]
 
 
-def sized(target, drafter, eos=()) -> Engine:
+def sized(target, speculation, eos=()) -> Engine:
     config = EngineConfig(
         max_batch=BATCH,
         max_len=MAX_LEN,
@@ -65,7 +63,7 @@ def sized(target, drafter, eos=()) -> Engine:
         steps_per_dispatch=4,
         prefill_chunks=CHUNKS,
     )
-    return Engine(target, drafter, config, eos)
+    return Engine(target, config, speculation, eos)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +87,7 @@ def eos(first):
 
 @pytest.fixture(scope="module")
 def plain(target, eos):
-    return sized(target, NoDrafter(), eos)
+    return sized(target, PLAIN, eos)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +95,7 @@ def fast(target, eos):
     """Its drafter is the target with a weaker layer: mostly right, not always."""
     near = nnx.clone(target)
     near.layers[-1].mlp.down[...] = near.layers[-1].mlp.down[...] * 0.5
-    drafter = DraftModel(near, shapes.parse("regular:3x1x1"), 0.5)
-    return sized(target, drafter, eos)
+    return sized(target, speculate(near, "regular:3x1x1"), eos)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -169,14 +166,11 @@ def test_a_prompt_that_no_pool_could_hold_ends_at_once(fast, target):
         steps_per_dispatch=1,
         prefill_chunks=(8,),
     )
-    engine = Engine(target, NoDrafter(), tight)
+    engine = Engine(target, tight)
     large, small = (
         Request([5] * n, SamplingParams(max_tokens=40)) for n in (PAGE + 1, 3)
     )
-    for request in (large, small):
-        engine.submit(request)
-    while engine.busy:
-        engine.advance()
+    support.serve(engine, [large, small])
     assert (large.finish_reason, large.tokens) == ("length", [])
     # Rows 0..15 hold all but the newest token.
     assert (small.finish_reason, len(small.tokens)) == ("length", PAGE - 3 + 1)

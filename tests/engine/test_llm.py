@@ -9,8 +9,8 @@ from tests.checkpoints.support import train_sentencepiece
 from tests.engine.scripted import follow, scripted, write
 from treespec_jax.checkpoints.tokenizers import load_tokenizer
 from treespec_jax.config import SamplingParams
-from treespec_jax.engine.llm import LLM
 from treespec_jax.errors import UserError
+from treespec_jax.llm import LLM
 
 SIZES = dict(
     max_batch=2, max_len=64, page_size=16, steps_per_dispatch=4, prefill_chunks=(16,)

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from tests.engine.support import build, run, serve
 from tests.oracles import Ties, perturbed_scores
-from treespec_jax.config import EngineConfig, SamplingParams
-from treespec_jax.drafting.draft_model import DraftModel
-from treespec_jax.drafting.none import NoDrafter
-from treespec_jax.engine.engine import Engine, Request
+from treespec_jax.config import SamplingParams
+from treespec_jax.engine.request import Request
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.trees import shapes
 
 TOKENS = 32
 SETTINGS = {
@@ -29,35 +27,6 @@ SETTINGS = {
 SHAPES = ["none", "chain:5", "regular:4x2x1", "dynamic:9@4"]
 # (batch, page size, steps per dispatch, lanes; heads are 8 wide)
 LAYOUTS = [(5, 16, 8, 1), (1, 64, 1, 1), (5, 64, 1, 16), (1, 16, 8, 1)]
-
-
-def build(target, draft, shape, batch=1, page=64, steps=1, **sizes) -> Engine:
-    drafter = NoDrafter()
-    if shape != "none":
-        rows = target.config.vocab_size
-        drafter = DraftModel(draft, shapes.parse(shape), 0.5, rows)
-    config = EngineConfig(
-        max_batch=batch,
-        max_len=sizes.pop("max_len", 128),
-        page_size=page,
-        steps_per_dispatch=steps,
-        prefill_chunks=(16,),
-        **sizes,
-    )
-    return Engine(target, drafter, config)
-
-
-def run(engine, prompts, params) -> list[Request]:
-    """Runs prompts with seeds 0, 1, …; returns their requests."""
-    requests = [
-        Request(prompt, dataclasses.replace(params, seed=i))
-        for i, prompt in enumerate(prompts)
-    ]
-    for request in requests:
-        engine.submit(request)
-    while engine.busy:
-        engine.advance()
-    return requests
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +94,7 @@ def test_text_does_not_depend_on_slot_or_neighbours(
             Request(ragged_prompts[i], dataclasses.replace(SETTINGS["t0.7"], seed=i))
             for i in order
         ]
-        for request in requests:
-            engine.submit(request)
-        while engine.busy:
-            engine.advance()
+        serve(engine, requests)
         for i, request in zip(order, requests, strict=True):
             assert request.tokens == plain["t0.7"][i]
 
@@ -143,10 +109,7 @@ def test_a_mixed_batch_gives_each_request_its_own_settings(
         Request(prompt, dataclasses.replace(SETTINGS[name], seed=i, logprobs=i == 1))
         for i, (prompt, name) in enumerate(zip(ragged_prompts, names, strict=True))
     ]
-    for request in requests:
-        engine.submit(request)
-    while engine.busy:
-        engine.advance()
+    serve(engine, requests)
     for i, (request, name) in enumerate(zip(requests, names, strict=True)):
         assert request.tokens == plain[name][i]
         assert len(request.logprobs) == (TOKENS if i == 1 else 0)

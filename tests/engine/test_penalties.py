@@ -14,11 +14,11 @@ import pytest
 
 from tests.engine.test_lossless import build
 from tests.oracles import TIE, full_logits
-from treespec_jax.acceptance import noise
-from treespec_jax.acceptance.penalties import Requests
 from treespec_jax.config import SamplingParams
-from treespec_jax.engine.engine import Request
+from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
+from treespec_jax.sampling import noise
+from treespec_jax.sampling.penalties import Requests
 
 TOKENS = 24
 # A small vocabulary's logits: penalties this strong decide most tokens.

@@ -1,10 +1,10 @@
-"""Every rule in the whole engine: the law of two tokens, greedy texts, ends, labels.
+"""Every rule in the whole engine: distributions, greedy texts, ends, labels.
 
 Chi-square of the first two tokens of REQUESTS requests that differ in their seed,
 against the target's exact probabilities (one causal pass without cache), at level
 0.001. The first step may emit one of them or both, so that the second is at times a
 drafted token, at times the bonus, at times the next step's. Power: as many draws from
-a law with a tenth of the drafter's mixed in must be refused.
+a distribution with a tenth of the drafter's mixed in must be refused.
 """
 
 from __future__ import annotations
@@ -16,57 +16,36 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from tests.oracles import full_logits
-from treespec_jax.acceptance import facts, rules
-from treespec_jax.config import (
-    EngineConfig,
-    ModelConfig,
-    SamplingParams,
-    SpeculativeConfig,
+from tests.engine.small import (
+    CONFIG,
+    CRITICAL,
+    END,
+    GREEDY,
+    PROMPT,
+    REQUESTS,
+    SAMPLED,
+    V,
+    between,
+    chi_square,
+    model,
+    run,
 )
-from treespec_jax.drafting.draft_model import DraftModel
-from treespec_jax.drafting.none import NoDrafter
-from treespec_jax.engine.engine import Engine, Request
+from tests.engine.support import speculate
+from tests.oracles import full_logits
+from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.stats import total
 from treespec_jax.errors import UserError
-from treespec_jax.models.transformer import Transformer
-from treespec_jax.trees import shapes
 
-V, REQUESTS = 6, 3072
-PROMPT = [1, 4, 2]
-SAMPLED = SamplingParams(max_tokens=2, temperature=0.8, top_k=5, ignore_eos=True)
-GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
-# Ends a text, where it is not ignored.
-END = 2
-# Quantile 0.999 of chi-square by degrees of freedom.
-CRITICAL = {16: 39.25, 23: 49.73, 24: 51.18}
-MODEL = ModelConfig(
-    vocab_size=V,
-    embed_dim=16,
-    mlp_dim=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=64,
-)
 CASES = [
     ("exact", "regular:2x1", ""),
     ("token", "regular:2x1", ""),
-    ("token", "dynamic:4@2", ""),
+    ("token", "allotted:4@2", ""),
     ("token", "regular:2x1", "with_replacement"),
     ("block", "chain:2", ""),
     ("traversal", "regular:2x1", ""),
     ("terminal", "dynamic:4@2", ""),
 ]
-
-
-def model(seed) -> Transformer:
-    made = Transformer(MODEL, rngs=nnx.Rngs(seed))
-    made.norm.scale[...] = made.norm.scale[...] * 2.0
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -75,33 +54,13 @@ def target():
 
 
 @pytest.fixture(scope="module")
-def draft(target):
-    """Between the target and another model."""
-    made, other = model(0), model(1)
-    for name in ("embedding", "head"):
-        mine, its = getattr(made, name), getattr(other, name)
-        mine[...] = 0.8 * mine[...] + 0.6 * its[...]
-    return made
+def draft():
+    return between(0, 1)
 
 
-def build(target, draft, rule, tree, draws="", **more) -> Engine:
-    shape = shapes.parse(tree)
-    spec = SpeculativeConfig(model=draft, tree=tree, rule=rule, draws=draws, **more)
-    how = facts.choose_draws(rule, draws, shape)
-    drafter = DraftModel(draft, shape, 0.7, draws=how) if shape.depth else NoDrafter()
-    config = EngineConfig(
-        max_batch=64, max_len=24, page_size=8, steps_per_dispatch=2, prefill_chunks=(4,)
-    )
-    return Engine(target, drafter, config, (END,), rule=rules.make(spec))
-
-
-def run(engine, params) -> list[Request]:
-    requests = [Request(PROMPT, p) for p in params]
-    for request in requests:
-        engine.submit(request)
-    while engine.busy:
-        engine.advance()
-    return requests
+def build(target, draft, rule, tree, proposal="", **more) -> Engine:
+    made = speculate(draft, tree, rule, tau=0.7, proposal=proposal, **more)
+    return Engine(target, CONFIG, made, (END,))
 
 
 def policy_of(model, ids) -> np.ndarray:
@@ -113,7 +72,7 @@ def policy_of(model, ids) -> np.ndarray:
     return p / p.sum()
 
 
-def law_of(model) -> np.ndarray:
+def distribution_of(model) -> np.ndarray:
     """[V, V] of the next two tokens under the policy."""
     first, *second = (
         policy_of(model, ids) for ids in (PROMPT, *([*PROMPT, x] for x in range(V)))
@@ -121,17 +80,9 @@ def law_of(model) -> np.ndarray:
     return first[:, None] * np.stack(second)
 
 
-def chi_square(counts, law):
-    """Statistic and degrees of freedom, over cells that can occur."""
-    some = law > 0
-    assert not counts[~some].any()
-    expected = counts.sum() * law[some]
-    return float(((counts[some] - expected) ** 2 / expected).sum()), some.sum() - 1
-
-
 @pytest.fixture(scope="module")
-def law(target):
-    return law_of(target)
+def distribution(target):
+    return distribution_of(target)
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +95,11 @@ def greedy_text(target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule, tree, draws", CASES)
-def test_two_tokens_have_the_targets_law(
-    rule, tree, draws, target, draft, law, greedy_text, capsys
+@pytest.mark.parametrize("rule, tree, proposal", CASES)
+def test_two_tokens_have_the_targets_distribution(
+    rule, tree, proposal, target, draft, distribution, greedy_text, capsys
 ):
-    engine = build(target, draft, rule, tree, draws)
+    engine = build(target, draft, rule, tree, proposal)
     # A greedy request among sampled ones.
     params = [dataclasses.replace(SAMPLED, seed=n) for n in range(REQUESTS)]
     *requests, greedy = run(engine, [*params, GREEDY])
@@ -161,21 +112,23 @@ def test_two_tokens_have_the_targets_law(
     counts = np.zeros((V, V))
     for request in requests:
         counts[tuple(request.tokens)] += 1
-    statistic, freedom = chi_square(counts, law)
+    statistic, freedom = chi_square(counts, distribution)
     stats = total([r.stats for r in requests], 0, 0)
     with capsys.disabled():
         print(
-            f"\n{rule} {tree} {draws}: chi-square {statistic:.1f} of {freedom}, "
+            f"\n{rule} {tree} {proposal}: chi-square {statistic:.1f} of {freedom}, "
             f"{stats.tokens_per_step:.2f} tokens per step"
         )
     assert stats.rule == rule and stats.tokens_per_step > 1.05
     assert statistic < CRITICAL[freedom]
 
 
-@pytest.mark.parametrize("rule, tree, draws", [*CASES, ("typical", "regular:2x1", "")])
-def test_no_rule_moves_data_to_the_host(rule, tree, draws, target, draft):
+@pytest.mark.parametrize(
+    "rule, tree, proposal", [*CASES, ("typical", "regular:2x1", "")]
+)
+def test_no_rule_moves_data_to_the_host(rule, tree, proposal, target, draft):
     """Nothing in the program of a dispatch calls back or feeds a host."""
-    function, arguments = build(target, draft, rule, tree, draws).program()
+    function, arguments = build(target, draft, rule, tree, proposal).program()
     text = jax.jit(function).lower(*arguments).as_text()
     assert "stablehlo.while" in text and "stablehlo.dot_general" in text
     assert not re.findall("callback|outfeed|infeed|stablehlo.send|stablehlo.recv", text)
@@ -201,18 +154,18 @@ def check_edges(engine, greedy_text):
     assert inside, "the end never fell into an accepted path: a dead test"
 
 
-def test_the_test_has_power(law, draft):
+def test_the_test_has_power(distribution, draft):
     """As stated above."""
-    wrong = 0.9 * law + 0.1 * law_of(draft)
-    wrong = np.where(law > 0, wrong, 0)
+    wrong = 0.9 * distribution + 0.1 * distribution_of(draft)
+    wrong = np.where(distribution > 0, wrong, 0)
     wrong /= wrong.sum()
     for seed in range(3):
-        draws = np.random.default_rng(seed).multinomial(REQUESTS, wrong.ravel())
-        statistic, freedom = chi_square(draws.reshape(V, V), law)
+        counts = np.random.default_rng(seed).multinomial(REQUESTS, wrong.ravel())
+        statistic, freedom = chi_square(counts.reshape(V, V), distribution)
         assert statistic > CRITICAL[freedom]
 
 
-def typical_law(target, draft, eps, delta) -> np.ndarray:
+def typical_distribution(target, draft, eps, delta) -> np.ndarray:
     """[V, V] under typical acceptance of regular:2x1, step by step and by hand."""
     p, q = (
         functools.cache(functools.partial(policy_of, model))
@@ -232,30 +185,30 @@ def typical_law(target, draft, eps, delta) -> np.ndarray:
                 paths.append((1, np.log(p(ids)[x]), below))
                 y = int(q(below).argmax())
                 if p(below)[y] > bound(below):
-                    chance = p(ids)[x] * p(below)[y]
-                    paths.append((2, np.log(chance), (*below, y)))
+                    probability = p(ids)[x] * p(below)[y]
+                    paths.append((2, np.log(probability), (*below, y)))
         return max(paths, default=(0, 0.0, ids))[2]
 
-    law, root = np.zeros((V, V)), tuple(PROMPT)
+    distribution, root = np.zeros((V, V)), tuple(PROMPT)
     first = step(root)
     if len(first) == len(root) + 2:
-        law[first[-2:]] = 1.0
+        distribution[first[-2:]] = 1.0
     elif len(first) == len(root) + 1:
-        law[first[-1]] = p(first)
+        distribution[first[-1]] = p(first)
     else:
         for x in range(V):
             below = (*root, x)
             then = step(below)
             if len(then) > len(below):
-                law[x, then[len(below)]] = p(root)[x]
+                distribution[x, then[len(below)]] = p(root)[x]
             else:
-                law[x] = p(root)[x] * p(below)
-    return law
+                distribution[x] = p(root)[x] * p(below)
+    return distribution
 
 
 @pytest.mark.slow
-def test_typical_acceptance_is_labelled_lossy(target, law, greedy_text):
-    """Greedy it is greedy matching; sampled it is its own law, and says so."""
+def test_typical_acceptance_is_labelled_lossy(target, distribution, greedy_text):
+    """Greedy it is greedy matching; sampled it is its own distribution, and says so."""
     foreign, bounds = model(3), dict(eps=0.3, delta=1.0)
     more = {f"typical_{name}": value for name, value in bounds.items()}
     engine = build(target, foreign, "typical", "regular:2x1", **more)
@@ -268,27 +221,33 @@ def test_typical_acceptance_is_labelled_lossy(target, law, greedy_text):
         counts[tuple(request.tokens)] += 1
     stats = total([r.stats for r in requests], 0, 0).as_dict()
     assert stats["rule"] == "typical" and stats["lossless"] is False
-    statistic, freedom = chi_square(counts, law)
+    statistic, freedom = chi_square(counts, distribution)
     assert statistic > 3 * CRITICAL[freedom]
-    own = typical_law(target, foreign, **bounds)
+    own = typical_distribution(target, foreign, **bounds)
     statistic, freedom = chi_square(counts, own)
     assert statistic < CRITICAL[freedom]
 
 
-def test_an_engine_refuses_what_its_rule_cannot_judge(target, draft):
-    """Whatever made the drafter."""
-    drafter = DraftModel(draft, shapes.parse("dynamic:4@2"), 0.7, draws="shared")
-    rule = rules.make(SpeculativeConfig(rule="token"))
-    with pytest.raises(UserError, match="never pruned or re-ranked"):
-        Engine(target, drafter, EngineConfig(max_batch=1, max_len=24), rule=rule)
+@pytest.mark.parametrize(
+    ("tree", "proposal", "expected"),
+    [
+        ("dynamic:4@2", "shared", "never pruned or re-ranked"),
+        ("dynamic:4@2", "", "take tree='allotted:4@2'"),
+    ],
+)
+def test_a_speculation_refuses_what_its_rule_cannot_judge(
+    tree, proposal, expected, draft
+):
+    with pytest.raises(UserError, match=expected):
+        speculate(draft, tree, "token", proposal=proposal)
 
 
-def test_plain_decoding_by_a_sampling_rule_needs_no_proposal(target, law):
+def test_plain_decoding_by_a_sampling_rule_needs_no_proposal(target, distribution):
     """A tree that is its root: the last token is a draw of p."""
     engine = build(target, None, "token", "none")
     params = [dataclasses.replace(SAMPLED, seed=n) for n in range(REQUESTS)]
     counts = np.zeros((V, V))
     for request in run(engine, params):
         counts[tuple(request.tokens)] += 1
-    statistic, freedom = chi_square(counts, law)
+    statistic, freedom = chi_square(counts, distribution)
     assert statistic < CRITICAL[freedom]

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine import step as stepping
-from treespec_jax.engine.engine import Request
+from treespec_jax.engine.request import Request
 from treespec_jax.engine.stats import Stats, total
-from treespec_jax.tuning.calibration import TreeRecord, accepted_by_rank
+from treespec_jax.trees.records import TreeRecord
+from treespec_jax.tuning.calibration import accepted_by_rank
 
 DEPTH = 3
 
@@ -75,7 +76,7 @@ def test_ranks_leave_out_empty_places():
     tree = types.SimpleNamespace(parents=jnp.asarray(parents), valid=jnp.asarray(valid))
     ranks = np.asarray(jax.jit(lambda p: stepping._ranks(tree, p))(path))
     assert ranks[0].tolist() == [1, 1, 0] and ranks[1, :2].tolist() == [1, 0]
-    chance = np.where(valid, -1.0, -np.inf)
+    probability = np.where(valid, -1.0, -np.inf)
     for slot, want in enumerate(([1, 2], [1, 1])):
-        record = TreeRecord(parents[slot], chance[slot], path[slot])
+        record = TreeRecord(parents[slot], probability[slot], path[slot])
         assert accepted_by_rank([record]) == want

@@ -44,8 +44,8 @@ class Run:
         @jax.jit
         def run(leaves, tokens, positions, mask, view, scratch):
             bound = flat.bind(leaves)
-            hidden, kv = bound(tokens, positions, mask, view, scratch)
-            return bound.logits(hidden), kv
+            done = bound(tokens, positions, mask, view, scratch)
+            return bound.logits(done.hidden), done.kv
 
         self._run = functools.partial(run, flat.leaves)
 
@@ -64,10 +64,11 @@ class Run:
         """A cache of the text's first tokens, on pages out of order."""
         table, zero = jnp.array([[3, 1, 2]], jnp.int32), jnp.zeros(1, jnp.int32)
         layout = paging.CacheLayout(4, PAGE)
-        pages = paging.empty_pages(self.model.config, layout, jnp.float32)
+        pages = paging.empty_pages(self.model.config, layout)
         order, count = jnp.arange(PREFIX)[None], jnp.full(1, PREFIX, jnp.int32)
         kv, done = self.whole[1], jnp.bool_(True)
-        pages = paging.commit(pages, table, zero, kv, order, count, done)
+        destination = paging.Destination(table, zero, count)
+        pages = paging.commit(pages, destination, kv, order, done)
         return CacheView(pages, table, count)
 
     @functools.cached_property
@@ -194,8 +195,8 @@ def test_bfloat16_stays_bfloat16(name):
     def run():
         model = Transformer(FAMILIES[name], dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         rows = jnp.ones((1, 3), jnp.int32)
-        hidden, kv = model(rows, rows, jnp.ones((1, 3, 3), bool))
-        return hidden, kv, model.logits(hidden)
+        done = model(rows, rows, jnp.ones((1, 3, 3), bool))
+        return done.hidden, done.kv, model.logits(done.hidden)
 
     hidden, kv, logits = jax.eval_shape(run)
     assert {x.dtype for x in (hidden, *kv)} == {jnp.dtype(jnp.bfloat16)}

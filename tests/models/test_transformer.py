@@ -27,8 +27,8 @@ def _forward(model):
     @jax.jit
     def run(leaves, tokens, positions, mask, view, scratch):
         bound = flat.bind(leaves)
-        hidden, kv = bound(tokens, positions, mask, view, scratch)
-        return bound.logits(hidden), kv
+        done = bound(tokens, positions, mask, view, scratch)
+        return bound.logits(done.hidden), done.kv
 
     return functools.partial(run, flat.leaves)
 
@@ -49,15 +49,13 @@ def text():
 def prefix(tiny_target, text):
     """A cache that holds the first 13 tokens, on pages out of order."""
     table = jnp.array([[3, 1, 2]], jnp.int32)
-    pages = paging.empty_pages(TINY, paging.CacheLayout(4, PAGE), jnp.float32)
+    pages = paging.empty_pages(TINY, paging.CacheLayout(4, PAGE))
     _, kv = forward(tiny_target, text[:13], range(13), np.tril(np.ones((13, 13), bool)))
     pages = paging.commit(
         pages,
-        table,
-        jnp.zeros(1, jnp.int32),
+        paging.Destination(table, jnp.zeros(1, jnp.int32), jnp.full(1, 13, jnp.int32)),
         kv,
         jnp.arange(13, dtype=jnp.int32)[None],
-        jnp.full(1, 13, jnp.int32),
         jnp.bool_(True),
     )
     return CacheView(pages, table, jnp.full(1, 13, jnp.int32))

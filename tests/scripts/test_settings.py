@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from treespec_jax.acceptance.policy import Sampling
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.errors import UserError
 from treespec_jax.experiments import costs, output, prompts, runtime, settings, table
+from treespec_jax.sampling.policy import Sampling
 from treespec_jax.trees import shapes
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))

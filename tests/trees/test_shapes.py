@@ -8,7 +8,12 @@ import pytest
 
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
-from treespec_jax.trees.shapes import MAX_NODES, DynamicShape, StaticShape
+from treespec_jax.trees.shapes import (
+    MAX_NODES,
+    AllottedShape,
+    BestFirstShape,
+    StaticShape,
+)
 
 # name: (drafted nodes, depth)
 GOOD = {
@@ -20,6 +25,8 @@ GOOD = {
     "regular:4x2x1": (4 + 8 + 8, 3),
     "regular:1x1x2": (1 + 1 + 2, 3),
     "dynamic:15@5": (15, 5),
+    "allotted:15@5": (15, 5),
+    "allotted:1@1": (1, 1),
     "dynamic:1@1": (1, 1),
     "dynamic:3@3": (3, 3),
     " chain:2 ": (2, 2),
@@ -55,6 +62,8 @@ MALFORMED = [
     "dynamic:",
     "dynamic:15",
     "dynamic:15@",
+    "allotted:15",
+    "allotted:0@1",
     "dynamic:@5",
     "dynamic:0@1",
     "dynamic:5@0",
@@ -87,8 +96,11 @@ def test_good_names_give_their_counts(text):
     shape = shapes.parse(text)
     nodes, depth = GOOD[text]
     assert (shape.num_nodes, shape.depth) == (nodes + 1, depth)
-    assert isinstance(shape, DynamicShape if "dynamic" in text else StaticShape)
-    if isinstance(shape, DynamicShape):
+    kinds = {"dynamic": BestFirstShape, "allotted": AllottedShape}
+    assert isinstance(shape, kinds.get(text.strip().split(":")[0], StaticShape))
+    if isinstance(shape, AllottedShape):
+        assert sum(shape.level_sizes) == shape.num_nodes
+    if isinstance(shape, BestFirstShape):
         assert shape.nodes == nodes and shape.width >= 1 and shape.children >= 1
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from treespec_jax.checkpoints import calibration as files
 from treespec_jax.errors import UserError
+from treespec_jax.trees.records import TreeRecord
 from treespec_jax.tuning import calibration
-from treespec_jax.tuning.calibration import TreeRecord
 
 K = 8
 
@@ -29,10 +29,10 @@ def records(true_tau, read_tau, count=4000, some=1.0, seed=0):
     out = []
     for _ in range(count):
         v = np.sort(rng.gumbel(size=K) * 1.5)[::-1]
-        chance = np.concatenate([[0.0], log_softmax(v / read_tau)])
+        probability = np.concatenate([[0.0], log_softmax(v / read_tau)])
         right = rng.choice(K, p=np.exp(log_softmax(v / true_tau))) + 1
         path = np.array([0, right if rng.random() < some else 0])
-        out.append(TreeRecord(parents, chance, path))
+        out.append(TreeRecord(parents, probability, path))
     return out
 
 
@@ -51,7 +51,7 @@ def test_the_fit_is_the_likeliest_on_a_grid():
     def likelihood(wanted):
         total = 0.0
         for record in own:
-            v = 0.7 * record.log_chance[1:] / wanted
+            v = 0.7 * record.log_prob[1:] / wanted
             total += log_softmax(v)[record.path[1] - 1]
         return total
 
@@ -73,13 +73,13 @@ def test_the_table_is_flat_under_the_right_tau_only():
 
 def test_families_follow_the_path_and_leave_out_empty_places():
     parents = np.array([0, 0, 0, 1, 1, 2, 2])
-    chance = np.log(np.array([1.0, 0.6, 0.3, 0.5, 0.0, 0.4, 0.2]) + 1e-300)
-    chance[4] = -np.inf
-    record = TreeRecord(parents, chance, np.array([0, 2, 6, 0]))
+    probability = np.log(np.array([1.0, 0.6, 0.3, 0.5, 0.0, 0.4, 0.2]) + 1e-300)
+    probability[4] = -np.inf
+    record = TreeRecord(parents, probability, np.array([0, 2, 6, 0]))
     families = [(list(c), right) for c, right in record.families()]
     assert families == [([1, 2], 2), ([5, 6], 6)]
     assert calibration.accepted_by_rank([record, record]) == [0, 4]
-    stopped = TreeRecord(parents, chance, np.array([0, 1, 0, 0]))
+    stopped = TreeRecord(parents, probability, np.array([0, 1, 0, 0]))
     assert [list(c) for c, right in stopped.families() if right is None] == [[3]]
     assert calibration.accepted_by_rank([stopped]) == [1]
     assert calibration.reliability([])[0]["nodes"] == 0

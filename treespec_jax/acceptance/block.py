@@ -27,26 +27,26 @@ class BlockRule(uniform.UniformRule):
         if tree.proposal is None:
             return uniform.alone(target)
         dtype = target.logits.dtype
-        laws = target.laws()
-        gain_BT = families.log_ratios(tree, laws)
+        distributions = target.distributions()
+        gain_BT = families.log_ratios(tree, distributions)
         # The chain ends before its first invalid node.
         valid_BT = jnp.cumprod(tree.valid, axis=1, dtype=jnp.int32) > 0
         log_w = [jnp.zeros(B, dtype)]
-        for at in range(1, T):
+        for node in range(1, T):
             # No weight stays none, whatever comes.
-            grown_B = jnp.minimum(0.0, log_w[-1] + gain_BT[:, at])
-            some_B = valid_BT[:, at] & (log_w[-1] > -jnp.inf)
-            log_w.append(jnp.where(some_B, grown_B, -jnp.inf))
+            grpassing_B = jnp.minimum(0.0, log_w[-1] + gain_BT[:, node])
+            some_B = valid_BT[:, node] & (log_w[-1] > -jnp.inf)
+            log_w.append(jnp.where(some_B, grpassing_B, -jnp.inf))
         w_BT = jnp.exp(jnp.stack(log_w, axis=1))
-        node_B, chance_BT = _last_passing(tree, target, uniforms, w_BT, valid_BT)
-        law_VB = families.last_law(
+        node_B, probability_BT = _last_passing(tree, target, uniforms, w_BT, valid_BT)
+        distribution_VB = families.last_distribution(
             tree,
             target,
             families.children(tree),
             node_B,
             jnp.take_along_axis(w_BT, node_B[:, None], axis=1)[:, 0],
         )
-        return Judgement(node_B.astype(jnp.int32), law_VB, chance_BT)
+        return Judgement(node_B.astype(jnp.int32), distribution_VB, probability_BT)
 
 
 def _last_passing(tree, target, uniforms, w_BT, valid_BT):
@@ -67,23 +67,23 @@ def _last_passing(tree, target, uniforms, w_BT, valid_BT):
         return jnp.max(jnp.where(open_BT, node_T, 0), axis=1)
 
     def ask(carry):
-        node_B, done_B, open_BT, chance_BT = carry
+        node_B, done_B, open_BT, probability_BT = carry
         weight_B = pick(w_BT, node_B)
         p_VB = target.of_one(node_B)[:, :, 0]
         q_VB = families.drafted_one(tree, node_B, V)[:, :, 0]
-        mass_B = jnp.sum(jnp.maximum(weight_B * p_VB - q_VB, 0.0), axis=0)
-        own_B = families.covered(mass_B, weight_B)
+        uncovered_B = jnp.sum(jnp.maximum(weight_B * p_VB - q_VB, 0.0), axis=0)
+        passing_B = families.covered(uncovered_B, weight_B)
         asked_BT = (node_T == node_B[:, None]) & ~done_B[:, None]
-        chance_BT = jnp.where(asked_BT, own_B[:, None], chance_BT)
-        passed_B = pick(uniforms.accept, node_B) < own_B
+        probability_BT = jnp.where(asked_BT, passing_B[:, None], probability_BT)
+        passed_B = pick(uniforms.accept, node_B) < passing_B
         open_BT &= ~(asked_BT & ~passed_B[:, None])
         node_B = deepest(open_BT)
         done_B |= passed_B | pick(plain_BT, node_B)
-        return node_B, done_B, open_BT, chance_BT
+        return node_B, done_B, open_BT, probability_BT
 
     node_B = deepest(open_BT)
     carry = node_B, pick(plain_BT, node_B), open_BT, w_BT
-    node_B, _, _, chance_BT = lax.while_loop(
+    node_B, _, _, probability_BT = lax.while_loop(
         lambda carry: ~jnp.all(carry[1]), ask, carry
     )
-    return node_B, chance_BT
+    return node_B, probability_BT

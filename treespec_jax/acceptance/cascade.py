@@ -1,9 +1,9 @@
 """Speculative cascades (Narasimhan et al. 2405.19261): LOSSY against the target.
 
 The policy is a mixture of drafter and target: where the drafter is sure enough, its own
-law q stands, and only elsewhere the target's p. A rule that is lossless for p is so for
-this policy too, because the policy is a function of p, q and the text before a token,
-and never of what is drawn.
+distribution q stands, and only elsewhere the target's p. A rule that is lossless for p
+is so for this policy too, because the policy is a function of p, q and the text before
+a token, and never of what is drawn.
 
 At a node that the drafter expanded, with r in {0, 1} ("defer to the target"):
 
@@ -19,7 +19,8 @@ token_v1 how far below p's maximum a token's q, for token_v2 its p may lie for q
 on it to be taken, for token_v3 that relative to the maximum.
 
 At a node without q, one that the drafter did not expand, pi = p. Every token after a
-step's last level is one, so that the law of a text hangs on where its steps began.
+step's last level is one, so that the distribution of a text hangs on where its steps
+began.
 
 Greedy requests: who has the word, r, is decided by p and q at temperature 1 with
 nothing cut, and a token that would be drawn is the likeliest instead: argmax p where r,
@@ -36,7 +37,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treespec_jax.acceptance import families, select
+from treespec_jax.acceptance import families
+from treespec_jax.sampling import select
 from treespec_jax.trees.token_tree import TokenTree
 
 
@@ -45,7 +47,7 @@ class Cascade:
     """One of the deferral rules above.
 
     Attributes:
-      name: of `facts.CASCADES`.
+      name: of `compatibility.CASCADES`.
       alpha: see above.
     """
 
@@ -60,7 +62,7 @@ class Cascade:
         Args:
           tree: with its `Proposal`.
           scores_VBT: log p up to a constant per column; of greedy slots at temperature
-            1 (`Sampling.opened`).
+            1 (`Sampling.softened`).
           greedy_B: bool; these slots get 0 for one token and -inf for the others, at
             nodes that have q.
         """
@@ -68,21 +70,12 @@ class Cascade:
         nodes = jnp.asarray(proposal.nodes)
         p_VBE = jax.nn.softmax(scores_VBT[:, :, nodes], axis=0)
         vocab = p_VBE.shape[0]
-
-        def logits():
-            q_VBE = jax.nn.softmax(proposal.mass, axis=0)
-            return jnp.pad(q_VBE, ((0, vocab - q_VBE.shape[0]), (0, 0), (0, 0)))
-
-        q_VBE = lax.cond(
-            jnp.all(greedy_B),
-            logits,
-            lambda: families.drafted(proposal, slice(None), vocab),
-        )
+        q_VBE = families.drafted(proposal, slice(None), vocab)
         mixture = self.mixture(p_VBE, q_VBE)
 
         def with_points():
-            at_V11 = jnp.arange(vocab, dtype=jnp.int32)[:, None, None]
-            point = (at_V11 == self.choice(p_VBE, q_VBE)).astype(mixture.dtype)
+            token_V11 = jnp.arange(vocab, dtype=jnp.int32)[:, None, None]
+            point = (token_V11 == self.choice(p_VBE, q_VBE)).astype(mixture.dtype)
             return jnp.where(greedy_B[:, None], point, mixture)
 
         pi_VBE = lax.cond(jnp.any(greedy_B), with_points, lambda: mixture)

@@ -13,23 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treespec_jax.acceptance import policy, select
-from treespec_jax.acceptance.noise import Noise
 from treespec_jax.acceptance.protocol import Verdict, columns, path_to
+from treespec_jax.sampling import policy, select
 from treespec_jax.trees.token_tree import TokenTree
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """See `protocol.Rule`; its randomness is the noise of the policy."""
+    """See `protocol.Rule`; it decides by the noise shared with the drafter."""
 
     name = "exact"
 
-    def randomness(self, sampling, root_B, nodes, depth, vocab):
-        return Noise(sampling.seed, root_B + 1, vocab)
-
     def decide(self, tree, logits_VR, sampling, randomness, max_depth):
         B, T = tree.tokens.shape
+        noise = randomness.noise()
 
         def greedy():
             choice_BT = select.argmax(logits_VR).reshape(B, T)
@@ -37,8 +34,8 @@ class ExactMatch:
 
         def sampled():
             def choose(depth, node_B):
-                own_VB = columns(logits_VR, node_B)
-                return policy.choose(own_VB, randomness.after(depth), sampling)
+                column_VB = columns(logits_VR, node_B)
+                return policy.choose(column_VB, noise.after(depth), sampling)
 
             return walk(tree, choose, max_depth)
 

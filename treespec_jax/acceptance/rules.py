@@ -19,7 +19,7 @@ _SIMPLE = {
 
 
 def make(spec: SpeculativeConfig) -> Rule:
-    """The rule that `spec` names (`facts.choose_draws` has checked the name)."""
+    """The rule that `spec` names, which `compatibility` has checked."""
     if spec.rule == TypicalRule.name:
         return TypicalRule(spec.typical_eps, spec.typical_delta)
     return _SIMPLE[spec.rule]()

@@ -1,7 +1,7 @@
 """The token rule: each drafted token is tested by itself.
 
 Chains: Leviathan et al. 2211.17192, Chen et al. 2302.01318. Trees: SpecInfer 2305.09781
-(siblings drawn with replacement), Sequoia 2402.12374 (without).
+(siblings sampled with replacement), Sequoia 2402.12374 (without).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from treespec_jax.acceptance.protocol import UNSEEN, Judgement
 
 @dataclasses.dataclass(frozen=True)
 class TokenRule(uniform.UniformRule):
-    """Siblings are tested in the order in which they were drawn.
+    """Siblings are tested in the order in which they were sampled.
 
     A child x is accepted with min(1, P[x] / Q[x]); if it is not, P becomes
     norm((P - Q)+) and Q loses x. The last token is a sample of P.
@@ -29,7 +29,7 @@ class TokenRule(uniform.UniformRule):
     def judge(self, tree, target, uniforms):
         if tree.proposal is None:
             return uniform.alone(target)
-        if max(tree.proposal.most) == 1:
+        if max(tree.proposal.max_children) == 1:
             return _chain(tree, target, uniforms)
         return _walk(tree, target, uniforms)
 
@@ -37,14 +37,16 @@ class TokenRule(uniform.UniformRule):
 def _chain(tree, target, uniforms):
     """All tests at once: they take one entry of each column."""
     family = families.children(tree)
-    chance_BT = jnp.exp(jnp.minimum(0.0, families.log_ratios(tree, target.laws())))
-    passed_BT = (uniforms.accept < chance_BT) & tree.valid
+    probability_BT = jnp.exp(
+        jnp.minimum(0.0, families.log_ratios(tree, target.distributions()))
+    )
+    passed_BT = (uniforms.accept < probability_BT) & tree.valid
     accepted_BT = uniform.all_above(tree.ancestors, passed_BT)
     node_B = jnp.argmax(jnp.where(accepted_BT, tree.depth, -1), axis=1)
     node_B = node_B.astype(jnp.int32)
-    whole_B = jnp.ones(node_B.shape, chance_BT.dtype)
-    law_VB = families.last_law(tree, target, family, node_B, whole_B)
-    return Judgement(node_B, law_VB, chance_BT)
+    whole_B = jnp.ones(node_B.shape, probability_BT.dtype)
+    distribution_VB = families.last_distribution(tree, target, family, node_B, whole_B)
+    return Judgement(node_B, distribution_VB, probability_BT)
 
 
 def _walk(tree, target, uniforms):
@@ -55,36 +57,36 @@ def _walk(tree, target, uniforms):
     slot_B1 = jnp.arange(B)[:, None]
     proposal = tree.proposal
 
-    def visit(most, state):
-        node_B, walking_B, law_VB, chance_BT = state
-        own = family.of_one(node_B, most)
+    def visit(count, state):
+        node_B, walking_B, distribution_VB, probability_BT = state
+        children = family.of_one(node_B, count)
         weights, _, rest_VB1 = families.recur(
             target.of_one(node_B),
             families.drafted_one(tree, node_B, V),
             jnp.ones((B, 1), dtype),
-            own,
-            proposal.replacement,
-            "law",
+            children,
+            replacement=proposal.replacement,
+            finish="both",
         )
-        weights_BK, number_BK = weights[:, 0], own.number[:, 0]
+        weights_BK, number_BK = weights[:, 0], children.number[:, 0]
         accept_BK = uniforms.accept[slot_B1, jnp.minimum(number_BK, T - 1)]
         passed_BK = accept_BK < weights_BK
         first_B1 = jnp.argmax(passed_BK, axis=1)[:, None]
         next_B = jnp.take_along_axis(number_BK, first_B1, axis=1)[:, 0]
         goes_on_B = jnp.any(passed_BK, axis=1)
-        at_BK = jnp.where(walking_B[:, None], number_BK, T)
+        asked_BK = jnp.where(walking_B[:, None], number_BK, T)
         return (
             jnp.where(walking_B & goes_on_B, next_B, node_B),
             walking_B & goes_on_B,
-            jnp.where(walking_B & ~goes_on_B, rest_VB1[:, :, 0], law_VB),
-            chance_BT.at[slot_B1, at_BK].set(weights_BK, mode="drop"),
+            jnp.where(walking_B & ~goes_on_B, rest_VB1[:, :, 0], distribution_VB),
+            probability_BT.at[slot_B1, asked_BK].set(weights_BK, mode="drop"),
         )
 
     def end(state):
-        node_B, walking_B, law_VB, chance_BT = state
+        node_B, walking_B, distribution_VB, probability_BT = state
         leaf_VB = target.of_one(node_B)[:, :, 0]
-        law_VB = jnp.where(walking_B, leaf_VB, law_VB)
-        return node_B, jnp.zeros_like(walking_B), law_VB, chance_BT
+        distribution_VB = jnp.where(walking_B, leaf_VB, distribution_VB)
+        return node_B, jnp.zeros_like(walking_B), distribution_VB, probability_BT
 
     state = (
         jnp.zeros(B, jnp.int32),
@@ -92,7 +94,10 @@ def _walk(tree, target, uniforms):
         jnp.zeros((V, B), dtype),
         jnp.full((B, T), UNSEEN, dtype),
     )
-    for work in [*(functools.partial(visit, most) for most in proposal.most), end]:
+    for work in [
+        *(functools.partial(visit, count) for count in proposal.max_children),
+        end,
+    ]:
         state = lax.cond(jnp.any(state[1]), work, lambda state: state, state)
-    node_B, _, law_VB, chance_BT = state
-    return Judgement(node_B, law_VB, chance_BT)
+    node_B, _, distribution_VB, probability_BT = state
+    return Judgement(node_B, distribution_VB, probability_BT)

@@ -1,9 +1,9 @@
 """The traversal rule (Weng et al. 2505.12398): block verification for trees.
 
 On a chain it is the block rule. Nodes are visited children first, siblings in the order
-in which they were drawn; the first that accepts ends the walk, the root always does. A
-node's weight when its turn comes follows from the tree alone (`families`), so that the
-walk is a search for the first of the accepting nodes in that order.
+in which they were sampled; the first that accepts ends the walk, the root always does.
+A node's weight when its turn comes follows from the tree alone (`families`), so that
+the walk is a search for the first of the accepting nodes in that order.
 """
 
 from __future__ import annotations
@@ -31,27 +31,31 @@ class TraversalRule(uniform.UniformRule):
         family = families.children(tree)
         # Weights on arrival, and once all children are rejected.
         arrival_BT = jnp.zeros((B, T), target.logits.dtype).at[:, 0].set(1.0)
-        chance_BT = arrival_BT
+        probability_BT = arrival_BT
         slot = jnp.arange(B)[:, None, None]
-        for nodes, columns, most in families.levels(tree.proposal):
-            own = family.of(nodes, most)
+        for nodes, columns, count in families.levels(tree.proposal):
+            children = family.of(nodes, count)
             weights, rest, _ = families.recur(
                 target.of(nodes),
                 families.drafted(tree.proposal, columns, V),
                 arrival_BT[:, nodes],
-                own,
-                tree.proposal.replacement,
-                "weight",
+                children,
+                replacement=tree.proposal.replacement,
+                finish="weight",
             )
-            arrival_BT = arrival_BT.at[slot, own.number].set(weights, mode="drop")
-            chance_BT = chance_BT.at[slot, own.number].set(weights, mode="drop")
-            chance_BT = chance_BT.at[:, nodes].set(rest)
-        accepted_BT = (uniforms.accept < chance_BT).at[:, 0].set(True)
+            arrival_BT = arrival_BT.at[slot, children.number].set(weights, mode="drop")
+            probability_BT = probability_BT.at[slot, children.number].set(
+                weights, mode="drop"
+            )
+            probability_BT = probability_BT.at[:, nodes].set(rest)
+        accepted_BT = (uniforms.accept < probability_BT).at[:, 0].set(True)
         turn_BT = jnp.where(accepted_BT, visiting_order(tree), T)
         node_B = jnp.argmin(turn_BT, axis=1)
         weight_B = jnp.take_along_axis(arrival_BT, node_B[:, None], axis=1)[:, 0]
-        law_VB = families.last_law(tree, target, family, node_B, weight_B)
-        return Judgement(node_B.astype(jnp.int32), law_VB, chance_BT)
+        distribution_VB = families.last_distribution(
+            tree, target, family, node_B, weight_B
+        )
+        return Judgement(node_B.astype(jnp.int32), distribution_VB, probability_BT)
 
 
 def visiting_order(tree: TokenTree) -> jax.Array:

@@ -29,18 +29,18 @@ class TypicalRule(uniform.UniformRule):
     name = "typical"
 
     def judge(self, tree, target, uniforms):
-        laws = target.laws()
-        entropy_BT = laws.entropy().reshape(tree.tokens.shape)
+        distributions = target.distributions()
+        entropy_BT = distributions.entropy().reshape(tree.tokens.shape)
         bound_BT = jnp.minimum(self.eps, self.delta * jnp.exp(-entropy_BT))
-        own_BT = target.child_chances(tree, laws)
+        p_BT = target.child_probabilities(tree, distributions)
         above_BT = jnp.take_along_axis(bound_BT, tree.parents, axis=1)
-        right_BT = (own_BT > above_BT) & tree.valid
+        right_BT = (p_BT > above_BT) & tree.valid
         accepted_BT = uniform.all_above(tree.ancestors, right_BT)
-        log_own = jnp.where(own_BT > 0, jnp.log(jnp.where(own_BT > 0, own_BT, 1.0)), 0)
-        path_BT = jnp.sum(jnp.where(tree.ancestors, log_own[:, None, :], 0.0), axis=2)
+        log_p_BT = jnp.where(p_BT > 0, jnp.log(jnp.where(p_BT > 0, p_BT, 1.0)), 0)
+        path_BT = jnp.sum(jnp.where(tree.ancestors, log_p_BT[:, None, :], 0.0), axis=2)
         depth_BT = jnp.where(accepted_BT, tree.depth, -1)
         longest_BT = depth_BT == jnp.max(depth_BT, axis=1, keepdims=True)
         node_B = jnp.argmax(jnp.where(longest_BT, path_BT, -jnp.inf), axis=1)
         node_B = node_B.astype(jnp.int32)
-        law_VB = target.of_one(node_B)[:, :, 0]
-        return Judgement(node_B, law_VB, right_BT.astype(target.logits.dtype))
+        distribution_VB = target.of_one(node_B)[:, :, 0]
+        return Judgement(node_B, distribution_VB, right_BT.astype(target.logits.dtype))

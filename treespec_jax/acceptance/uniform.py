@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from treespec_jax.acceptance import policy, select, streams
 from treespec_jax.acceptance.exact import exact_match
-from treespec_jax.acceptance.policy import Sampling
-from treespec_jax.acceptance.protocol import Judgement, columns, settle
-from treespec_jax.acceptance.streams import Uniforms
+from treespec_jax.acceptance.protocol import Judgement, columns, finalize
+from treespec_jax.sampling import policy, select
+from treespec_jax.sampling.policy import Sampling
+from treespec_jax.sampling.streams import Uniforms
 from treespec_jax.trees.token_tree import TokenTree
 
 
 class UniformRule(abc.ABC):
-    """See `protocol.Rule`; its randomness is `streams.Uniforms`.
+    """See `protocol.Rule`; it decides by `streams.Uniforms`.
 
     Rules judge by what the policy says at few nodes, so they are given a `Target` and
     work out what they look at.
@@ -35,11 +35,9 @@ class UniformRule(abc.ABC):
           uniforms: of the step.
         """
 
-    def randomness(self, sampling, root_B, nodes, depth, vocab):
-        return streams.of_verdict(sampling.seed, root_B, nodes)
-
     def decide(self, tree, logits_VR, sampling, randomness, max_depth):
         B, T = tree.tokens.shape
+        uniforms = randomness.verdict()
 
         def greedy():
             choice_BT = select.argmax(logits_VR).reshape(B, T)
@@ -47,8 +45,8 @@ class UniformRule(abc.ABC):
 
         def sampled():
             target = Target(logits_VR.reshape(-1, B, T), sampling)
-            judgement = self.judge(tree, target, randomness)
-            return settle(tree, judgement, randomness, max_depth)
+            judgement = self.judge(tree, target, uniforms)
+            return finalize(tree, judgement, uniforms, max_depth)
 
         # For point masses every rule comes to the same; this is the cheap way to it.
         return lax.cond(jnp.all(sampling.greedy), greedy, sampled)
@@ -67,42 +65,49 @@ class Target:
     logits: jax.Array
     sampling: Sampling
 
-    def laws(self) -> policy.Laws:
+    def distributions(self) -> policy.Distributions:
         """Of all nodes, R = B·T columns."""
-        return policy.laws(self.logits.reshape(self.logits.shape[0], -1), self.sampling)
+        return policy.distributions(
+            self.logits.reshape(self.logits.shape[0], -1), self.sampling
+        )
 
     def of(self, nodes: np.ndarray) -> jax.Array:
         """p [V, B, nodes] of some nodes (static numbers, ascending)."""
         if len(nodes) == nodes[-1] - nodes[0] + 1:
-            own = self.logits[:, :, int(nodes[0]) : int(nodes[-1]) + 1]
+            chosen = self.logits[:, :, int(nodes[0]) : int(nodes[-1]) + 1]
         else:
-            own = self.logits[:, :, nodes]
+            chosen = self.logits[:, :, nodes]
         # A strided slice is read once, not in every pass over it.
-        return self._probs(lax.optimization_barrier(own))
+        return self._probabilities(lax.optimization_barrier(chosen))
 
     def of_one(self, node_B: jax.Array) -> jax.Array:
         """p [V, B, 1] of one node per slot."""
         V, B, T = self.logits.shape
-        own_VB = columns(self.logits.reshape(V, B * T), node_B)
-        return self._probs(own_VB[:, :, None])
+        column_VB = columns(self.logits.reshape(V, B * T), node_B)
+        return self._probabilities(column_VB[:, :, None])
 
-    def child_chances(self, tree: TokenTree, laws: policy.Laws) -> jax.Array:
+    def child_probabilities(
+        self, tree: TokenTree, distributions: policy.Distributions
+    ) -> jax.Array:
         """p of every node's token after its parent [B, T]; of the root, 1."""
         B, T = tree.tokens.shape
         above_BT = tree.parents + T * jnp.arange(B)[:, None]
-        own_BT = laws.of(tree.tokens.ravel(), above_BT.ravel()).reshape(B, T)
-        return own_BT.at[:, 0].set(1.0)
+        p_R = distributions.of(tree.tokens.ravel(), above_BT.ravel())
+        return p_R.reshape(B, T).at[:, 0].set(1.0)
 
-    def _probs(self, logits_VBN):
+    def _probabilities(self, logits_VBN):
         flat_VR = logits_VBN.reshape(logits_VBN.shape[0], -1)
-        return policy.laws(flat_VR, self.sampling).probs().reshape(logits_VBN.shape)
+        p_VR = policy.distributions(flat_VR, self.sampling).probabilities()
+        return p_VR.reshape(logits_VBN.shape)
 
 
 def alone(target: Target) -> Judgement:
     """Of a tree that is its root: a sample of p, which is plain decoding."""
     node_B = jnp.zeros(target.logits.shape[1], jnp.int32)
-    law_VB1 = target.of_one(node_B)
-    return Judgement(node_B, law_VB1[:, :, 0], jnp.ones_like(law_VB1[0]))
+    distribution_VB1 = target.of_one(node_B)
+    return Judgement(
+        node_B, distribution_VB1[:, :, 0], jnp.ones_like(distribution_VB1[0])
+    )
 
 
 def earlier_siblings(parents_BT: jax.Array) -> jax.Array:

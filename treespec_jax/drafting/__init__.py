@@ -1,0 +1,26 @@
+"""Drafters by the name of their method: one file and one line each; free of jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Where a drafter is found, which is loaded on first use.
+
+    Attributes:
+      module: of this package.
+      name: of the class.
+      has_model: whether it needs a checkpoint of its own.
+    """
+
+    module: str
+    name: str
+    has_model: bool = False
+
+
+METHODS = {
+    "none": Method("none", "NoDrafter"),
+    "draft_model": Method("draft_model", "DraftModel", has_model=True),
+}

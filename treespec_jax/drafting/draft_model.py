@@ -8,18 +8,23 @@ gives the root's distribution: one pass per level, none to catch up.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from treespec_jax.cache import pages as paging
-from treespec_jax.cache.prefill import run_chunk
+from treespec_jax.cache.prefill import Chunk, run_chunk
 from treespec_jax.drafting import growth
-from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.drafting.protocol import (
+    Committed,
+    DraftContext,
+    Level,
+    Needs,
+    NoOptions,
+    Sizes,
+)
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import CacheView, Pages
-from treespec_jax.trees.shapes import TreeShape
 
 
 @jax.tree_util.register_dataclass
@@ -50,134 +55,138 @@ class DraftModel:
 
     Args:
       model: of the target's vocabulary, or of one that begins like it.
-      shape: of the trees to grow.
       tau: temperature of the estimate that a child is right.
-      vocab_size: V, rows of the target's embedding; None: as many as the model's.
-      draws: how the nodes of a tree are drawn, see `acceptance.facts`.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        shape: TreeShape,
-        tau: float,
-        vocab_size: int | None = None,
-        draws: str = "shared",
-    ):
-        self.model = model
-        self.vocab_size = vocab_size or model.config.vocab_size
-        self.shape = shape
-        self.tau = tau
-        self.draws = draws
-        self.num_nodes = shape.num_nodes
-        self.depth = shape.depth
+    needs = Needs()
+    Options = NoOptions
 
-    @property
-    def module(self):
-        return self.model
+    def __init__(self, model: Transformer, tau: float):
+        self.module = model
+        self.tau = tau
+
+    @classmethod
+    def make(cls, model, tau, options):
+        return cls(model, tau)
 
     def with_module(self, module):
-        return DraftModel(module, self.shape, self.tau, self.vocab_size, self.draws)
+        return DraftModel(module, self.tau)
 
-    def begin(self, batch, layout):
-        dtype = self.model.embedding[...].dtype
+    def init(self, sizes: Sizes) -> DraftModelState:
         return DraftModelState(
-            pages=paging.empty_pages(self.model.config, layout, dtype),
-            lengths=jnp.zeros(batch, jnp.int32),
-            pending=jnp.zeros((batch, self.depth + 1), jnp.int32),
-            pending_count=jnp.zeros(batch, jnp.int32),
+            pages=paging.empty_pages(self.module.config, sizes.layout),
+            lengths=jnp.zeros(sizes.batch, jnp.int32),
+            pending=jnp.zeros((sizes.batch, sizes.depth + 1), jnp.int32),
+            pending_count=jnp.zeros(sizes.batch, jnp.int32),
         )
 
-    def prefill(self, state, slot, tokens_1T, start, count, page_table_1P):
-        tokens_1T = self._known(tokens_1T)
-        pages = run_chunk(
-            self.model, state.pages, tokens_1T, start, count, page_table_1P
-        )
-        return dataclasses.replace(state, pages=pages)
-
-    def insert(self, state, slot, root, length):
+    def ingest(self, state: DraftModelState, committed: Committed) -> DraftModelState:
+        if committed.slot is not None:
+            return self._ingest_chunk(state, committed)
+        emitted_BC, count_B = committed.following, committed.count
+        window, width = state.pending.shape[1], emitted_BC.shape[1]
+        emitted_BC = jnp.pad(emitted_BC, ((0, 0), (0, window - width)))
+        moved_B = count_B > 0
         return dataclasses.replace(
             state,
+            pending=jnp.where(moved_B[:, None], emitted_BC, state.pending),
+            pending_count=jnp.where(moved_B, count_B, state.pending_count),
+        )
+
+    def _ingest_chunk(self, state, committed: Committed) -> DraftModelState:
+        """A prompt's chunk goes through the model at once; the root after it waits."""
+        slot = committed.slot
+        chunk = Chunk(
+            self._known(committed.tokens),
+            committed.start,
+            committed.count,
+            committed.page_table,
+        )
+        pages, _ = run_chunk(self.module, state.pages, chunk)
+        length = (committed.start + committed.count)[0]
+        return DraftModelState(
+            pages=pages,
             lengths=state.lengths.at[slot].set(length),
-            pending=state.pending.at[slot, 0].set(root),
+            pending=state.pending.at[slot, 0].set(committed.root[0]),
             pending_count=state.pending_count.at[slot].set(1),
         )
 
-    def propose(self, state, context: DraftContext, grow=None):
-        """See `protocol.Drafter`; `grow` decides which nodes to expand."""
-        grow = grow or functools.partial(growth.grow, draws=self.draws)
+    def copy_slot(self, state: DraftModelState, source, destination):
+        lengths, pending, pending_count = (
+            x.at[destination].set(x[source])
+            for x in (state.lengths, state.pending, state.pending_count)
+        )
+        return DraftModelState(state.pages, lengths, pending, pending_count)
+
+    def propose(self, state: DraftModelState, shape, context: DraftContext):
         B, window = state.pending.shape
-        held = jnp.where(context.active, state.lengths, 0)
-        view = CacheView(state.pages, context.page_table, held)
-        at_C = jnp.arange(window)
-        is_pending_BC = at_C < state.pending_count[:, None]
-        pending_at_BC = held[:, None] + at_C
+        held_B = jnp.where(context.active, state.lengths, 0)
+        pending_count_B = jnp.where(context.active, state.pending_count, 0)
+        view = CacheView(state.pages, context.page_table, held_B)
+        column_C = jnp.arange(window)
+        is_pending_BC = column_C < pending_count_B[:, None]
+        position_BC = held_B[:, None] + column_C
         with jax.named_scope("draft_root"):
-            hidden_DR, pending_kv = self.model(
+            forward = self.module(
                 self._known(state.pending),
-                pending_at_BC,
-                jnp.broadcast_to(at_C[:, None] >= at_C, (B, window, window)),
+                position_BC,
+                jnp.broadcast_to(column_C[:, None] >= column_C, (B, window, window)),
                 view,
             )
             # Only the root's row needs the head.
-            hidden_DBC = hidden_DR.reshape(-1, B, window)
-            last_B = jnp.maximum(state.pending_count - 1, 0)
+            hidden_DBC = forward.hidden.reshape(-1, B, window)
+            last_B = jnp.maximum(pending_count_B - 1, 0)
             root_DB1 = jnp.take_along_axis(hidden_DBC, last_B[None, :, None], axis=2)
-            logits_VB = self._logits(root_DB1[:, :, 0])
+            logits_VB = self._logits(root_DB1[:, :, 0], context.vocab)
 
-        def expand(tokens_BW, depth, mask_BWU, scratch):
+        def expand(level: Level, scratch):
             # The waiting tokens are not in the cache yet: they are the first rows of
             # the tree, so that a step only reads the cache until all its passes are
             # done. (A CPU copies a cache that is written between two reads.)
-            W = tokens_BW.shape[1]
+            W = level.tokens.shape[1]
             pending = jnp.broadcast_to(is_pending_BC[:, None], (B, W, window))
-            at_BE, rows = (pending_at_BC, pending_kv) if scratch is None else scratch
-            at_BW = jnp.broadcast_to(context.lengths[:, None] + depth, (B, W))
-            at_BU = jnp.concatenate([at_BE, at_BW], axis=1)
-            hidden_DR, kv = self.model(
-                self._known(tokens_BW),
-                at_BU,
-                jnp.concatenate([pending, mask_BWU], axis=2),
+            position_BE, rows = scratch or (position_BC, forward.kv)
+            position_BW = context.lengths[:, None] + level.depth
+            position_BU = jnp.concatenate(
+                [position_BE, jnp.broadcast_to(position_BW, (B, W))], axis=1
+            )
+            passed = self.module(
+                self._known(level.tokens),
+                position_BU,
+                jnp.concatenate([pending, level.mask], axis=2),
                 view,
                 rows,
             )
             rows = tuple(
-                jnp.concatenate(pair, axis=3) for pair in zip(rows, kv, strict=True)
+                jnp.concatenate(pair, axis=3)
+                for pair in zip(rows, passed.kv, strict=True)
             )
-            return self._logits(hidden_DR), (at_BU, rows)
+            return self._logits(passed.hidden, context.vocab), (position_BU, rows)
 
-        tree = grow(self.shape, context, logits_VB, expand, tau=self.tau)
+        tree = growth.grow(shape, context, logits_VB, expand, self.tau)
         pages = paging.commit(
             state.pages,
-            context.page_table,
-            held,
-            pending_kv,
-            jnp.broadcast_to(at_C, (B, window)),
-            state.pending_count,
+            paging.Destination(context.page_table, held_B, pending_count_B),
+            forward.kv,
+            jnp.broadcast_to(column_C, (B, window)),
             after=jnp.all(tree.tokens >= 0),
         )
-        state = dataclasses.replace(
-            state,
+        state = DraftModelState(
             pages=pages,
-            lengths=held + state.pending_count,
-            pending_count=jnp.zeros_like(state.pending_count),
+            lengths=state.lengths + pending_count_B,
+            pending=state.pending,
+            pending_count=state.pending_count - pending_count_B,
         )
         return tree, state
 
-    def extend(self, state, emitted_BC, features, count_B):
-        return dataclasses.replace(state, pending=emitted_BC, pending_count=count_B)
-
     def _known(self, tokens: jax.Array) -> jax.Array:
         """Token ids with those that the model lacks replaced by its last one."""
-        rows = self.model.config.vocab_size
-        return jnp.minimum(tokens, rows - 1) if rows < self.vocab_size else tokens
+        return jnp.minimum(tokens, self.module.config.vocab_size - 1)
 
-    def _logits(self, hidden_DR: jax.Array) -> jax.Array:
+    def _logits(self, hidden_DR: jax.Array, vocab: int) -> jax.Array:
         """float32 [V, R] over the target's tokens, -inf for those the model lacks."""
-        logits_VR = self.model.logit_columns(hidden_DR)
-        lacking = self.vocab_size - logits_VR.shape[0]
-        if lacking == 0:
-            return logits_VR
-        if lacking < 0:
-            return logits_VR[: self.vocab_size]
+        logits_VR = self.module.logit_columns(hidden_DR)
+        lacking = vocab - logits_VR.shape[0]
+        if lacking <= 0:
+            return logits_VR[:vocab]
         return jnp.pad(logits_VR, ((0, lacking), (0, 0)), constant_values=-jnp.inf)

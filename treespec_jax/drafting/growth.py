@@ -1,11 +1,14 @@
 """Growing a token tree level by level inside a jit, whatever drafts.
 
-A drafter supplies `expand`, which turns a level's tokens into logits; this module
-decides which children to keep. It proposes by `log q + g` with the noise g that the
-target will use at the same position, so that guesses lean towards what the target is
-about to choose; the chance that a child is right is estimated as
-softmax((log q + g) / tau). Without noise (draws "best") g is 0. Trees that keep q are
-grown in `sampled`.
+A drafter supplies `expand`, which turns a level of nodes into logits, and a strategy
+proposes the children of a node (`children`). This module decides where nodes go: one
+function per structure of a tree.
+
+* static: the topology is known beforehand;
+* best first: all children seen are candidates, the tree is the best of them;
+* allotted: levels of fixed sizes, shared out among the parents by the probability of
+  their paths before their children are proposed. Where nodes go never depends on what
+  they turn out to be, which rules that sample need.
 """
 
 from __future__ import annotations
@@ -15,14 +18,26 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from treespec_jax.acceptance import facts, policy
-from treespec_jax.acceptance.select import top_k, top_k_rows
-from treespec_jax.drafting import sampled
-from treespec_jax.drafting.protocol import NORMALISED, DraftContext, Expand
-from treespec_jax.trees.shapes import DynamicShape, StaticShape, TreeShape
-from treespec_jax.trees.token_tree import TokenTree, ancestors_of, static_tree
+from treespec_jax.drafting.children import Children, Family, make
+from treespec_jax.drafting.protocol import DraftContext, Expand, Level
+from treespec_jax.sampling.select import top_k_rows
+from treespec_jax.trees.shapes import (
+    AllottedShape,
+    BestFirstShape,
+    StaticShape,
+    TreeShape,
+)
+from treespec_jax.trees.token_tree import (
+    Proposal,
+    TokenTree,
+    ancestors_of,
+    static_tree,
+)
+
+# Worth of a node's second child against its first, of its third against its second, …
+# when a level of an allotted tree is shared out. Any value is lossless.
+DECAY = 0.5
 
 
 def grow(
@@ -31,26 +46,28 @@ def grow(
     root_logits_VB: jax.Array,
     expand: Expand,
     tau: float,
-    draws: str = "shared",
 ) -> TokenTree:
     """Grows a tree of the given shape.
 
     Args:
-      shape: static or dynamic.
-      context: root, sampling settings and noise.
+      shape: a best-first one needs a proposal that keeps no q.
+      context: root, sampling settings, randomness and proposal.
       root_logits_VB: float32, the drafter's logits after the root.
       expand: runs one level of nodes through the drafter.
-      tau: temperature of the estimated chance.
-      draws: how nodes are drawn, see `acceptance.facts`.
+      tau: temperature of the estimated probability.
     """
     if context.penalties is not None:
         root_logits_VB, expand = _penalised(context.penalties, root_logits_VB, expand)
-    if draws in facts.KEPT:
-        return sampled.grow(shape, context, root_logits_VB, expand, draws)
+    growers = {
+        StaticShape: _grow_static,
+        BestFirstShape: _grow_best_first,
+        AllottedShape: _grow_allotted,
+    }
     with jax.named_scope("grow"):
-        if isinstance(shape, StaticShape):
-            return _grow_static(shape, context, root_logits_VB, expand, tau)
-        return _grow_dynamic(shape, context, root_logits_VB, expand, tau)
+        children = make(context, tau)
+        return growers[type(shape)](
+            shape, context.root, root_logits_VB, expand, children
+        )
 
 
 def _penalised(penalties, root_logits_VB, expand: Expand):
@@ -59,81 +76,94 @@ def _penalised(penalties, root_logits_VB, expand: Expand):
     nobody = jnp.zeros((B, 0), jnp.int32)
     root_logits_VB = penalties.apply(root_logits_VB, nobody, jnp.zeros((B, 1, 0), bool))
 
-    def expand_and_penalise(tokens_BW, depth, mask_BWU, scratch):
+    def expand_and_penalise(level: Level, scratch):
         # All nodes of a path were expanded: the mask marks just these.
         tokens_BE, inner = (nobody, None) if scratch is None else scratch
-        logits_VR, inner = expand(tokens_BW, depth, mask_BWU, inner)
-        tokens_BU = jnp.concatenate([tokens_BE, tokens_BW], axis=1)
-        logits_VR = penalties.apply(logits_VR, tokens_BU, mask_BWU)
+        logits_VR, inner = expand(level, inner)
+        tokens_BU = jnp.concatenate([tokens_BE, level.tokens], axis=1)
+        logits_VR = penalties.apply(logits_VR, tokens_BU, level.mask)
         return logits_VR, (tokens_BU, inner)
 
     return root_logits_VB, expand_and_penalise
 
 
-def best_children(logits_VR, depth, count, context: DraftContext, tau):
-    """The `count` best next tokens of nodes at `depth`, best first.
+class _Kept:
+    """Collects what becomes of a tree's `Proposal`, level by level."""
 
-    The chance is normalised over the NORMALISED best tokens, not the vocabulary: at
-    the usual tau the rest weighs next to nothing, and a sum over it would cost a good
-    part of the drafter's pass.
+    def __init__(self, children: Children, batch: int):
+        self._children = children
+        self._log_q, self._remaining = [], [jnp.ones((batch, 1))]
 
-    Returns:
-      tokens int32 [B, W, count] and log chances float32 [B, W, count]; -inf where the
-      policy allows, or the vocabulary holds, fewer tokens.
-    """
-    V, R = logits_VR.shape
-    B = context.root.shape[0]
-    seen = min(max(count, NORMALISED), V)
+    def add(self, family: Family, choose) -> None:
+        """`choose` takes the children [B, J] that became nodes out of [B, W, K]."""
+        if self._children.keeps_q:
+            self._log_q.append(family.log_q)
+            self._remaining.append(choose(family.remaining))
 
-    def perturbed():
-        if context.noise is None:
-            return policy.truncate(logits_VR, context.sampling)
-        noise_VB = context.noise[depth]
-        return policy.perturbed(logits_VR, noise_VB, context.sampling)
-
-    values, tokens = lax.cond(
-        jnp.all(context.sampling.greedy),
-        lambda: top_k(logits_VR, seen),
-        lambda: top_k(perturbed(), seen),
-    )
-    logprob = jax.nn.log_softmax(values / tau, axis=-1)
-    logprob = jnp.where(values > -jnp.inf, logprob, -jnp.inf)
-    # A tiny vocabulary may not hold that many.
-    lacking = (0, 0), (0, max(0, count - seen))
-    tokens = jnp.pad(tokens[:, :count], lacking)
-    logprob = jnp.pad(logprob[:, :count], lacking, constant_values=-jnp.inf)
-    shape = B, R // B, count
-    return tokens.reshape(shape), logprob.reshape(shape)
+    def proposal(self, nodes, level_sizes, max_children) -> Proposal | None:
+        if not self._log_q:
+            return None
+        return Proposal(
+            log_q=jnp.concatenate(self._log_q, axis=2),
+            remaining=jnp.concatenate(self._remaining, axis=1),
+            nodes=tuple(int(node) for node in nodes),
+            level_sizes=tuple(level_sizes),
+            max_children=tuple(max_children),
+            replacement=self._children.replacement,
+        )
 
 
-def _grow_static(shape: StaticShape, context, logits_VR, expand, tau):
+def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
     topology = shape.topology
-    B = context.root.shape[0]
-    tokens = [context.root[:, None]]
-    logprob = [jnp.zeros((B, 1), jnp.float32)]
-    scratch, rows = None, np.zeros(0, int)
+    B = root_B.shape[0]
+    tokens = [root_B[:, None]]
+    log_prob = [jnp.zeros((B, 1), jnp.float32)]
+    kept = _Kept(children, B)
+    inner, max_children, scratch = [], [], None
     for depth in range(topology.depth):
         parents = topology.inner(depth)
+        column = parents - topology.level(depth)[0]
         if depth > 0:
-            rows = np.concatenate([rows, parents])
+            rows = np.concatenate([*inner[1:], parents])
             mask = topology.ancestors[np.ix_(parents, rows)]
-            column = parents - topology.level(depth)[0]
-            logits_VR, scratch = expand(
+            # Nodes with children are expanded in order, the root first.
+            expanded = np.concatenate(inner)
+            above = np.searchsorted(expanded, np.asarray(topology.parents)[parents])
+            level = Level(
                 tokens[depth][:, column],
+                jnp.broadcast_to(above.astype(np.int32), (B, len(above))),
                 depth,
                 jnp.broadcast_to(mask, (B, *mask.shape)),
-                scratch,
             )
+            logits_VR, scratch = expand(level, scratch)
+        inner.append(parents)
         below = topology.level(depth + 1)
         slot = np.searchsorted(parents, np.asarray(topology.parents)[below])
         rank = topology.ranks[below]
-        drawn_BWJ, chance_BWJ = best_children(
-            logits_VR, depth, int(rank.max()) + 1, context, tau
-        )
-        tokens.append(drawn_BWJ[:, slot, rank])
-        logprob.append(chance_BWJ[:, slot, rank])
+        max_children.append(int(rank.max()) + 1)
+        # A child that no node takes is proposed too, by the uniforms of another node:
+        # it comes after all that are taken, and is looked at by nobody.
+        number = np.full((len(parents), max_children[-1]), below[0])
+        number[slot, rank] = below
+        number = jnp.broadcast_to(jnp.asarray(number), (B, *number.shape))
+        family = children.propose(logits_VR, depth, number)
+
+        def choose(x_BWK, slot=slot, rank=rank):
+            return x_BWK[:, slot, rank]
+
+        kept.add(family, choose)
+        # Nothing is below a node that does not exist.
+        exists_BJ = log_prob[depth][:, column][:, slot] > -jnp.inf
+        log_BJ = jnp.where(exists_BJ, choose(family.log_prob), -jnp.inf)
+        tokens.append(choose(family.tokens))
+        log_prob.append(log_BJ)
+    sizes = [len(topology.level(d)) for d in range(topology.depth + 1)]
+    nodes = np.concatenate(inner) if inner else ()
     return static_tree(
-        topology, jnp.concatenate(tokens, axis=1), jnp.concatenate(logprob, axis=1)
+        topology,
+        jnp.concatenate(tokens, axis=1),
+        jnp.concatenate(log_prob, axis=1),
+        kept.proposal(nodes, sizes, max_children),
     )
 
 
@@ -146,7 +176,7 @@ class _Candidates:
     """
 
     tokens: jax.Array
-    chance: jax.Array
+    log_prob: jax.Array
     path: jax.Array
     parents: jax.Array
     slots: jax.Array
@@ -156,66 +186,77 @@ class _Candidates:
         return self.tokens.shape[1]
 
 
-def _grow_dynamic(shape: DynamicShape, context, logits_VR, expand, tau):
+def _grow_best_first(shape: BestFirstShape, root_B, logits_VR, expand, children):
     """Best-first within a beam of `width` expanded nodes per level.
 
-    All children seen are candidates; the tree is the best of them by path chance. A
-    path is never likelier than its parent's and is numbered after it, so that the best
-    ones always form a tree.
+    All children seen are candidates; the tree is the best of them by the probability
+    of their paths. A path is never likelier than its parent's and is numbered after
+    it, so that the best ones always form a tree.
     """
-    B = context.root.shape[0]
-    vocab = logits_VR.shape[0]
+    if children.keeps_q:
+        raise ValueError("a best-first tree drops nodes, which no proposal of q allows")
+    B, vocab = root_B.shape[0], logits_VR.shape[0]
     frontier_BW = jnp.full((B, 1), -1, jnp.int32)
     path_BW = jnp.zeros((B, 1), jnp.float32)
     count = min(shape.root_children, vocab)
-    levels = [
-        _children(logits_VR, 0, count, frontier_BW, path_BW, context=context, tau=tau)
-    ]
+    levels = [_candidates(children, logits_VR, 0, count, frontier_BW, path_BW)]
     mask_BWU = scratch = None
+    # Nodes expanded before a level, and before the one above it; the root is one.
+    expanded = before = 1
     for depth in range(1, shape.depth):
         above = levels[-1]
-        before = sum(level.count for level in levels[:-1])
+        first = sum(level.count for level in levels[:-1])
         width = min(shape.width, above.count)
-        path_BW, at_BW = top_k_rows(above.path, width)
-        own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (B, width, width))
-        if mask_BWU is not None:
-            # A frontier node sees what the expanded node it came from sees.
-            slot_BW = jnp.take_along_axis(above.slots, at_BW, axis=1)
-            seen = jnp.take_along_axis(mask_BWU, slot_BW[:, :, None], axis=1)
-            own = jnp.concatenate([seen, own], axis=2)
-        mask_BWU = own
-        tokens_BW = jnp.take_along_axis(above.tokens, at_BW, axis=1)
-        logits_VR, scratch = expand(tokens_BW, depth, mask_BWU, scratch)
+        path_BW, chosen_BW = top_k_rows(above.path, width)
+        slot_BW = jnp.take_along_axis(above.slots, chosen_BW, axis=1)
+        mask_BWU = _extend_mask(mask_BWU, slot_BW)
+        level = Level(
+            jnp.take_along_axis(above.tokens, chosen_BW, axis=1),
+            slot_BW + (0 if depth == 1 else before),
+            depth,
+            mask_BWU,
+        )
+        logits_VR, scratch = expand(level, scratch)
+        before, expanded = expanded, expanded + width
         count = min(shape.children, vocab)
         levels.append(
-            _children(
-                logits_VR,
-                depth,
-                count,
-                at_BW + before,
-                path_BW,
-                context=context,
-                tau=tau,
-            )
+            _candidates(children, logits_VR, depth, count, chosen_BW + first, path_BW)
         )
-    return _select(shape, context, levels)
+    return _select(shape, root_B, levels)
 
 
-def _children(logits_VR, depth, count, frontier_BW, path_BW, *, context, tau):
+def _extend_mask(mask_BWU, slot_BW):
+    """The mask of a level: a node sees what the expanded node `slot` sees, and itself.
+
+    Args:
+      mask_BWU: bool [B, W', E], of the level above; None if that is the root.
+      slot_BW: int32 [B, W], number of the parent among the nodes of that level.
+    """
+    B, W = slot_BW.shape
+    itself = jnp.broadcast_to(jnp.eye(W, dtype=bool), (B, W, W))
+    if mask_BWU is None:
+        return itself
+    seen = jnp.take_along_axis(mask_BWU, slot_BW[:, :, None], axis=1)
+    return jnp.concatenate([seen, itself], axis=2)
+
+
+def _candidates(children, logits_VR, depth, count, frontier_BW, path_BW):
     B, W = frontier_BW.shape
-    tokens, chance = best_children(logits_VR, depth, count, context, tau)
+    # Nobody samples here, so that no uniforms are named.
+    number = jnp.zeros((B, W, count), jnp.int32)
+    family = children.propose(logits_VR, depth, number)
     slot_WJ = jnp.arange(W, dtype=jnp.int32)[:, None]
     return _Candidates(
-        tokens=tokens.reshape(B, -1),
-        chance=chance.reshape(B, -1),
-        path=(path_BW[:, :, None] + chance).reshape(B, -1),
+        tokens=family.tokens.reshape(B, -1),
+        log_prob=family.log_prob.reshape(B, -1),
+        path=(path_BW[:, :, None] + family.log_prob).reshape(B, -1),
         parents=jnp.repeat(frontier_BW, count, axis=1),
         slots=jnp.broadcast_to(slot_WJ, (B, W, count)).reshape(B, -1),
     )
 
 
-def _select(shape: DynamicShape, context, levels: list[_Candidates]) -> TokenTree:
-    """The tree of the `nodes` candidates with the best path chance."""
+def _select(shape: BestFirstShape, root_B, levels: list[_Candidates]) -> TokenTree:
+    """The tree of the `nodes` candidates with the likeliest paths."""
 
     def joined(name):
         return jnp.concatenate([getattr(level, name) for level in levels], axis=1)
@@ -224,13 +265,14 @@ def _select(shape: DynamicShape, context, levels: list[_Candidates]) -> TokenTre
     B, seen = path.shape
     nodes = min(shape.nodes, seen)
     _, best_BN = top_k_rows(path, nodes)
-    kept_BN = jnp.sort(best_BN, axis=1)
-    # Node number of every candidate; those that were not kept are never asked.
+    chosen_BN = jnp.sort(best_BN, axis=1)
+    # Node number of every candidate; those that were not chosen are never asked.
     number = jnp.zeros((B, seen), jnp.int32)
-    number = number.at[jnp.arange(B)[:, None], kept_BN].set(jnp.arange(1, nodes + 1))
+    number = number.at[jnp.arange(B)[:, None], chosen_BN].set(jnp.arange(1, nodes + 1))
 
-    def dressed(root_B1, x, fill):
-        x = jnp.concatenate([root_B1, jnp.take_along_axis(x, kept_BN, axis=1)], axis=1)
+    def nodes_of(root_B1, x, fill):
+        x = jnp.take_along_axis(x, chosen_BN, axis=1)
+        x = jnp.concatenate([root_B1, x], axis=1)
         # A tiny vocabulary may not fill the tree.
         return jnp.pad(x, ((0, 0), (0, shape.nodes - nodes)), constant_values=fill)
 
@@ -238,13 +280,121 @@ def _select(shape: DynamicShape, context, levels: list[_Candidates]) -> TokenTre
     parent_node = jnp.take_along_axis(number, jnp.maximum(parents, 0), axis=1)
     parent_node = jnp.where(parents < 0, 0, parent_node)
     zero_B1 = jnp.zeros((B, 1), jnp.int32)
-    parents_BT = dressed(zero_B1, parent_node, 0)
+    parents_BT = nodes_of(zero_B1, parent_node, 0)
     ancestors = ancestors_of(parents_BT, shape.depth)
     return TokenTree(
-        tokens=dressed(context.root[:, None], joined("tokens"), 0),
+        tokens=nodes_of(root_B[:, None], joined("tokens"), 0),
         parents=parents_BT,
         depth=jnp.sum(ancestors, axis=2, dtype=jnp.int32) - 1,
         ancestors=ancestors,
-        valid=dressed(zero_B1 * 0.0, path, -jnp.inf) > -jnp.inf,
-        draft_logprob=dressed(zero_B1 * 0.0, joined("chance"), -jnp.inf),
+        valid=nodes_of(zero_B1 * 0.0, path, -jnp.inf) > -jnp.inf,
+        draft_logprob=nodes_of(zero_B1 * 0.0, joined("log_prob"), -jnp.inf),
+    )
+
+
+def _grow_allotted(shape: AllottedShape, root_B, logits_VR, expand, children):
+    """Every node of a level is expanded and gets its share of the next level.
+
+    Children are numbered parent by parent.
+    """
+    B, vocab = root_B.shape[0], logits_VR.shape[0]
+    sizes = shape.level_sizes
+    slot_B1 = jnp.arange(B)[:, None]
+    tokens = [root_B[:, None]]
+    log_prob, path = [jnp.zeros((B, 1))], [jnp.ones((B, 1))]
+    parents = [jnp.zeros((B, 1), jnp.int32)]
+    kept = _Kept(children, B)
+    max_children, mask_BWU, scratch, first = [], None, None, 0
+    for depth in range(shape.depth):
+        width, below = sizes[depth], sizes[depth + 1]
+        if depth > 0:
+            # All nodes are expanded, in order: their numbers are their parents'.
+            above_BW = parents[depth] - (first - sizes[depth - 1])
+            mask_BWU = _extend_mask(mask_BWU, above_BW)
+            level = Level(tokens[depth], parents[depth], depth, mask_BWU)
+            logits_VR, scratch = expand(level, scratch)
+        count = min(below, vocab)
+        max_children.append(count)
+        share = _share_out(path[depth], below, count)
+        # The k-th child of every family is sampled by uniforms of its own.
+        number_BWK = share.start[:, :, None] + jnp.arange(count)
+        number_BWK = first + width + jnp.minimum(number_BWK, below - 1)
+        family = children.propose(logits_VR, depth, number_BWK)
+
+        def choose(x_BWK, share=share):
+            return x_BWK[slot_B1, share.family, share.rank]
+
+        kept.add(family, choose)
+        log_BJ = jnp.where(share.used, choose(family.log_prob), -jnp.inf)
+        tokens.append(choose(family.tokens))
+        log_prob.append(log_BJ)
+        above_BJ = jnp.take_along_axis(path[depth], share.family, axis=1)
+        path.append(above_BJ * jnp.exp(log_BJ))
+        parents.append((first + share.family).astype(jnp.int32))
+        first += width
+    parents_BT = jnp.concatenate(parents, axis=1)
+    ancestors = ancestors_of(parents_BT, shape.depth)
+    log_prob_BT = jnp.concatenate(log_prob, axis=1)
+    return TokenTree(
+        tokens=jnp.concatenate(tokens, axis=1),
+        parents=parents_BT,
+        depth=jnp.sum(ancestors, axis=2, dtype=jnp.int32) - 1,
+        ancestors=ancestors,
+        valid=log_prob_BT > -jnp.inf,
+        draft_logprob=log_prob_BT,
+        proposal=kept.proposal(range(sum(sizes[:-1])), sizes, max_children),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Who gets the J nodes of a level: int32 each, but for `used`.
+
+    Attributes:
+      start: [B, W], the first node of each parent's family.
+      family: [B, J], number of a node's parent in the level above.
+      rank: [B, J], which of its children it is.
+      used: bool [B, J], whether it exists.
+    """
+
+    start: jax.Array
+    family: jax.Array
+    rank: jax.Array
+    used: jax.Array
+
+
+def _share_out(path_BW: jax.Array, budget: int, max_children: int) -> _Share:
+    """Shares a level of `budget` nodes out among its parents."""
+    W = path_BW.shape[1]
+    number_BW = allot(path_BW, budget, max_children)
+    start_BW = jnp.cumsum(number_BW, axis=1) - number_BW
+    # Node j of the level belongs to the family that covers it.
+    node_J = jnp.arange(budget)
+    ends_BW = start_BW + number_BW
+    family_BJ = jnp.sum(ends_BW[:, None, :] <= node_J[:, None], axis=2)
+    used_BJ = family_BJ < W
+    family_BJ = jnp.minimum(family_BJ, W - 1)
+    rank_BJ = node_J - jnp.take_along_axis(start_BW, family_BJ, axis=1)
+    used_BJ &= rank_BJ < max_children
+    return _Share(start_BW, family_BJ, jnp.clip(rank_BJ, 0, max_children - 1), used_BJ)
+
+
+def allot(path_BW: jax.Array, budget: int, max_children: int) -> jax.Array:
+    """How many children each node of a level gets, int32 [B, W].
+
+    The next child goes where the path's probability times DECAY per child already
+    there is largest; a node without probability gets none. Nodes compete within a
+    level, which no rule minds: all of the level is proposed, nothing below it, and the
+    probability that a rule rejects a node's whole family does not depend on the
+    family's shape.
+    """
+    B, W = path_BW.shape
+    worth_BWK = path_BW[:, :, None] * DECAY ** jnp.arange(max_children)
+    worth_BJ = worth_BWK.reshape(B, W * max_children)
+    values, best_BN = top_k_rows(worth_BJ, min(budget, W * max_children))
+    given = jnp.where(values > 0, 1, 0).astype(jnp.int32)
+    return (
+        jnp.zeros((B, W), jnp.int32)
+        .at[jnp.arange(B)[:, None], best_BN // max_children]
+        .add(given)
     )

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from treespec_jax.trees import shapes
+from treespec_jax.drafting.protocol import Needs, NoOptions
+from treespec_jax.trees.shapes import ROOT_ONLY
 from treespec_jax.trees.token_tree import static_tree
 
 
 class NoDrafter:
     """Proposes the root alone. See `protocol.Drafter`."""
 
-    num_nodes = 1
-    depth = 0
-    shape = shapes.parse("none")
-    draws = None
     module = None
+    needs = Needs()
+    tau = 1.0
+    Options = NoOptions
+
+    @classmethod
+    def make(cls, model, tau, options):
+        return cls()
 
     def with_module(self, module):
         return self
 
-    def begin(self, batch, layout):
+    def init(self, sizes):
         return ()
 
-    def prefill(self, state, slot, tokens_1T, start, count, page_table_1P):
+    def ingest(self, state, committed):
         return state
 
-    def insert(self, state, slot, root, length):
+    def copy_slot(self, state, source, destination):
         return state
 
-    def propose(self, state, context):
+    def propose(self, state, shape, context):
+        if shape != ROOT_ONLY:
+            raise ValueError(f"no drafter can propose {shape}")
         tokens_BT = context.root[:, None]
-        return static_tree(
-            self.shape.topology, tokens_BT, jnp.zeros(tokens_BT.shape, jnp.float32)
-        ), state
-
-    def extend(self, state, emitted_BC, features, count_B):
-        return state
+        estimate_BT = jnp.zeros(tokens_BT.shape, jnp.float32)
+        return static_tree(shape.topology, tokens_BT, estimate_BT), state

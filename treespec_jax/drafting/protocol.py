@@ -1,93 +1,216 @@
-"""What the engine asks of a drafter."""
+"""What the engine asks of a drafter.
+
+A drafter is a small immutable object of pure functions over a state of its own. One
+that draws on no model, for two tokens after the root:
+
+  class Repeat:
+      module = None
+      needs = Needs()
+      tau = 1.0
+      Options = NoOptions
+
+      @classmethod
+      def make(cls, model, tau, options): return cls()
+
+      def with_module(self, module): return self
+      def init(self, sizes): return ()
+      def ingest(self, state, committed): return state
+      def copy_slot(self, state, source, destination): return state
+
+      def propose(self, state, shape, context):
+          V, B = context.vocab, context.root.shape[0]
+          logits_VB = 5.0 * jax.nn.one_hot(context.root, V, axis=0)
+
+          def expand(level, scratch):
+              R = level.tokens.size
+              return 5.0 * jax.nn.one_hot(level.tokens.reshape(R), V, axis=0), scratch
+
+          return growth.grow(shape, context, logits_VB, expand, self.tau), state
+
+One file and one line of `drafting.METHODS` make it selectable by name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 from flax import nnx
 
-from treespec_jax.acceptance.penalties import Penalties
-from treespec_jax.acceptance.policy import Sampling
 from treespec_jax.cache.pages import CacheLayout
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.sampling.penalties import Penalties
+from treespec_jax.sampling.policy import Sampling
+from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.trees.shapes import TreeShape
 from treespec_jax.trees.token_tree import TokenTree
 
-# expand(tokens [B, W], depth, mask [B, W, E + W], scratch) -> logits [V, B·W], scratch;
-# E counts the nodes expanded before, whose rows are in the scratch.
-Expand = Callable[[jax.Array, int, jax.Array, Any], tuple[jax.Array, Any]]
-# Best tokens of a node over which its children's chances are normalised.
-NORMALISED = 8
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """A drafter without settings of its own."""
 
 
-@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a drafter wants to be given.
+
+    Attributes:
+      feature_layers: ascending numbers of the target's layers whose outputs it reads
+        (`Committed.features`).
+      history: whether it looks at the whole text so far, which a slot's state must
+        then be able to hold (`Sizes.max_len`).
+    """
+
+    feature_layers: tuple[int, ...] = ()
+    history: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a drafter's state has to hold.
+
+    Attributes:
+      batch: B, slots.
+      max_len: tokens of a text.
+      depth: C, levels of the deepest tree that will be asked for.
+      layout: of a cache, whose page table is the target's.
+    """
+
+    batch: int
+    max_len: int
+    depth: int
+    layout: CacheLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Committed:
+    """Tokens whose keys and values the target has just put into its cache.
+
+    Of a step, n = B slots in order; of a chunk of a prompt, n = 1.
+
+    Attributes:
+      slot: int32 [], whose chunk it is; None for a step.
+      tokens: int32 [n, C], at positions from `start`; the first `count` are real.
+      following: int32 [n, C], the token after each of them.
+      root: int32 [n], the token after the last: the new root, which is in no cache yet.
+      start: int32 [n], absolute position of the first.
+      count: int32 [n]; 0 for a slot that did nothing.
+      features: per layer of `Needs.feature_layers` [n, C, D], the target's rows of
+        `tokens`.
+      page_table: int32 [n, max_pages].
+    """
+
+    slot: jax.Array | None
+    tokens: jax.Array
+    following: jax.Array
+    root: jax.Array
+    start: jax.Array
+    count: jax.Array
+    features: tuple[jax.Array, ...]
+    page_table: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Nodes to run through a drafter, all at one depth.
+
+    E counts the nodes below the root that were expanded before.
+
+    Attributes:
+      tokens: int32 [B, W].
+      parents: int32 [B, W], number of each node's parent in the order of expansion: 0
+        is the root, then come the E nodes.
+      depth: edges from the root, at least 1.
+      mask: bool [B, W, E + W], which of the nodes expanded before, and of this level,
+        lie between the root and a node, itself included.
+    """
+
+    tokens: jax.Array
+    parents: jax.Array
+    depth: int
+    mask: jax.Array
+
+
+# expand(level, scratch) -> logits [V, B·W] after its nodes, scratch; the scratch holds
+# what the drafter wants to remember of the nodes, None at first.
+Expand = Callable[[Level, Any], tuple[jax.Array, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class DraftContext:
     """What a drafter may look at when it proposes.
 
     Attributes:
-      active: bool [B]; what an idle slot proposes is thrown away.
+      target: the bound target, for drafters that share its embedding or head.
+      vocab: V, of the target.
+      active: bool [B]; what an idle slot proposes is thrown away, and its state must
+        stay as it is.
       root: int32 [B], the newest emitted token.
-      lengths: int32 [B], tokens before the root; the root's absolute position.
+      lengths: int32 [B], tokens before the root; the root's absolute position. 0 for
+        an idle slot.
       page_table: int32 [B, max_pages], shared with the target.
       sampling: the requests' settings.
-      noise: float32 [C, V, B], the noise the target will use after depth 0..C-1; None
-        unless the drafter draws "shared".
-      uniforms: float32 [B, T, 2] in [0, 1) of the proposals' own stream, for the draw
-        of each node; None unless the drafter samples.
+      randomness: of the step.
+      proposal: how nodes are proposed, one of `acceptance.compatibility.PROPOSALS`.
       penalties: of the policy; None if no request has any.
     """
 
+    target: Transformer | None
+    vocab: int
     active: jax.Array
     root: jax.Array
     lengths: jax.Array
     page_table: jax.Array
     sampling: Sampling
-    noise: jax.Array | None
-    uniforms: jax.Array | None = None
+    randomness: Randomness
+    proposal: str
     penalties: Penalties | None = None
 
 
 class Drafter(Protocol):
     """Pure functions over a state of the drafter's own; every shape is static.
 
+    See the module's text for an example.
+
     Attributes:
-      num_nodes: T, the root included.
-      depth: C, levels below the root.
-      shape: of the trees that it grows.
-      draws: how it draws their nodes (`acceptance.facts`); None for a root alone.
       module: the NNX module whose parameters the drafter uses, or None.
+      needs: what it wants to be given.
+      tau: temperature of its estimate that a child is right (`drafting.growth`).
+      Options: frozen dataclass of its settings, from `SpeculativeConfig.options`.
     """
 
-    num_nodes: int
-    depth: int
-    shape: TreeShape
-    draws: str | None
     module: nnx.Module | None
+    needs: Needs
+    tau: float
+    Options: ClassVar[type]
+
+    @classmethod
+    def make(cls, model: Transformer | None, tau: float, options: Any) -> Drafter:
+        """A drafter over a model of its own, if it has one, with its `Options`."""
 
     def with_module(self, module: nnx.Module | None) -> Drafter:
         """The same drafter over other parameters (those bound inside a jit)."""
 
-    def begin(self, batch: int, layout: CacheLayout) -> Any:
-        """An empty state for `batch` slots."""
+    def init(self, sizes: Sizes) -> Any:
+        """An empty state, a pytree of arrays and `Pages`."""
 
-    def prefill(self, state, slot, tokens_1T, start, count, page_table_1P) -> Any:
-        """Takes in `count` prompt tokens of one slot at positions from `start`."""
+    def ingest(self, state: Any, committed: Committed) -> Any:
+        """Takes in tokens that were committed, of a prompt or of a step.
 
-    def insert(self, state, slot, root, length) -> Any:
-        """The slot's prompt is in: `length` tokens, then `root` as newest."""
+        A chunk that starts at position 0 begins a new text in its slot. Slots whose
+        count is 0 keep their state.
+        """
 
-    def propose(self, state, context: DraftContext) -> tuple[TokenTree, Any]:
-        """A tree below the root."""
+    def propose(
+        self, state: Any, shape: TreeShape, context: DraftContext
+    ) -> tuple[TokenTree, Any]:
+        """A tree of the given shape below the root."""
 
-    def extend(self, state, emitted_BC, features, count_B) -> Any:
-        """Takes in the first `count` tokens that the last step emitted.
+    def copy_slot(self, state: Any, source: jax.Array, destination: jax.Array) -> Any:
+        """The state with one slot's part (int32 []) copied over another's.
 
-        Args:
-          state: the drafter's.
-          emitted_BC: int32 [B, C + 1].
-          features: the target's hidden rows on the accepted path, [B, C + 1, D].
-          count_B: int32 [B]; 0 for an idle slot.
+        Pages are not copied: both slots' page tables name them.
         """

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from treespec_jax.acceptance.penalties import TextSoFar
-from treespec_jax.acceptance.policy import Sampling
 from treespec_jax.models.views import Pages
+from treespec_jax.sampling.penalties import TextSoFar
+from treespec_jax.sampling.policy import Sampling
 
 
 @jax.tree_util.register_dataclass
@@ -21,23 +21,25 @@ class DecodeState:
       pages: the target's cache.
       lengths: int32 [B], tokens in the cache; the root's absolute position.
       root: int32 [B], the newest emitted token, whose K/V is not in the cache yet.
+      ended: bool [B], whether a token ended the slot's text.
       draft: the drafter's own state.
     """
 
     pages: Pages
     lengths: jax.Array
     root: jax.Array
+    ended: jax.Array
     draft: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """Owned by the host and sent with every dispatch.
+    """Owned by the host and sent with every dispatch; `engine.scheduler.Plan` has it.
 
     Attributes:
       page_table: int32 [B, max_pages].
-      remaining: int32 [B], tokens a slot may still emit; 0 is idle.
+      limits: int32 [B], tokens that a slot may hold; it is idle with as many.
       eos: int32 [B, E], tokens that end a slot's text, padded with -1.
       sampling: settings per slot.
       want_logprobs: bool [B].
@@ -46,7 +48,7 @@ class Control:
     """
 
     page_table: jax.Array
-    remaining: jax.Array
+    limits: jax.Array
     eos: jax.Array
     sampling: Sampling
     want_logprobs: jax.Array
@@ -57,30 +59,29 @@ class Control:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trees:
-    """What became of the drafted trees, for statistics; of S steps.
+    """What became of the drafted trees, for statistics.
 
     Attributes:
-      parents: int32 [S, B, T].
-      log_chance: float32 [S, B, T], `TokenTree.draft_logprob`; -inf where invalid.
-      path: int32 [S, B, C + 1], accepted nodes from the root down, padded with 0.
+      parents: int32 [B, T].
+      log_prob: float32 [B, T], `TokenTree.draft_logprob`; -inf where invalid.
+      path: int32 [B, C + 1], accepted nodes from the root down, padded with 0.
     """
 
     parents: jax.Array
-    log_chance: jax.Array
+    log_prob: jax.Array
     path: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Outbox:
-    """What a dispatch tells the host; S is the compiled number of steps.
+class Emission:
+    """What a step tells the host.
 
     Attributes:
-      tokens: int32 [S, B, C + 1], tokens emitted at each step.
-      counts: int32 [S, B], how many of them; 0 for an idle slot.
-      logprobs: float32 [S, B, C + 1], of those tokens where asked for.
-      ranks: int32 [S, B, C], which child of its parent each accepted node was.
-      steps: int32 [], steps that ran.
+      tokens: int32 [B, C + 1], tokens emitted.
+      counts: int32 [B], how many of them; 0 for an idle slot.
+      logprobs: float32 [B, C + 1], log p of those tokens where asked for.
+      ranks: int32 [B, C], which child of its parent each accepted node was.
       trees: if they are recorded.
     """
 
@@ -88,5 +89,32 @@ class Outbox:
     counts: jax.Array
     logprobs: jax.Array
     ranks: jax.Array
+    trees: Trees | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind.
+
+    Attributes:
+      state: for the next step.
+      emission: for the host.
+    """
+
+    state: DecodeState
+    emission: Emission
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outbox:
+    """What a dispatch tells the host.
+
+    Attributes:
+      emission: every array with a leading axis S, the compiled number of steps.
+      steps: int32 [], steps that ran.
+    """
+
+    emission: Emission
     steps: jax.Array
-    trees: Trees | None = None

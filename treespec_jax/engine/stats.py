@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 
 
 @dataclasses.dataclass
@@ -23,7 +23,7 @@ class Stats:
       rule: which drafted tokens were kept.
       cascade: the policy, if it was not the target's.
       alpha: of the cascade.
-      cache_dtype: "int8" if the cache rounds keys and values.
+      cache_dtype: of keys and values; "int8" rounds them.
       emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
       rank_counts: entry n counts the accepted nodes that were child n of their parent,
         in the order of the tree: of falling estimate, or as they were drawn.
@@ -67,16 +67,16 @@ class Stats:
 
     @property
     def lossless(self) -> bool:
-        """Whether the tokens have the law of plain decoding with unrounded keys."""
-        label = facts.label(self.rule, self.cascade, self.cache_dtype)
+        """Whether tokens are distributed as in plain decoding with unrounded keys."""
+        label = compatibility.label(self.rule, self.cascade, self.cache_dtype)
         return label == "lossless"
 
     @property
     def label(self) -> str:
         """How texts were sampled, for tables."""
-        label = facts.label(self.rule, self.cascade)
-        if self.cache_dtype:
-            label = f"lossy: {self.cache_dtype} cache"
+        label = compatibility.label(self.rule, self.cascade)
+        if self.cache_dtype == "int8":
+            label = "lossy: int8 cache"
         if self.cascade:
             return f"{self.rule} ({label}: cascade {self.cascade}, {self.alpha:g})"
         return f"{self.rule} ({label})"

@@ -1,4 +1,4 @@
-"""The step: draft a tree, verify it in one forward pass, accept, commit.
+"""The step: propose a tree, verify it in one forward pass, decide, commit.
 
 Pure and fixed in shape; `dispatch` runs many of them in one `lax.while_loop`.
 """
@@ -6,168 +6,278 @@ Pure and fixed in shape; `dispatch` runs many of them in one `lax.while_loop`.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treespec_jax.acceptance import policy, streams
-from treespec_jax.acceptance.cascade import Cascade
-from treespec_jax.acceptance.noise import Noise
-from treespec_jax.acceptance.penalties import Penalties
-from treespec_jax.acceptance.protocol import Rule
+from treespec_jax.acceptance.protocol import Verdict
 from treespec_jax.cache import pages as paging
-from treespec_jax.cache.prefill import run_chunk
-from treespec_jax.drafting.protocol import DraftContext, Drafter
-from treespec_jax.engine.state import Control, DecodeState, Outbox, Trees
-from treespec_jax.models.transformer import Transformer
+from treespec_jax.cache.prefill import Chunk, run_chunk
+from treespec_jax.drafting.protocol import Committed, DraftContext
+from treespec_jax.engine.state import (
+    Control,
+    DecodeState,
+    Emission,
+    Outbox,
+    StepResult,
+    Trees,
+)
+from treespec_jax.models.transformer import Forward, Transformer
 from treespec_jax.models.views import CacheView
+from treespec_jax.sampling import policy
+from treespec_jax.sampling.penalties import Penalties
+from treespec_jax.sampling.randomness import Randomness
+from treespec_jax.speculation import Speculation
+from treespec_jax.trees.shapes import TreeShape
+from treespec_jax.trees.token_tree import TokenTree
 
 
-def verify(target: Transformer, tree, pages, page_table, lengths):
-    """One forward pass of the target over all nodes.
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What all phases of a step look at.
 
-    Returns:
-      logits float32 [V, B·T], hidden [D, B·T], new rows per layer [B, K, 2, T, H].
+    Attributes:
+      control: of the dispatch.
+      active: bool [B].
+      lengths: int32 [B], tokens before the root; 0 for an idle slot, which then has no
+        prefix and costs nothing to attend over.
+      penalties: of the text before this step; None if no request has any.
+      randomness: of the step.
     """
-    with jax.named_scope("verify"):
-        hidden_DR, kv = target(
-            tree.tokens,
-            lengths[:, None] + tree.depth,
-            tree.ancestors,
-            CacheView(pages, page_table, lengths),
-        )
-        return target.logit_columns(hidden_DR), hidden_DR, kv
+
+    control: Control
+    active: jax.Array
+    lengths: jax.Array
+    penalties: Penalties | None
+    randomness: Randomness
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposed:
+    """A tree, and the drafter's state after it."""
+
+    tree: TokenTree
+    draft: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """The target's pass over a tree.
+
+    Attributes:
+      logits: float32 [V, R], R = B·T columns, B major.
+      forward: the pass.
+    """
+
+    logits: jax.Array
+    forward: Forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What of a tree is kept.
+
+    Attributes:
+      verdict: of the rule.
+      counts: int32 [B], tokens to emit; 0 for an idle slot.
+      ended: bool [B], whether one of them ends the text.
+    """
+
+    verdict: Verdict
+    counts: jax.Array
+    ended: jax.Array
 
 
 def step(
     target: Transformer,
-    drafter: Drafter,
-    rule: Rule,
+    speculation: Speculation,
+    shape: TreeShape,
     state: DecodeState,
     control: Control,
     penalties: Penalties | None = None,
-    cascade: Cascade | None = None,
-):
-    """Advances every active slot by one tree.
+) -> StepResult:
+    """Advances every active slot by one tree of the given shape."""
+    active_B = is_active(state, control)
+    lengths_B = jnp.where(active_B, state.lengths, 0)
+    randomness = Randomness(
+        control.sampling,
+        lengths_B,
+        shape.num_nodes,
+        shape.depth,
+        target.config.vocab_size,
+    )
+    turn = Turn(control, active_B, lengths_B, penalties, randomness)
+    proposed = propose(target, speculation, shape, state, turn)
+    tree = proposed.tree
+    verified = verify(
+        target,
+        tree,
+        CacheView(state.pages, control.page_table, lengths_B),
+        speculation.drafter.needs.feature_layers,
+    )
+    decided = decide(speculation, tree, verified, turn, shape.depth)
+    verdict = decided.verdict
+    emission = Emission(
+        tokens=verdict.emitted,
+        counts=decided.counts,
+        logprobs=_logprobs(verified.logits, verdict, control),
+        ranks=_ranks(tree, verdict.path),
+        trees=Trees(
+            parents=tree.parents,
+            log_prob=jnp.where(tree.valid, tree.draft_logprob, -jnp.inf),
+            path=verdict.path,
+        ),
+    )
+    return StepResult(
+        commit(speculation, state, proposed, verified, decided, turn), emission
+    )
 
-    The drafter must draw its trees in a way that `rule` may judge (`acceptance.facts`).
-    `penalties` are those of the text before this step; `cascade` stands between the
-    target and the policy.
 
-    Returns:
-      the new state, the new control (what remains), emitted tokens [B, C + 1], their
-      counts [B] and log probabilities [B, C + 1], ranks [B, C] of the accepted nodes
-      among their siblings, and `Trees` of this step.
-    """
-    vocab = target.config.vocab_size
-    depth = drafter.depth
-    active_B = control.remaining > 0
-    # An idle slot has no prefix, so that it costs nothing to attend over.
-    lengths = jnp.where(active_B, state.lengths, 0)
-    nodes, sampling = drafter.num_nodes, control.sampling
-    randomness = rule.randomness(sampling, lengths, nodes, depth, vocab)
-    noise = uniforms = None
-    if drafter.draws == "shared" and depth > 0:
-        # What the drafter has to make anyway, the exact rule need not make again.
-        kept = Noise(sampling.seed, lengths + 1, vocab)
-        kept = kept.kept(depth, quiet=jnp.all(sampling.greedy))
-        noise = kept.rows
-        if rule.name == "exact":
-            randomness = kept
-    elif drafter.draws in ("sampled", "with_replacement"):
-        uniforms = streams.of_proposal(sampling.seed, lengths, nodes)
+def is_active(state: DecodeState, control: Control) -> jax.Array:
+    """bool [B]: slots that may emit a token."""
+    return ~state.ended & (state.lengths < control.limits)
+
+
+def propose(
+    target: Transformer,
+    speculation: Speculation,
+    shape: TreeShape,
+    state: DecodeState,
+    turn: Turn,
+) -> Proposed:
+    """The drafter's tree."""
     context = DraftContext(
-        active=active_B,
+        target=target,
+        vocab=target.config.vocab_size,
+        active=turn.active,
         root=state.root,
-        lengths=lengths,
-        page_table=control.page_table,
-        sampling=sampling,
-        penalties=penalties,
-        noise=noise,
-        uniforms=uniforms,
+        lengths=turn.lengths,
+        page_table=turn.control.page_table,
+        sampling=turn.control.sampling,
+        randomness=turn.randomness,
+        proposal=speculation.proposal,
+        penalties=turn.penalties,
     )
-    with jax.named_scope("draft"):
-        tree, draft = drafter.propose(state.draft, context)
-    logits_VR, hidden_DR, kv = verify(
-        target, tree, state.pages, control.page_table, lengths
-    )
-    with jax.named_scope("accept"):
-        scored_VR = logits_VR
-        if penalties is not None:
-            scored_VR = penalties.apply(
+    with jax.named_scope("propose"):
+        return Proposed(*speculation.drafter.propose(state.draft, shape, context))
+
+
+def verify(
+    target: Transformer,
+    tree: TokenTree,
+    prefix: CacheView,
+    feature_layers: tuple[int, ...] = (),
+) -> Verified:
+    """One forward pass of the target over all nodes."""
+    with jax.named_scope("verify"):
+        forward = target(
+            tree.tokens,
+            prefix.lengths[:, None] + tree.depth,
+            tree.ancestors,
+            prefix,
+            feature_layers=feature_layers,
+        )
+        return Verified(target.logit_columns(forward.hidden), forward)
+
+
+def decide(
+    speculation: Speculation,
+    tree: TokenTree,
+    verified: Verified,
+    turn: Turn,
+    depth: int,
+) -> Decided:
+    """What the rule keeps, up to a slot's limit and the end of its text."""
+    control, sampling = turn.control, turn.control.sampling
+    with jax.named_scope("decide"):
+        logits_VR = verified.logits
+        if turn.penalties is not None:
+            logits_VR = turn.penalties.apply(
                 logits_VR, tree.tokens[:, 1:], tree.ancestors[:, :, 1:]
             )
-        if cascade is not None:
-            scores_VR = policy.scores(scored_VR, sampling.opened())
-            scores_VBT = scores_VR.reshape(-1, *tree.depth.shape)
-            scores_VBT = cascade.scores(tree, scores_VBT, sampling.greedy)
-            scored_VR = scores_VBT.reshape(scored_VR.shape)
-            sampling = sampling.settled()
-        verdict = rule.decide(tree, scored_VR, sampling, randomness, depth)
-        count_B, ended_B = _cut(verdict, control)
-        count_B = jnp.where(active_B, count_B, 0)
-        logprobs_BC = _logprobs(logits_VR, verdict, control)
+        if speculation.cascade is not None:
+            p = policy.distributions(logits_VR, sampling.softened())
+            log_p_VBT = p.log_probabilities().reshape(-1, *tree.depth.shape)
+            scores = speculation.cascade.scores(tree, log_p_VBT, sampling.greedy)
+            logits_VR = scores.reshape(logits_VR.shape)
+            sampling = sampling.neutral()
+        verdict = speculation.rule.decide(
+            tree, logits_VR, sampling, turn.randomness, depth
+        )
+        room_B = control.limits - turn.lengths
+        counts_B = jnp.minimum(verdict.count + 1, room_B)
+        is_end_BC = jnp.any(
+            verdict.emitted[:, :, None] == control.eos[:, None, :], axis=-1
+        )
+        is_end_BC &= jnp.arange(depth + 1) < counts_B[:, None]
+        ended_B = jnp.any(is_end_BC, axis=1)
+        first_B = jnp.argmax(is_end_BC, axis=1).astype(jnp.int32)
+        counts_B = jnp.where(ended_B, first_B + 1, counts_B)
+        return Decided(
+            verdict, jnp.where(turn.active, counts_B, 0), turn.active & ended_B
+        )
+
+
+def commit(
+    speculation: Speculation,
+    state: DecodeState,
+    proposed: Proposed,
+    verified: Verified,
+    decided: Decided,
+    turn: Turn,
+) -> DecodeState:
+    """Writes the accepted keys and values, and tells the drafter."""
+    verdict, counts_B = decided.verdict, decided.counts
+    page_table, tree = turn.control.page_table, proposed.tree
     pages = paging.commit(
         state.pages,
-        control.page_table,
-        lengths,
-        kv,
+        paging.Destination(page_table, turn.lengths, counts_B),
+        verified.forward.kv,
         verdict.path,
-        count_B,
         after=jnp.all(verdict.emitted >= 0),
     )
-    last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
+    last_B1 = jnp.maximum(counts_B - 1, 0)[:, None]
     newest_B = jnp.take_along_axis(verdict.emitted, last_B1, axis=1)[:, 0]
-    with jax.named_scope("extend"):
-        features_DBT = hidden_DR.reshape(hidden_DR.shape[0], *tree.tokens.shape)
-        features_DBC = jnp.take_along_axis(features_DBT, verdict.path[None], axis=2)
-        draft = drafter.extend(
-            draft, verdict.emitted, features_DBC.transpose(1, 2, 0), count_B
+    root_B = jnp.where(turn.active, newest_B, state.root)
+
+    def on_path(x_DR):
+        x_DBT = x_DR.reshape(x_DR.shape[0], *tree.tokens.shape)
+        x_DBC = jnp.take_along_axis(x_DBT, verdict.path[None], axis=2)
+        return x_DBC.transpose(1, 2, 0)
+
+    with jax.named_scope("ingest"):
+        committed = Committed(
+            slot=None,
+            tokens=jnp.take_along_axis(tree.tokens, verdict.path, axis=1),
+            following=verdict.emitted,
+            root=root_B,
+            start=turn.lengths,
+            count=counts_B,
+            features=tuple(map(on_path, verified.forward.features)),
+            page_table=page_table,
         )
-    state = DecodeState(
+        draft = speculation.drafter.ingest(proposed.draft, committed)
+    return DecodeState(
         pages=pages,
-        lengths=state.lengths + count_B,
-        root=jnp.where(active_B, newest_B, state.root),
+        lengths=state.lengths + counts_B,
+        root=root_B,
+        ended=state.ended | decided.ended,
         draft=draft,
     )
-    left_B = jnp.where(ended_B, 0, control.remaining - count_B)
-    control = dataclasses.replace(control, remaining=left_B)
-    trees = Trees(
-        parents=tree.parents,
-        log_chance=jnp.where(tree.valid, tree.draft_logprob, -jnp.inf),
-        path=verdict.path,
-    )
-    ranks_BC = _ranks(tree, verdict.path)
-    return state, control, verdict.emitted, count_B, logprobs_BC, ranks_BC, trees
 
 
-def _cut(verdict, control: Control):
-    """Tokens to keep per slot: up to the limit, and up to an end-of-text token."""
-    count_B = jnp.minimum(verdict.count + 1, control.remaining)
-    is_end_BC = jnp.any(verdict.emitted[:, :, None] == control.eos[:, None, :], axis=-1)
-    at_C = jnp.arange(verdict.emitted.shape[1])
-    is_end_BC &= at_C < count_B[:, None]
-    ended_B = jnp.any(is_end_BC, axis=1)
-    first_B = jnp.argmax(is_end_BC, axis=1).astype(jnp.int32)
-    return jnp.where(ended_B, first_B + 1, count_B), ended_B
-
-
-def _logprobs(logits_VR, verdict, control: Control):
+def _logprobs(logits_VR, verdict: Verdict, control: Control):
     """Log p of the emitted tokens [B, C + 1]; computed only when somebody asked."""
 
     def compute():
-        slots, nodes = (
-            verdict.path.shape[0],
-            logits_VR.shape[1] // verdict.path.shape[0],
-        )
+        slots = verdict.path.shape[0]
+        nodes = logits_VR.shape[1] // slots
         column_BC = verdict.path + nodes * jnp.arange(slots)[:, None]
         rows_BCV = logits_VR.T[column_BC]
-        total = jax.nn.logsumexp(rows_BCV, axis=-1)
-        return (
-            jnp.take_along_axis(rows_BCV, verdict.emitted[:, :, None], axis=2)[..., 0]
-            - total
-        )
+        chosen = jnp.take_along_axis(rows_BCV, verdict.emitted[:, :, None], axis=2)
+        return chosen[..., 0] - jax.nn.logsumexp(rows_BCV, axis=-1)
 
     return lax.cond(
         jnp.any(control.want_logprobs),
@@ -176,114 +286,117 @@ def _logprobs(logits_VR, verdict, control: Control):
     )
 
 
-def _ranks(tree, path_BC):
+def _ranks(tree: TokenTree, path_BC):
     """How many siblings stand before each node of a path [B, C], the root left out."""
     node_T = jnp.arange(tree.parents.shape[1])
-    above_BC1, own_BC1 = path_BC[:, :-1, None], path_BC[:, 1:, None]
+    above_BC1, node_BC1 = path_BC[:, :-1, None], path_BC[:, 1:, None]
     sibling_BT = tree.valid & (node_T > 0)
-    before_BCT = (tree.parents[:, None] == above_BC1) & (node_T < own_BC1)
+    before_BCT = (tree.parents[:, None] == above_BC1) & (node_T < node_BC1)
     return jnp.sum(before_BCT & sibling_BT[:, None], axis=2, dtype=jnp.int32)
 
 
 def dispatch(
     target: Transformer,
-    drafter: Drafter,
-    rule: Rule,
+    speculation: Speculation,
+    shape: TreeShape,
     state: DecodeState,
     control: Control,
+    *,
     steps: int,
-    cascade: Cascade | None = None,
     record: bool = False,
 ) -> tuple[DecodeState, Outbox]:
     """Runs up to `steps` steps, fewer when every slot is done; may record trees."""
-    B, width = state.root.shape[0], drafter.depth + 1
-    outbox = Outbox(
-        tokens=jnp.zeros((steps, B, width), jnp.int32),
-        counts=jnp.zeros((steps, B), jnp.int32),
-        logprobs=jnp.zeros((steps, B, width), jnp.float32),
-        ranks=jnp.zeros((steps, B, width - 1), jnp.int32),
-        steps=jnp.zeros((), jnp.int32),
-        trees=_no_trees(steps, B, drafter) if record else None,
-    )
-
-    def unfinished(carry):
-        _, remaining, _, outbox = carry
-        return jnp.any(remaining > 0) & (outbox.steps < control.max_steps)
-
-    def body(carry):
-        state, remaining, penalties, outbox = carry
-        now = dataclasses.replace(control, remaining=remaining)
-        state, now, tokens, counts, logprobs, ranks, trees = step(
-            target, drafter, rule, state, now, penalties, cascade
-        )
-        if penalties is not None:
-            penalties = penalties.after(tokens, counts)
-        at = outbox.steps
-        outbox = Outbox(
-            tokens=lax.dynamic_update_index_in_dim(outbox.tokens, tokens, at, 0),
-            counts=lax.dynamic_update_index_in_dim(outbox.counts, counts, at, 0),
-            logprobs=lax.dynamic_update_index_in_dim(outbox.logprobs, logprobs, at, 0),
-            ranks=lax.dynamic_update_index_in_dim(outbox.ranks, ranks, at, 0),
-            steps=at + 1,
-            trees=jax.tree.map(
-                lambda x, own: lax.dynamic_update_index_in_dim(x, own, at, 0),
-                outbox.trees,
-                trees if record else None,
-            ),
-        )
-        return state, now.remaining, penalties, outbox
-
     penalties = None
     if control.text is not None:
         penalties = control.text.tables(target.config.vocab_size)
-    state, _, _, outbox = lax.while_loop(
-        unfinished, body, (state, control.remaining, penalties, outbox)
-    )
+
+    def run(state, penalties) -> StepResult:
+        result = step(target, speculation, shape, state, control, penalties)
+        if record:
+            return result
+        emission = dataclasses.replace(result.emission, trees=None)
+        return StepResult(result.state, emission)
+
+    def unfinished(carry):
+        state, _, outbox = carry
+        active = jnp.any(is_active(state, control))
+        return active & (outbox.steps < control.max_steps)
+
+    def body(carry):
+        state, penalties, outbox = carry
+        result = run(state, penalties)
+        emission = result.emission
+        if penalties is not None:
+            penalties = penalties.after(emission.tokens, emission.counts)
+        emissions = jax.tree.map(
+            lambda x, new: lax.dynamic_update_index_in_dim(x, new, outbox.steps, 0),
+            outbox.emission,
+            emission,
+        )
+        return result.state, penalties, Outbox(emissions, outbox.steps + 1)
+
+    outbox = _empty_outbox((steps, state.root.shape[0]), shape, record)
+    state, _, outbox = lax.while_loop(unfinished, body, (state, penalties, outbox))
     return state, outbox
 
 
-def _no_trees(steps: int, batch: int, drafter: Drafter) -> Trees:
-    nodes = steps, batch, drafter.num_nodes
-    return Trees(
-        parents=jnp.zeros(nodes, jnp.int32),
-        log_chance=jnp.zeros(nodes, jnp.float32),
-        path=jnp.zeros((steps, batch, drafter.depth + 1), jnp.int32),
+def _empty_outbox(lead: tuple[int, int], shape: TreeShape, record: bool) -> Outbox:
+    """Zeros; `lead` are the steps and B."""
+    nodes, width = shape.num_nodes, shape.depth + 1
+    trees = Trees(
+        parents=jnp.zeros((*lead, nodes), jnp.int32),
+        log_prob=jnp.zeros((*lead, nodes), jnp.float32),
+        path=jnp.zeros((*lead, width), jnp.int32),
     )
+    emission = Emission(
+        tokens=jnp.zeros((*lead, width), jnp.int32),
+        counts=jnp.zeros(lead, jnp.int32),
+        logprobs=jnp.zeros((*lead, width), jnp.float32),
+        ranks=jnp.zeros((*lead, width - 1), jnp.int32),
+        trees=trees if record else None,
+    )
+    return Outbox(emission, jnp.zeros((), jnp.int32))
 
 
 def prefill(
     target: Transformer,
-    drafter: Drafter,
+    speculation: Speculation,
     state: DecodeState,
     slot: jax.Array,
-    tokens_1T: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
-    root: jax.Array,
-    page_table_1P: jax.Array,
+    chunk: Chunk,
+    following: tuple[jax.Array, jax.Array],
 ) -> DecodeState:
     """Takes in a chunk of one slot's prompt; leaves the slot ready to step from `root`.
 
     Args:
       target: the model.
-      drafter: it sees the same chunk.
+      speculation: its drafter sees the same chunk.
       state: of all slots.
       slot: int32.
-      tokens_1T: int32 [1, T], the first `count` real.
-      start: int32, absolute position of the first.
-      count: int32, may be 0.
-      root: int32, the prompt token after the chunk.
-      page_table_1P: int32 [1, max_pages].
+      chunk: of its prompt.
+      following: int32 [1, T], the token after each of the chunk's, and int32 [1], the
+        root: the token after the chunk.
     """
+    drafter, (following_1T, root_1) = speculation.drafter, following
     with jax.named_scope("prefill"):
-        pages = run_chunk(target, state.pages, tokens_1T, start, count, page_table_1P)
-        draft = drafter.prefill(
-            state.draft, slot, tokens_1T, start, count, page_table_1P
+        pages, forward = run_chunk(
+            target, state.pages, chunk, drafter.needs.feature_layers
         )
-    length = start + count
+        committed = Committed(
+            slot=slot,
+            tokens=chunk.tokens,
+            following=following_1T,
+            root=root_1,
+            start=chunk.start,
+            count=chunk.count,
+            features=tuple(x_DR.T[None] for x_DR in forward.features),
+            page_table=chunk.page_table,
+        )
+        draft = drafter.ingest(state.draft, committed)
     return DecodeState(
         pages=pages,
-        lengths=state.lengths.at[slot].set(length),
-        root=state.root.at[slot].set(root),
-        draft=drafter.insert(draft, slot, root, length),
+        lengths=state.lengths.at[slot].set((chunk.start + chunk.count)[0]),
+        root=state.root.at[slot].set(root_1[0]),
+        ended=state.ended.at[slot].set(False),
+        draft=draft,
     )

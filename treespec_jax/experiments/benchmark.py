@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 from treespec_jax.engine.stats import Stats, total
 from treespec_jax.experiments import (
     costs,
@@ -56,8 +56,8 @@ def run(settings: Experiment, folder: str) -> None:
     """
     for name in settings.benchmark.shapes:
         if shapes.parse(name).depth:
-            facts.choose_draws(
-                settings.rule, settings.draws, shapes.parse(name), settings.cascade
+            compatibility.choose_proposal(
+                settings.rule, settings.proposal, shapes.parse(name), settings.cascade
             )
     file = settings.benchmark.prompts
     texts = prompts.read(file) if file else list(prompts.STORIES)

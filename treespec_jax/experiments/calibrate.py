@@ -71,7 +71,7 @@ def run(settings: Experiment, prompts_file: str, output: str) -> None:
 
 def table(records, after, before: float, tau: float) -> str:
     """Reliability under both, and ranks, as Markdown."""
-    rows = [("estimated chance",)]
+    rows = [("estimated probability",)]
     columns = [calibration.reliability(x) for x in (records, after)]
     for value in (before, tau):
         rows[0] += (f"nodes, tau={value:.3g}", "estimated", "realised")

@@ -31,11 +31,11 @@ _FLAGS: dict[str, tuple[Callable, Any, str, str | None]] = {
         "exact, token, block, traversal, terminal or (LOSSY) typical",
         "rule",
     ),
-    "draws": (
+    "proposal": (
         flags.DEFINE_string,
         None,
         "shared, sampled, with_replacement, best, best_kept; else as the rule has it",
-        "draws",
+        "proposal",
     ),
     "cascade": (
         flags.DEFINE_string,

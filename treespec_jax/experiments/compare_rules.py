@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 from treespec_jax.engine.stats import total
 from treespec_jax.errors import UserError
 from treespec_jax.experiments import models, output, plot, prompts, runtime
@@ -54,7 +54,7 @@ def combinations(
     for shape in comparison.shapes:
         for rule in comparison.rules:
             try:
-                facts.choose_draws(rule, "", shapes.parse(shape))
+                compatibility.choose_proposal(rule, "", shapes.parse(shape))
             except UserError as error:
                 refused.append({"rule": rule, "shape": shape, "reason": str(error)})
             else:
@@ -72,7 +72,7 @@ def measure(
     pair = models.load_pair(settings)
     llms = {}
     for rule, shape in [PLAIN, *possible]:
-        own = dataclasses.replace(settings, rule=rule, draws="", tree=shape)
+        own = dataclasses.replace(settings, rule=rule, proposal="", tree=shape)
         llms[rule, shape] = models.make_llm(own, pair, shape, comparison.record)
     plain = llms[PLAIN]
     ids = models.encode(plain, texts, settings.sampling)
@@ -99,7 +99,7 @@ def measure(
     values = settings.as_dict()
     values["dtype"] = plain.dtype
     values["engine"] = dataclasses.asdict(plain.engine.config)
-    for name in ("tree", "rule", "draws", "benchmark"):
+    for name in ("tree", "rule", "proposal", "benchmark"):
         del values[name]
     return {
         "settings": values,
@@ -128,8 +128,8 @@ def _summary(
         "rule": rule,
         "shape": shape,
         "temperature": temperature,
-        "lossless": facts.FACTS[rule].lossless,
-        "draws": facts.FACTS[rule].draws[0] if name != PLAIN else None,
+        "lossless": compatibility.RULES[rule].lossless,
+        "proposal": compatibility.RULES[rule].proposal[0] if name != PLAIN else None,
         "tokens": whole.tokens,
         "steps": whole.steps,
         "tokens_per_step": spread([stats.tokens_per_step for stats in mine]),
@@ -150,14 +150,14 @@ def table(results: dict[str, Any]) -> str:
     by_name: dict[Combination, dict[float, dict[str, Any]]] = {}
     for one in figures:
         by_name.setdefault((one["rule"], one["shape"]), {})[one["temperature"]] = one
-    speeds, accepted = [["shape", "rule", "law"]], [["shape", "rule"]]
+    speeds, accepted = [["shape", "rule", "distribution"]], [["shape", "rule"]]
     for temperature in temperatures:
         speeds[0] += [f"tokens/step T={temperature:g}", "tok/s", "× plain"]
         accepted[0] += [f"by depth T={temperature:g}", "by rank"]
     for (rule, shape), own in by_name.items():
         plain = (rule, shape) == PLAIN
         name = [shape, "-" if plain else rule]
-        speeds.append([*name, facts.FACTS[rule].label])
+        speeds.append([*name, compatibility.RULES[rule].label])
         accepted.append(name)
         for temperature in temperatures:
             one = own[temperature]

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from treespec_jax.acceptance import select
 from treespec_jax.cache import pages as paging
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
@@ -25,6 +24,7 @@ from treespec_jax.engine import step as stepping
 from treespec_jax.engine.engine import Engine, Request
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.sampling import select
 from treespec_jax.trees.shapes import StaticShape, TreeShape
 from treespec_jax.trees.token_tree import static_tree
 from treespec_jax.trees.topology import Topology, chain

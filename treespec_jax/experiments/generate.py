@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 from treespec_jax.engine.stats import total
 from treespec_jax.experiments import dialogue, models, runtime, table
 from treespec_jax.experiments.prompts import Prompt
@@ -231,14 +231,18 @@ def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
 
 
 def _comparison_lines(comparison: dict[str, Any], settings: Experiment) -> str:
-    label = facts.label(settings.rule, settings.cascade)
+    label = compatibility.label(settings.rule, settings.cascade)
     if comparison["identical"]:
         verdict = "identical to plain decoding"
     elif settings.cascade or (
         settings.rule != "exact" and settings.sampling.temperature > 0
     ):
-        law = "of the same law" if label == "lossless" else "of another law (LOSSY)"
-        verdict = f"others than those of plain decoding, and {law}"
+        distribution = (
+            "of the same distribution"
+            if label == "lossless"
+            else "of another distribution (LOSSY)"
+        )
+        verdict = f"others than those of plain decoding, and {distribution}"
     else:
         d = comparison["first_difference"]
         verdict = (

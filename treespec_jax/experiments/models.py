@@ -114,7 +114,7 @@ def make_llm(settings: Experiment, pair: Pair, tree: str, record: bool = False):
             "tree": tree,
             "tau": settings.tau,
             "rule": settings.rule,
-            "draws": settings.draws,
+            "proposal": settings.proposal,
             "cascade": settings.cascade,
             "alpha": settings.alpha,
         }

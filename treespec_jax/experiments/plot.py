@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 
 
 def save(results: dict[str, Any], path: Path) -> None:
@@ -18,7 +18,7 @@ def save(results: dict[str, Any], path: Path) -> None:
     _speeds(left, results["shapes"])
     settings = results["settings"]
     kept = settings["engine"].get("cache_dtype", "")
-    label = facts.label(settings["rule"], settings["cascade"], kept)
+    label = compatibility.label(settings["rule"], settings["cascade"], kept)
     cascade = f", cascade {settings['cascade']}" if settings["cascade"] else ""
     left.set_title(f"rule {settings['rule']}{cascade} ({label})", fontsize="medium")
     _curve(right, results["cost_curve"])
@@ -85,7 +85,7 @@ def save_rules(results: dict[str, Any], path: Path) -> None:
                 low = [found[s]["median"] - found[s]["min"] for s in own]
                 high = [found[s]["max"] - found[s]["median"] for s in own]
                 at = [shapes.index(s) + width * (number - len(rules) / 2) for s in own]
-                lossy = "" if facts.FACTS[rule].lossless else " (lossy)"
+                lossy = "" if compatibility.RULES[rule].lossless else " (lossy)"
                 label_of = rule + lossy
                 axes.bar(at, middle, width, yerr=[low, high], label=label_of)
             plain = next(

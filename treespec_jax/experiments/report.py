@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 from treespec_jax.experiments.table import markdown, percents
 
 
@@ -16,7 +16,7 @@ def table(results: dict[str, Any]) -> str:
     sampling = s["sampling"]
     kind = "greedy" if not sampling["temperature"] else f"T={sampling['temperature']:g}"
     kept = s["engine"].get("cache_dtype", "")
-    label = facts.label(s["rule"], s["cascade"], kept)
+    label = compatibility.label(s["rule"], s["cascade"], kept)
     cache = f", {kept} cache" if kept else ""
     lines = [
         f"rule {s['rule']} ({label}), {s['dtype']}{cache}, "
@@ -43,10 +43,10 @@ def table(results: dict[str, Any]) -> str:
     )
     unlike = {n: f["texts_unlike_plain"] for n, f in results["shapes"].items()}
     if s["cascade"] or (s["rule"] != "exact" and sampling["temperature"]):
-        lossless = facts.label(s["rule"], s["cascade"]) == "lossless"
-        law = "of the law of plain decoding" if lossless else "LOSSY"
+        lossless = compatibility.label(s["rule"], s["cascade"]) == "lossless"
+        distribution = "of the distribution of plain decoding" if lossless else "LOSSY"
         by = f", cascade {s['cascade']} {s['alpha']:g}" if s["cascade"] else ""
-        lines.append(f"Rule {s['rule']}{by}: texts are others, {law}.")
+        lines.append(f"Rule {s['rule']}{by}: texts are others, {distribution}.")
     elif any(unlike.values()):
         named = ", ".join(f"{n}: {count}" for n, count in unlike.items() if count)
         lines.append(f"TEXTS THAT DIFFER FROM PLAIN DECODING: {named}")
@@ -63,7 +63,7 @@ def reliability_lines(by_name: dict[str, dict[str, Any] | None]) -> list[str]:
         return []
     first = next(iter(known.values()))["bins"]
     head = [f"{100 * row['low']:.0f}–{100 * row['high']:.0f} %" for row in first]
-    rows = [("estimated chance", *head, "mean gap")]
+    rows = [("estimated probability", *head, "mean gap")]
     for name, own in known.items():
         realised = (
             f"{100 * row['realised']:.0f}" if row["nodes"] else "-"

@@ -13,15 +13,16 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from treespec_jax.acceptance import facts, rules, streams
-from treespec_jax.acceptance.noise import Noise
-from treespec_jax.acceptance.policy import Sampling
+from treespec_jax.acceptance import compatibility, rules
 from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.experiments import costs, table
 from treespec_jax.experiments.benchmark import spread
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.sampling import streams
+from treespec_jax.sampling.noise import Noise
+from treespec_jax.sampling.policy import Sampling
 from treespec_jax.trees import shapes
 from treespec_jax.trees.shapes import StaticShape
 
@@ -83,7 +84,7 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
         seed=jnp.ones(1, jnp.uint32),
     )
     rng = np.random.default_rng(0)
-    # Zipf's law, as texts have it; the likeliest token has a chance of 0.4.
+    # Zipf's distribution, as texts have it; the likeliest token has a probability of 0.4.
     falling_V = -1.5 * np.log1p(np.arange(vocab, dtype=np.float32))
     target = np.stack([rng.permutation(falling_V) for _ in range(64)], axis=1)
     logits_VR = jnp.asarray(target)
@@ -112,7 +113,7 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
     for case in CASES:
         name = f"{case.rule} {case.tree}"
         figures[name] = {
-            "lossless": facts.FACTS[case.rule].lossless,
+            "lossless": compatibility.RULES[case.rule].lossless,
             "draw_seconds": statistics.median(seconds[f"{name} draw"]),
         }
         for kind in "usual", "most":
@@ -140,7 +141,7 @@ def _programs(case: Case):
     """Jitted functions that judge a tree STEPS times, and that draw one."""
     shape = shapes.parse(case.tree)
     assert isinstance(shape, StaticShape) and shape.num_nodes == 64
-    draws = facts.choose_draws(case.rule, "", shape)
+    proposal = compatibility.choose_proposal(case.rule, "", shape)
     spec = SpeculativeConfig(rule=case.rule, tree=case.tree)
     rule, vocab, depth = rules.make(spec), _TARGET.vocab_size, shape.depth
     at_B = jnp.full(1, _PREFIX, jnp.int32)
@@ -149,7 +150,7 @@ def _programs(case: Case):
     def grow(draft_VR, sampling):
         uniforms = streams.of_proposal(sampling.seed, at_B, 64)
         noise = None
-        if draws == "shared":
+        if proposal == "shared":
             noise = Noise(sampling.seed, at_B + 1, vocab).kept(depth, False).rows
         context = DraftContext(
             active=jnp.ones(1, bool),
@@ -167,7 +168,7 @@ def _programs(case: Case):
             first, used = used, used + tokens_BW.shape[1]
             return draft_VR[:, first:used], scratch
 
-        tree = growth.grow(shape, context, draft_VR[:, :1], expand, 0.7, draws)
+        tree = growth.grow(shape, context, draft_VR[:, :1], expand, 0.7, proposal)
         return tree, noise
 
     @jax.jit
@@ -210,7 +211,7 @@ def report(results: dict[str, Any]) -> str:
     rows = [(*head, "most accepted", "of verification", "drawing, ms")]
     for name, own in results["rules"].items():
         rule, tree = name.split()
-        row = [rule, facts.FACTS[rule].label, f"`{tree}`"]
+        row = [rule, compatibility.RULES[rule].label, f"`{tree}`"]
         for kind in "usual", "most":
             row.append(f"{own[kind]['accepted']:.1f}")
             if kind == "usual":

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 from treespec_jax.config import (
     EngineConfig,
     SamplingParams,
@@ -81,7 +81,7 @@ class RuleComparison:
     """What scripts/compare_rules.py compares.
 
     Attributes:
-      rules: names of `acceptance.facts.RULES`.
+      rules: names of `acceptance.compatibility.RULES`.
       shapes: tree shapes other than `none`, which is always measured.
       temperatures: of the requests.
       repeat: rounds; each runs every rule, shape and temperature on every prompt, by
@@ -90,7 +90,7 @@ class RuleComparison:
       record: also tabulate how often the drafter's estimates come true.
     """
 
-    rules: tuple[str, ...] = facts.RULES
+    rules: tuple[str, ...] = compatibility.RULES
     shapes: tuple[str, ...] = ("chain:3", "regular:3x2x1", "dynamic:7@4")
     temperatures: tuple[float, ...] = (0.0, 0.5, 1.0)
     repeat: int = 2
@@ -100,9 +100,9 @@ class RuleComparison:
     def __post_init__(self):
         check_bool("record", self.record)
         for name in self.rules:
-            if name not in facts.FACTS:
+            if name not in compatibility.RULES:
                 raise UserError(
-                    f"rule {name!r} is unknown; choose from {', '.join(facts.RULES)}"
+                    f"rule {name!r} is unknown; choose from {', '.join(compatibility.RULES)}"
                 )
         for name in self.shapes:
             if shapes.parse(name).depth == 0:
@@ -140,7 +140,7 @@ class Experiment:
       tau: temperature of the drafter's estimate that a child is right; None: the one
         fitted for the drafter, else `config.DEFAULT_TAU`.
       rule: which drafted tokens are kept, see `config.SpeculativeConfig`.
-      draws: how the drafter draws a tree, see `acceptance.facts`.
+      proposal: how the drafter draws a tree, see `acceptance.compatibility`.
       cascade: a lossy policy between drafter and target, see `acceptance.cascade`.
       alpha: of the cascade.
       dtype: of weights, activations and cache; empty: see `LLM`.
@@ -156,7 +156,7 @@ class Experiment:
     tree: str = "chain:5"
     tau: float | None = None
     rule: str = "exact"
-    draws: str = ""
+    proposal: str = ""
     cascade: str = ""
     alpha: float = 0.1
     dtype: str = ""
@@ -172,7 +172,7 @@ class Experiment:
             "tokenizer",
             "tree",
             "rule",
-            "draws",
+            "proposal",
             "cascade",
             "dtype",
             "mesh",
@@ -186,7 +186,7 @@ class Experiment:
         check_optional("tau", self.tau)
         check_float("alpha", self.alpha, 0, 1)
         if depth or self.cascade:
-            facts.choose_draws(self.rule, self.draws, shape, self.cascade)
+            compatibility.choose_proposal(self.rule, self.proposal, shape, self.cascade)
         if self.dtype and self.dtype not in DTYPES:
             raise UserError(
                 f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"

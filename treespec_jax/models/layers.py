@@ -135,7 +135,7 @@ class Attention(nnx.Module):
         tree_kv = kv_BK2TH
         if scratch is not None:
             tree_kv = jnp.concatenate([scratch, kv_BK2TH], axis=3)
-        place = view.pages.place if view is not None else Placement()
+        place = view.pages.placement if view is not None else Placement()
         out_BTNH = tree_attention(
             q_BTNH,
             pages,

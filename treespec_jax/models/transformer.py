@@ -7,6 +7,8 @@ second attention path for any of them.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +19,21 @@ from treespec_jax.models.layers import Block, RMSNorm, param
 from treespec_jax.models.linear import linear
 from treespec_jax.models.rotary import rotary_angles
 from treespec_jax.models.views import CacheView
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One pass over R = B·T rows, B major.
+
+    Attributes:
+      hidden: [D, R], of the last layer, before the final norm.
+      features: outputs [D, R] of the layers that were asked for.
+      kv: per layer the new rows' keys and values [B, K, 2, T, H].
+    """
+
+    hidden: jax.Array
+    features: tuple[jax.Array, ...]
+    kv: tuple[jax.Array, ...]
 
 
 class Transformer(nnx.Module):
@@ -54,7 +71,8 @@ class Transformer(nnx.Module):
         tree_mask_BTU: jax.Array,
         cache: CacheView | None = None,
         scratch: tuple[jax.Array, ...] | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        feature_layers: tuple[int, ...] = (),
+    ) -> Forward:
         """Runs T new rows per slot on top of the cached prefix.
 
         Never writes the cache (I1); `positions` are prefix length plus depth (I2); the
@@ -67,10 +85,7 @@ class Transformer(nnx.Module):
           tree_mask_BTU: bool, which of the tree rows each new row sees.
           cache: the prefix; None is an empty one.
           scratch: per layer [B, K, 2, E, H], tree rows of earlier calls.
-
-        Returns:
-          hidden [D, R] before the final norm, R = B·T with B major, and per layer the
-          new rows' keys and values [B, K, 2, T, H].
+          feature_layers: numbers of layers whose outputs are returned too.
         """
         cfg = self.config
         tokens_R = tokens_BT.reshape(-1)
@@ -88,7 +103,7 @@ class Transformer(nnx.Module):
                 local_cos_sin = rotary_angles(
                     cfg.local_rotary, cfg.head_dim, positions_R
                 )
-        new = []
+        new, outputs = [], {}
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
                 x_DR, kv = layer(
@@ -101,7 +116,9 @@ class Transformer(nnx.Module):
                     scratch[i] if scratch is not None else None,
                 )
             new.append(kv)
-        return x_DR, tuple(new)
+            if i in feature_layers:
+                outputs[i] = x_DR
+        return Forward(x_DR, tuple(outputs[i] for i in feature_layers), tuple(new))
 
     def logit_columns(self, hidden_DR: jax.Array) -> jax.Array:
         """float32 logits [V, R] of hidden rows [D, R], a column per token.

@@ -18,11 +18,13 @@ class Pages(Sequence):
     Attributes:
       layers: per layer [P, K, 2, page, W >= H], or a pair of such pages in int8 and
         their float32 scales [P, K, 2, X >= page].
-      place: where they lie.
+      placement: where they lie.
     """
 
     layers: tuple[jax.Array | tuple[jax.Array, jax.Array], ...]
-    place: Placement = dataclasses.field(default=Placement(), metadata={"static": True})
+    placement: Placement = dataclasses.field(
+        default=Placement(), metadata={"static": True}
+    )
 
     def __getitem__(self, layer):
         return self.layers[layer]

@@ -6,6 +6,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from treespec_jax.errors import UserError
 from treespec_jax.trees.topology import Topology, chain, regular
 
@@ -31,8 +33,10 @@ class StaticShape:
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicShape:
-    """The `nodes` paths of best estimated chance, at most `depth` deep.
+class BestFirstShape:
+    """The `nodes` paths of best estimated probability, at most `depth` deep.
+
+    Chosen anew at every step, after the drafter proposed them.
 
     Attributes:
       nodes: drafted nodes, the root not counted.
@@ -57,9 +61,46 @@ class DynamicShape:
         return self.nodes if self.depth == 1 else min(self.nodes, max(8, self.children))
 
 
-TreeShape = StaticShape | DynamicShape
+@dataclasses.dataclass(frozen=True)
+class AllottedShape:
+    """Levels of fixed sizes, whose nodes are shared out before they are proposed.
 
-_GRAMMAR = "none, chain:LENGTH, regular:AxBxC or dynamic:NODES@DEPTH"
+    Parents get children by the probability of their paths (`drafting.growth`), anew at
+    every step.
+
+    Attributes:
+      nodes: drafted nodes, the root not counted.
+      depth: levels below the root, one pass of the drafter each.
+    """
+
+    nodes: int
+    depth: int
+
+    @property
+    def num_nodes(self) -> int:
+        """T, the root included."""
+        return self.nodes + 1
+
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Nodes at depth 0, …, C: falling in even steps, at least one each."""
+        weights = np.arange(self.depth, 0, -1)
+        spare = self.nodes - self.depth
+        ends = np.round(np.cumsum(weights) / weights.sum() * spare).astype(int)
+        return (1, *(int(n) + 1 for n in np.diff(ends, prepend=0)))
+
+
+TreeShape = StaticShape | BestFirstShape | AllottedShape
+ROOT_ONLY = StaticShape(Topology((-1,)))
+
+_GRAMMAR = (
+    "none, chain:LENGTH, regular:AxBxC, dynamic:NODES@DEPTH or allotted:NODES@DEPTH"
+)
+
+
+def is_chain(shape: TreeShape) -> bool:
+    """Whether no node ever has a sibling."""
+    return isinstance(shape, StaticShape) and shape.depth == shape.num_nodes - 1
 
 
 def parse(text: str) -> TreeShape:
@@ -67,8 +108,10 @@ def parse(text: str) -> TreeShape:
 
     `none` is plain decoding; `chain:5` five nodes in a row; `regular:4x2x1` four
     children of the root, two of each of those, one of each of those (20 nodes);
-    `dynamic:15@5` the 15 best paths down to depth 5, chosen anew at every step.
-    Node counts leave out the root: T is one more.
+    `dynamic:15@5` the 15 best paths down to depth 5, chosen anew at every step;
+    `allotted:15@5` as many nodes in levels of fixed sizes, shared out among their
+    parents before they are proposed, as rules that sample need it. Node counts leave
+    out the root: T is one more.
 
     Raises:
       UserError: not of that grammar, or more than MAX_NODES nodes.
@@ -76,7 +119,7 @@ def parse(text: str) -> TreeShape:
     text = str(text).strip()
     kind, _, rest = text.partition(":")
     if text == "none":
-        return StaticShape(Topology((-1,)))
+        return ROOT_ONLY
     if kind == "chain" and re.fullmatch(r"[1-9]\d*", rest):
         length = _number(rest)
         _check_size(text, length)
@@ -90,7 +133,7 @@ def parse(text: str) -> TreeShape:
             _check_size(text, nodes)
         return StaticShape(regular(branching))
     match = re.fullmatch(r"([1-9]\d*)@([1-9]\d*)", rest)
-    if kind == "dynamic" and match:
+    if kind in ("dynamic", "allotted") and match:
         nodes, depth = _number(match[1]), _number(match[2])
         _check_size(text, nodes)
         if depth > nodes:
@@ -98,10 +141,12 @@ def parse(text: str) -> TreeShape:
                 f"tree {_quoted(text)}: {nodes} nodes cannot be {depth} deep; "
                 f"lower the depth to {nodes} at most"
             )
+        if kind == "allotted":
+            return AllottedShape(nodes, depth)
         # A quarter of the nodes per level and few children of each lose next to
         # nothing against a full search, and keep the drafter's passes thin.
         width = min(8, math.ceil(nodes / 4))
-        return DynamicShape(nodes, depth, width, max(4, math.ceil(nodes / width)))
+        return BestFirstShape(nodes, depth, width, max(4, math.ceil(nodes / width)))
     raise UserError(
         f"tree {_quoted(text)} is malformed; write {_GRAMMAR}, all of them >= 1"
     )

@@ -13,38 +13,34 @@ from treespec_jax.trees.topology import Topology
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("mass", "total", "left"),
-    meta_fields=("nodes", "levels", "most", "replacement"),
+    data_fields=("log_q", "remaining"),
+    meta_fields=("nodes", "level_sizes", "max_children", "replacement"),
 )
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """The distributions that the nodes of a tree were drawn from.
+    """The distributions that the nodes of a tree were proposed from.
 
-    q(x | n) = mass[x, b, e] / total[b, e] for the expanded node n = nodes[e]; its child
-    t was drawn from q without the siblings before it, whose complement has the share
-    left[b, t].
+    log_q[x, b, e] is log q(x | n) of the expanded node n = nodes[e]. Its child t was
+    sampled from q without the siblings before it, which leaves the share
+    remaining[b, t] of q.
 
     Attributes:
-      mass: float32 [Vd, B, E], q up to a factor, after all processing. Vd may be less
-        than the target's V; q is 0 beyond. Of greedy slots it is q at temperature 1
-        with nothing cut, and if all slots are greedy the logarithm of that instead, up
-        to a constant (total is 1): only a cascade looks at it then.
-      total: float32 [B, E], its sums.
-      left: float32 [B, T], 1 for the root, for first children and with replacement.
+      log_q: float32 [Vd, B, E], normalised, after all processing; -inf where q is 0.
+        Vd may be less than the target's V; q is 0 beyond. Of greedy slots it is q at
+        temperature 1 with nothing cut, which only a cascade reads.
+      remaining: float32 [B, T], 1 for the root, for first children and with
+        replacement. Of a tree of likeliest tokens ("best_kept") it is 1.
       nodes: static, E ascending numbers of the nodes that may have children.
-      levels: static, nodes at depth 0, 1, …, C; they are numbered level by level.
-      most: static, the most children that a node of depth 0, …, C - 1 may have.
-      replacement: static, whether siblings were drawn independently.
-
-    Of a tree of likeliest tokens (draws "best_kept") `left` is 1 and means nothing.
+      level_sizes: static, nodes at depth 0, 1, …, C; they are numbered level by level.
+      max_children: static, bound of the children of a node at depth 0, …, C - 1.
+      replacement: static, whether siblings were sampled independently.
     """
 
-    mass: jax.Array
-    total: jax.Array
-    left: jax.Array
+    log_q: jax.Array
+    remaining: jax.Array
     nodes: tuple[int, ...]
-    levels: tuple[int, ...]
-    most: tuple[int, ...]
+    level_sizes: tuple[int, ...]
+    max_children: tuple[int, ...]
     replacement: bool = False
 
 
@@ -53,8 +49,8 @@ class Proposal:
 class TokenTree:
     """A tree of guesses per slot.
 
-    Siblings carry different tokens, unless they were drawn with replacement; of a
-    sampled tree they are numbered in the order in which they were drawn.
+    Siblings carry different tokens, unless they were sampled with replacement; of a
+    sampled tree they are numbered in the order in which they were sampled.
 
     Attributes:
       tokens: int32 [B, T]; node 0 is the root, the newest emitted token.
@@ -62,10 +58,11 @@ class TokenTree:
       depth: int32 [B, T], edges from the root.
       ancestors: bool [B, T, T], self included.
       valid: bool [B, T]; an invalid node is never accepted.
-      draft_logprob: float32 [B, T], the drafter's estimate of the log chance that a
-        node is right, given that its parent is; 0 for the root. Of a sampled tree it is
-        log q.
-      proposal: how a tree was drawn that keeps q (`facts.KEPT`); None for any other.
+      draft_logprob: float32 [B, T], the drafter's estimate of the log probability that
+        a node is right, given that its parent is; 0 for the root. Of a sampled tree it
+        is log q.
+      proposal: how a tree was drawn that keeps q (`compatibility.KEPT`); None for any
+        other.
     """
 
     tokens: jax.Array

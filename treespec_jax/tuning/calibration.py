@@ -1,8 +1,8 @@
 """How often the drafter's estimates come true, and the tau that makes them.
 
-A child's chance of being right is estimated by softmax(v / tau) over its siblings'
-scores v = log q + g. Recorded chances of siblings give v up to a constant, so that a
-record taken under one tau can be read under any other.
+A child's probability of being right is estimated by softmax(v / tau) over its siblings'
+scores v = log q + g. Recorded probabilities of siblings give v up to a constant, so
+that a record taken under one tau can be read under any other.
 """
 
 from __future__ import annotations
@@ -12,41 +12,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from treespec_jax.trees.records import TreeRecord
+
 BINS = 10
 # Least and largest tau that a fit can give.
 _RANGE = (0.02, 50.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeRecord:
-    """One tree of one text, and what became of it.
-
-    Attributes:
-      parents: int [T].
-      log_chance: float [T], estimated log chance that a node is right given that its
-        parent is; -inf for a place that holds no node.
-      path: int [C + 1], accepted nodes from the root (0) down, padded with 0.
-    """
-
-    parents: np.ndarray
-    log_chance: np.ndarray
-    path: np.ndarray
-
-    @property
-    def accepted(self) -> list[int]:
-        """Numbers of the accepted nodes."""
-        return [int(node) for node in self.path[1:] if node > 0]
-
-    def families(self) -> Iterable[tuple[np.ndarray, int | None]]:
-        """Children of the root and of every accepted node, and the one accepted."""
-        accepted = self.accepted
-        for at, parent in enumerate([0, *accepted]):
-            children = np.flatnonzero(
-                (self.parents == parent) & (self.log_chance > -np.inf)
-            )
-            children = children[children > 0]
-            if len(children):
-                yield children, accepted[at] if at < len(accepted) else None
 
 
 def accepted_by_rank(records: Iterable[TreeRecord]) -> list[int]:
@@ -67,24 +37,24 @@ def retempered(
     """Records as another tau would have estimated them.
 
     Siblings that a tree did not hold keep their share of the estimate, so that this is
-    exact only where a family holds all that its chances were normalised over.
+    exact only where a family holds all that its probabilities were normalised over.
     """
     out = []
     for record in records:
-        chance = record.log_chance.astype(float).copy()
+        probability = record.log_prob.astype(float).copy()
         for parent in np.unique(record.parents):
-            own = np.flatnonzero((record.parents == parent) & (chance > -np.inf))
+            own = np.flatnonzero((record.parents == parent) & (probability > -np.inf))
             own = own[own > 0]
             if len(own):
-                held = np.log(np.exp(chance[own]).sum())
-                v = chance[own] * tau / wanted
-                chance[own] = v - np.logaddexp.reduce(v) + held
-        out.append(dataclasses.replace(record, log_chance=chance))
+                held = np.log(np.exp(probability[own]).sum())
+                v = probability[own] * tau / wanted
+                probability[own] = v - np.logaddexp.reduce(v) + held
+        out.append(dataclasses.replace(record, log_prob=probability))
     return out
 
 
 def reliability(records: Iterable[TreeRecord]) -> list[dict[str, float]]:
-    """Nodes binned by their estimated chance, of families whose parent was reached.
+    """Nodes by their estimated probability, of families whose parent was reached.
 
     Returns:
       BINS rows: low and high end of the bin, nodes, mean estimate and share that was
@@ -93,7 +63,7 @@ def reliability(records: Iterable[TreeRecord]) -> list[dict[str, float]]:
     estimates, outcomes = [], []
     for record in records:
         for children, right in record.families():
-            estimates.append(np.exp(record.log_chance[children]))
+            estimates.append(np.exp(record.log_prob[children]))
             outcomes.append(children == right)
     estimate = np.concatenate([*estimates, np.zeros(0)])
     outcome = np.concatenate([*outcomes, np.zeros(0)])
@@ -143,7 +113,7 @@ def fit_tau(records: Iterable[TreeRecord], tau: float) -> tuple[float, int]:
     for record in records:
         for children, right in record.families():
             if right is not None and len(children) > 1:
-                v = tau * record.log_chance[children].astype(float)
+                v = tau * record.log_prob[children].astype(float)
                 scores.append(v - v.max())
                 rights.append(int(np.flatnonzero(children == right)[0]))
     if not scores:

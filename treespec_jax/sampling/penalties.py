@@ -19,12 +19,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from treespec_jax.config import SamplingParams
-
-# Stands for no token: past every vocabulary, so that scatters drop it.
-_NOBODY = np.int32(2**31 - 1)
 
 
 @jax.tree_util.register_dataclass
@@ -133,55 +127,3 @@ class Penalties:
         logits = jnp.where(prompt | (emitted > 0), scaled, logits)
         logits -= frequency * emitted + jnp.where(emitted > 0, presence, 0.0)
         return (logits + bias).reshape(logits_VR.shape)
-
-
-class Requests:
-    """Host side: the settings of the requests in B slots, and their texts.
-
-    Args:
-      batch: B.
-      max_len: tokens of a text, prompt and output together.
-    """
-
-    def __init__(self, batch: int, max_len: int):
-        bias = batch, SamplingParams.MAX_LOGIT_BIAS
-        self._settings = {
-            "repetition": np.ones(batch, np.float32),
-            "presence": np.zeros(batch, np.float32),
-            "frequency": np.zeros(batch, np.float32),
-            "bias_tokens": np.full(bias, _NOBODY),
-            "bias": np.zeros(bias, np.float32),
-        }
-        self._wanted = np.zeros(batch, bool)
-        self._max_len = max_len
-
-    def insert(self, slot: int, params: SamplingParams) -> None:
-        """A request takes a slot."""
-        values = self._settings
-        values["repetition"][slot] = params.repetition_penalty
-        values["presence"][slot] = params.presence_penalty
-        values["frequency"][slot] = params.frequency_penalty
-        values["bias_tokens"][slot] = _NOBODY
-        for at, (token, bias) in enumerate(params.logit_bias):
-            values["bias_tokens"][slot, at] = token
-            values["bias"][slot, at] = bias
-        self._wanted[slot] = params.penalised
-
-    def so_far(self, texts: dict[int, tuple[list[int], list[int]]]) -> TextSoFar | None:
-        """What the device has to know; None if no running request asked for any.
-
-        Args:
-          texts: prompt and output by running slot.
-        """
-        if not any(self._wanted[slot] for slot in texts):
-            return None
-        batch = len(self._wanted)
-        tokens = np.full((batch, self._max_len), _NOBODY)
-        prompt_length = np.zeros(batch, np.int32)
-        for slot, (prompt, output) in texts.items():
-            prompt_length[slot] = len(prompt)
-            tokens[slot, : len(prompt)] = prompt
-            tokens[slot, len(prompt) : len(prompt) + len(output)] = output
-        # Copies: the settings change while a dispatch may still read them.
-        settings = {name: x.copy() for name, x in self._settings.items()}
-        return TextSoFar(**settings, tokens=tokens, prompt_length=prompt_length)

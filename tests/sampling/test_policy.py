@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treespec_jax.acceptance import noise, policy
-from treespec_jax.acceptance.policy import SHORT_LIST, Sampling
 from treespec_jax.config import SamplingParams
+from treespec_jax.sampling import noise, policy
+from treespec_jax.sampling.policy import SHORT_LIST, Sampling
 
 truncate = jax.jit(policy.truncate)
 choose = jax.jit(policy.choose)
@@ -179,17 +179,17 @@ def test_a_step_has_the_noise_of_the_next_positions():
     """Position p + d after depth d, kept or not; nothing is drawn if all is quiet."""
     own = noise.Noise(jnp.array([3, 4], jnp.uint32), jnp.array([5, 0]), 11)
     want = noise_of(own.seed, jnp.array([[5, 6, 7], [0, 1, 2]]), 11)
-    kept = own.kept(2, quiet=jnp.bool_(False))
+    kept = own.with_rows(2, quiet=jnp.bool_(False))
     assert kept.rows.shape == (2, 11, 2)
     for depth in range(3):
         for one in own, kept:
             got = jax.jit(noise.Noise.after)(one, depth)
             np.testing.assert_array_equal(got, want[:, :, depth])
-    assert not np.asarray(own.kept(2, quiet=jnp.bool_(True)).rows).any()
+    assert not np.asarray(own.with_rows(2, quiet=jnp.bool_(True)).rows).any()
 
 
 P = np.array([0.35, 0.25, 0.15, 0.1, 0.06, 0.05, 0.03, 0.01])
-DRAWS = 4000
+PROPOSALS = 4000
 # Quantile 0.999 of chi-square with 7 degrees of freedom.
 CRITICAL = 24.32
 
@@ -197,14 +197,14 @@ CRITICAL = 24.32
 def chi_square(noise) -> float:
     """Of argmax(log p + g) over the draws against P."""
     token = np.argmax(np.log(P)[:, None] + noise, axis=0)
-    seen, expected = np.bincount(token, minlength=len(P)), DRAWS * P
+    seen, expected = np.bincount(token, minlength=len(P)), PROPOSALS * P
     return float(((seen - expected) ** 2 / expected).sum())
 
 
 @pytest.fixture(scope="module")
 def one_seed():
-    """Noise [V, 2 DRAWS] of one seed over neighbouring positions."""
-    positions = jnp.arange(2 * DRAWS)[None]
+    """Noise [V, 2 PROPOSALS] of one seed over neighbouring positions."""
+    positions = jnp.arange(2 * PROPOSALS)[None]
     return np.asarray(noise_of(jnp.array([5], jnp.uint32), positions, len(P)))[:, 0]
 
 
@@ -212,9 +212,9 @@ def test_choices_follow_the_distribution_over_positions(one_seed):
     """Chi-square over 4000 positions of one seed, at level 0.001.
 
     Power: noise 15 % too wide, and noise shared by two neighbouring tokens (each
-    shifts the law by about 0.03 in total variation), must both be refused.
+    shifts the distribution by about 0.03 in total variation), must both be refused.
     """
-    g = one_seed[:, :DRAWS]
+    g = one_seed[:, :PROPOSALS]
     assert chi_square(g) < CRITICAL
     assert chi_square(1.15 * g) > CRITICAL
     shared = g.copy()
@@ -223,8 +223,8 @@ def test_choices_follow_the_distribution_over_positions(one_seed):
 
 
 def test_choices_follow_the_distribution_over_seeds():
-    seeds = jnp.arange(DRAWS, dtype=jnp.uint32)
-    g = np.asarray(noise_of(seeds, jnp.full((DRAWS, 1), 17), len(P)))[:, :, 0]
+    seeds = jnp.arange(PROPOSALS, dtype=jnp.uint32)
+    g = np.asarray(noise_of(seeds, jnp.full((PROPOSALS, 1), 17), len(P)))[:, :, 0]
     assert chi_square(g) < CRITICAL
 
 
@@ -232,7 +232,7 @@ def test_neighbouring_positions_are_independent(one_seed):
     """Chi-square of pairs of tokens, 63 degrees of freedom, level 0.001 (103.4)."""
     token = np.argmax(one_seed, axis=0)
     pairs = np.bincount(8 * token[::2] + token[1::2], minlength=64)
-    expected = DRAWS / 64
+    expected = PROPOSALS / 64
     assert ((pairs - expected) ** 2 / expected).sum() < 103.4
 
 

@@ -31,8 +31,8 @@ class Noise:
       seed: uint32 [B].
       first: int32 [B], absolute position of the token after depth 0.
       vocab: V, static.
-      rows: float32 [n, V, B], of depths 0..n-1, where they are kept; None: they are
-        made when they are asked for.
+      rows: float32 [n, V, B], of depths 0..n-1; None: each row is made when it is
+        asked for.
     """
 
     seed: jax.Array
@@ -55,7 +55,7 @@ class Noise:
             make,
         )
 
-    def kept(self, count: int, quiet: jax.Array) -> Noise:
+    def with_rows(self, count: int, quiet: jax.Array) -> Noise:
         """With rows of the first `count` depths, of zeros if `quiet`: for a drafter."""
         positions_NB = self.first + jnp.arange(count, dtype=jnp.int32)[:, None]
 

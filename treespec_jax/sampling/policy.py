@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treespec_jax.acceptance import select
-from treespec_jax.acceptance.facts import MIN_TEMPERATURE
+from treespec_jax.sampling import select
 
+# Temperatures below this are greedy: logits / temperature would overflow.
+MIN_TEMPERATURE = 1e-5
 # Sorted candidates looked at before the whole vocabulary is sorted. Distributions that
 # need more (a flat one with top-p, or a larger top-k) take the slow path, same result.
 SHORT_LIST = 256
@@ -45,7 +46,7 @@ class Sampling:
         """bool [B]."""
         return self.temperature < MIN_TEMPERATURE
 
-    def settled(self) -> Sampling:
+    def neutral(self) -> Sampling:
         """Settings that leave log p as it is, for scores that are already the policy's.
 
         Greedy slots stay greedy.
@@ -58,7 +59,7 @@ class Sampling:
             seed=self.seed,
         )
 
-    def opened(self) -> Sampling:
+    def softened(self) -> Sampling:
         """Greedy slots at temperature 1 with nothing cut, the others as they are."""
         greedy = self.greedy
         return Sampling(
@@ -110,7 +111,7 @@ def _bounds(logits_VR, own: Sampling):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Laws:
+class Distributions:
     """p of the policy after some nodes, as what it takes to work it out.
 
     Nothing here but the logits has the size of the vocabulary, so that a rule pays for
@@ -132,33 +133,40 @@ class Laws:
     point: jax.Array
     total: jax.Array
 
-    def _mass(self, logits, token):
+    def _weights(self, logits, token):
         scaled = logits * self.scale
-        kept = (scaled >= self.floor) & ((self.point < 0) | (self.point == token))
-        return jnp.where(kept, jnp.exp(scaled - self.best), 0.0)
+        allowed = (scaled >= self.floor) & ((self.point < 0) | (self.point == token))
+        return jnp.where(allowed, jnp.exp(scaled - self.best), 0.0)
 
-    def probs(self) -> jax.Array:
+    def _tokens_V1(self):
+        return jnp.arange(self.logits.shape[0], dtype=jnp.int32)[:, None]
+
+    def probabilities(self) -> jax.Array:
         """p [V, R]."""
-        token_V1 = jnp.arange(self.logits.shape[0], dtype=jnp.int32)[:, None]
-        return self._mass(self.logits, token_V1) * (1.0 / self.total)
+        return self._weights(self.logits, self._tokens_V1()) * (1.0 / self.total)
+
+    def log_probabilities(self) -> jax.Array:
+        """log p [V, R], -inf where p is 0; not of greedy slots."""
+        scaled = self.logits * self.scale
+        log_VR = scaled - (self.best + jnp.log(self.total))
+        return jnp.where(scaled >= self.floor, log_VR, -jnp.inf)
 
     def of(self, tokens: jax.Array, columns: jax.Array) -> jax.Array:
         """p of given tokens after given columns, int32 of one shape each."""
-        own = jax.tree.map(
+        chosen = jax.tree.map(
             lambda x: x[columns], dataclasses.replace(self, logits=self.best)
         )
-        return own._mass(self.logits[tokens, columns], tokens) / own.total
+        return chosen._weights(self.logits[tokens, columns], tokens) / chosen.total
 
     def entropy(self) -> jax.Array:
         """[R], in nats."""
-        token_V1 = jnp.arange(self.logits.shape[0], dtype=jnp.int32)[:, None]
-        mass = self._mass(self.logits, token_V1)
+        weights = self._weights(self.logits, self._tokens_V1())
         gap = self.logits * self.scale - self.best
-        energy = jnp.sum(jnp.where(mass > 0, mass * gap, 0.0), axis=0)
+        energy = jnp.sum(jnp.where(weights > 0, weights * gap, 0.0), axis=0)
         return jnp.log(self.total) - energy / self.total
 
 
-def laws(logits_VR: jax.Array, sampling: Sampling) -> Laws:
+def distributions(logits_VR: jax.Array, sampling: Sampling) -> Distributions:
     """The policy after every column. Arguments as for `truncate`."""
     own = _per_column(sampling, logits_VR.shape[1])
     scale_R, best_R, floor_R = _bounds(logits_VR, own)
@@ -168,7 +176,7 @@ def laws(logits_VR: jax.Array, sampling: Sampling) -> Laws:
         lambda: jnp.full(own.greedy.shape, -1, jnp.int32),
     )
     one = jnp.ones((), logits_VR.dtype)
-    bare = Laws(
+    bare = Distributions(
         logits=logits_VR,
         scale=scale_R,
         best=best_R,
@@ -176,12 +184,12 @@ def laws(logits_VR: jax.Array, sampling: Sampling) -> Laws:
         point=point_R,
         total=one,
     )
-    return dataclasses.replace(bare, total=jnp.sum(bare.probs(), axis=0))
+    return dataclasses.replace(bare, total=jnp.sum(bare.probabilities(), axis=0))
 
 
 def scores(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
     """log p [V, R] of the policy, -inf where p is 0. Arguments as for `truncate`."""
-    return jnp.log(laws(logits_VR, sampling).probs())
+    return jnp.log(distributions(logits_VR, sampling).probabilities())
 
 
 def _per_column(sampling: Sampling, columns: int) -> Sampling:

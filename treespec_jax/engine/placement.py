@@ -24,11 +24,12 @@ def placement(target: nnx.Module, draft: nnx.Module | None) -> Placement:
     """
     mesh, axis, device = _of(target)
     if draft is not None:
-        own, _, at = _of(draft)
-        if None not in (device, at) and (own, at) != (mesh, device):
+        draft_mesh, _, draft_device = _of(draft)
+        lie = (mesh, device), (draft_mesh, draft_device)
+        if None not in (device, draft_device) and lie[0] != lie[1]:
             raise UserError(
-                f"the target lies on {_text(mesh, device)}, the drafter on "
-                f"{_text(own, at)}; load both with the same mesh"
+                f"the target lies on {_text(*lie[0])}, the drafter on "
+                f"{_text(*lie[1])}; load both with the same mesh"
             )
     return Placement(mesh, axis, device.device_kind if device is not None else None)
 
@@ -40,25 +41,25 @@ def on_tpu(target: nnx.Module) -> bool:
     return platform == "tpu"
 
 
-def settle(tree, mesh: Mesh | None):
+def pin(tree, mesh: Mesh | None):
     """Fixes where a program leaves its results; to be called in a jitted function.
 
     What goes in and out of every step stays where it is, so that it is updated in place
     and the next call finds the same program.
 
     Args:
-      tree: pages lie as their `place` says, all else on every device.
+      tree: pages lie as their `placement` says, all else on every device.
       mesh: None: nothing to do.
     """
 
-    def pin(x):
+    def constrain(x):
         return jax.lax.with_sharding_constraint(x, _sharding(mesh, x))
 
-    return tree if mesh is None else _map(pin, tree)
+    return tree if mesh is None else _map(constrain, tree)
 
 
 def described(tree, mesh: Mesh | None):
-    """Shapes in place of the arrays of a tree, where `settle` would have them."""
+    """Shapes in place of the arrays of a tree, where `pin` would have them."""
 
     def describe(x):
         sharding = None if mesh is None else _sharding(mesh, x)
@@ -77,7 +78,7 @@ def _map(f, tree):
 
 
 def _sharding(mesh: Mesh, x) -> NamedSharding:
-    spec = x.place.heads_spec if isinstance(x, Pages) else PartitionSpec()
+    spec = x.placement.heads_spec if isinstance(x, Pages) else PartitionSpec()
     return NamedSharding(mesh, spec)
 
 

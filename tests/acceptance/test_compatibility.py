@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from treespec_jax.acceptance import facts
+from treespec_jax.acceptance import compatibility
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
 
@@ -14,10 +14,10 @@ CHAIN, TREE, DYNAMIC = (
 
 
 @pytest.mark.parametrize(
-    "rule, draws, shape, words",
+    "rule, proposal, shape, words",
     [
         ("tokn", "", CHAIN, "unknown; choose from exact, token"),
-        ("token", "guessed", CHAIN, "draws 'guessed' is unknown"),
+        ("token", "guessed", CHAIN, "proposal 'guessed' is unknown"),
         ("token", "shared", DYNAMIC, "re-ranked"),
         ("token", "best", TREE, "drawn from q"),
         ("traversal", "with_replacement", TREE, "not be lossless"),
@@ -27,15 +27,17 @@ CHAIN, TREE, DYNAMIC = (
         ("exact", "with_replacement", TREE, "different tokens"),
     ],
 )
-def test_refused(rule, draws, shape, words):
+def test_refused(rule, proposal, shape, words):
     with pytest.raises(UserError, match=words):
-        facts.choose_draws(rule, draws, shape)
+        compatibility.choose_proposal(rule, proposal, shape)
 
 
 def test_chosen():
-    for rule, own in facts.FACTS.items():
-        assert facts.choose_draws(rule, "", CHAIN) == own.draws[0]
-        for draws in own.draws:
-            assert facts.choose_draws(rule, draws, CHAIN) == draws
-    assert [r for r, own in facts.FACTS.items() if not own.lossless] == ["typical"]
-    assert facts.FACTS["typical"].label == "lossy"
+    for rule, own in compatibility.RULES.items():
+        assert compatibility.choose_proposal(rule, "", CHAIN) == own.proposals[0]
+        for proposal in own.proposals:
+            assert compatibility.choose_proposal(rule, proposal, CHAIN) == proposal
+    assert [r for r, own in compatibility.RULES.items() if not own.lossless] == [
+        "typical"
+    ]
+    assert compatibility.RULES["typical"].label == "lossy"

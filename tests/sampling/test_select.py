@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from treespec_jax.acceptance import select
+from treespec_jax.sampling import select
 
 # Blocks of 512, of 500, none (short), none (no divisor): both paths of `select`.
 VOCABS = {97: None, 2048: 512, 32000: 512 - 12, 2051: None}

@@ -1,0 +1,57 @@
+"""What a request gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from treespec_jax.engine.stats import Stats
+from treespec_jax.trees.records import TreeRecord
+
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One finished text.
+
+    Attributes:
+      prompt: as given; for a chat the messages.
+      text: what follows the prompt; "" without a tokenizer.
+      token_ids: emitted tokens, the end-of-text token included if there was one.
+      finish_reason: "stop" (end-of-text token or stop text) or "length" (max_tokens,
+        max_len, or more pages than there are).
+      logprobs: natural log p of each token under the target, if asked for.
+      stats: of this request.
+      records: of its trees, if the engine records them.
+    """
+
+    prompt: Prompt | Messages
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[float] | None
+    stats: Stats
+    records: list[TreeRecord] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation(Sequence):
+    """Completions in the order of their prompts.
+
+    Attributes:
+      completions: one per prompt.
+      stats: summed counts; times are wall times of the whole call.
+    """
+
+    completions: list[Completion]
+    stats: Stats
+
+    def __getitem__(self, index):
+        return self.completions[index]
+
+    def __len__(self) -> int:
+        return len(self.completions)

@@ -1,0 +1,171 @@
+"""Weights, device state and compiled programs: the device's half of the engine."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from treespec_jax.cache import pages as paging
+from treespec_jax.cache.prefill import Chunk
+from treespec_jax.config import EngineConfig
+from treespec_jax.drafting.protocol import Sizes
+from treespec_jax.engine import placement
+from treespec_jax.engine import step as stepping
+from treespec_jax.engine.scheduler import ChunkPlan, Plan
+from treespec_jax.engine.state import Control, DecodeState, Outbox
+from treespec_jax.models.flat import FlatModule
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.sampling.penalties import TextSoFar
+from treespec_jax.sampling.policy import Sampling
+from treespec_jax.speculation import Speculation
+from treespec_jax.trees.shapes import TreeShape
+
+# Numbers in a row of a TPU's vector registers.
+TPU_LANES = 128
+
+
+class Executor:
+    """Runs plans. Calls return before the device is done.
+
+    Args:
+      target: the model whose text is wanted; its parameters may be abstract
+        (`nnx.eval_shape`), to compile ahead of time and for nothing else.
+      speculation: see `speculation.Speculation`.
+      config: fixed sizes.
+      num_pages: pages that slots may own.
+
+    Attributes:
+      compilations: times that each kind of program was traced and compiled.
+
+    Raises:
+      UserError: target and drafter lie on different devices.
+    """
+
+    def __init__(
+        self,
+        target: Transformer,
+        speculation: Speculation,
+        config: EngineConfig,
+        num_pages: int,
+    ):
+        self.config = config
+        self.compilations: collections.Counter[str] = collections.Counter()
+        module = speculation.drafter.module
+        self._speculation = speculation
+        self._target, self._draft = FlatModule(target), FlatModule(module)
+        self._placement = placement.placement(target, module)
+        self._layout = paging.CacheLayout(
+            num_pages + 1,
+            config.page_size,
+            config.cache_dtype,
+            config.lanes or (TPU_LANES if placement.on_tpu(target) else 1),
+            self._placement,
+        )
+        # Where the weights are: a state that is bound to no device becomes bound in
+        # its first call, and the second would compile again.
+        first = self._target.leaves[0]
+        if isinstance(first, jax.ShapeDtypeStruct):
+            state = jax.eval_shape(self._begin, self._leaves)
+            self._state = placement.described(state, self._placement.mesh)
+        else:
+            self._state = jax.jit(self._begin)(self._leaves)
+            if self._placement.mesh is None:
+                self._state = jax.device_put(self._state, first.sharding)
+        self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
+        self._dispatches: dict[TreeShape, Callable] = {}
+
+    def prefill(self, chunk: ChunkPlan) -> None:
+        """Puts a chunk of a text into the caches, and waits until it is there."""
+        rows = Chunk(chunk.tokens, chunk.start, chunk.count, chunk.page_table)
+        self._state = self._prefill(
+            self._leaves,
+            self._state,
+            np.int32(chunk.slot),
+            rows,
+            (chunk.following, chunk.root),
+        )
+        jax.block_until_ready(self._state.root)
+
+    def dispatch(self, plan: Plan, shape: TreeShape) -> Outbox:
+        """Starts a dispatch; its outbox is still on the device."""
+        if shape not in self._dispatches:
+            self._dispatches[shape] = jax.jit(
+                self._traced_dispatch(shape), donate_argnums=1
+            )
+        self._state, outbox = self._dispatches[shape](
+            self._leaves, self._state, _control(plan)
+        )
+        return outbox
+
+    def program(self, plan: Plan, shape: TreeShape) -> tuple[Callable, tuple]:
+        """The function of a dispatch and its arguments, to compile ahead of time.
+
+        The second argument, the state, is donated.
+        """
+        control = placement.described(_control(plan), self._placement.mesh)
+        return self._traced_dispatch(shape), (self._leaves, self._state, control)
+
+    @property
+    def _leaves(self):
+        return self._target.leaves, self._draft.leaves
+
+    def _bind(self, leaves) -> tuple[Transformer, Speculation]:
+        target_leaves, draft_leaves = leaves
+        module = self._draft.bind(draft_leaves)
+        return self._target.bind(target_leaves), self._speculation.with_module(module)
+
+    def _begin(self, leaves) -> DecodeState:
+        self.compilations["begin"] += 1
+        target, speculation = self._bind(leaves)
+        B = self.config.max_batch
+        sizes = Sizes(B, self.config.max_len, speculation.depth, self._layout)
+        state = DecodeState(
+            pages=paging.empty_pages(target.config, self._layout),
+            lengths=jnp.zeros(B, jnp.int32),
+            root=jnp.zeros(B, jnp.int32),
+            ended=jnp.zeros(B, bool),
+            draft=speculation.drafter.init(sizes),
+        )
+        return placement.pin(state, self._placement.mesh)
+
+    def _traced_prefill(self, leaves, state, *args) -> DecodeState:
+        self.compilations["prefill"] += 1
+        state = stepping.prefill(*self._bind(leaves), state, *args)
+        return placement.pin(state, self._placement.mesh)
+
+    def _traced_dispatch(self, shape: TreeShape) -> Callable:
+        def run(leaves, state, control):
+            self.compilations["dispatch"] += 1
+            done = stepping.dispatch(
+                *self._bind(leaves),
+                shape,
+                state,
+                control,
+                steps=self.config.steps_per_dispatch,
+                record=self.config.record,
+            )
+            return placement.pin(done, self._placement.mesh)
+
+        return run
+
+
+def fetch(outbox: Outbox) -> Any:
+    """The outbox as NumPy arrays; waits for its dispatch."""
+    return jax.device_get(outbox)
+
+
+def _control(plan: Plan) -> Control:
+    return Control(
+        page_table=plan.page_table,
+        limits=plan.limits,
+        eos=plan.eos,
+        sampling=Sampling(**plan.sampling),
+        want_logprobs=plan.want_logprobs,
+        max_steps=plan.max_steps,
+        text=TextSoFar(**plan.text) if plan.text is not None else None,
+    )

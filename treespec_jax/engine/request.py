@@ -1,0 +1,48 @@
+"""A request on its way through the engine; free of jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from treespec_jax.config import SamplingParams
+from treespec_jax.engine.stats import Stats
+from treespec_jax.trees.records import TreeRecord
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One text in the making.
+
+    Attributes:
+      prompt: token ids, at least one.
+      params: what was asked for.
+      tokens: ids emitted so far.
+      logprobs: log p of each, if asked for.
+      finish_reason: None while running; then "stop" (end-of-text token or a stop text)
+        or "length" (max_tokens, max_len, or more pages than there are).
+      stats: counts and times.
+      records: of every step's tree, if the engine records them.
+      steps: ranks of the nodes that each step accepted, see `Stats.record_step`.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    stats: Stats = dataclasses.field(default_factory=Stats)
+    records: list[TreeRecord] = dataclasses.field(default_factory=list)
+    steps: list[list[int]] = dataclasses.field(default_factory=list)
+
+    def cut(self, tokens: int) -> None:
+        """Ends the text after `tokens` tokens, as if no more had been emitted."""
+        while self.stats.tokens > tokens:
+            ranks = self.steps.pop()
+            self.stats.take_back(ranks)
+            missing = tokens - self.stats.tokens
+            if missing > 0:
+                self.steps.append(ranks[: missing - 1])
+                self.stats.record_step(ranks[: missing - 1])
+        del self.tokens[tokens:]
+        del self.logprobs[tokens:]
+        del self.records[len(self.steps) :]

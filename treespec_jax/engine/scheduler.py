@@ -1,0 +1,439 @@
+"""Who runs when and in which pages: the host's half of the engine; free of jax.
+
+Contract:
+
+- `admit` gives waiting requests a slot and pages for their text; `chunks` cuts the
+  texts of new slots into pieces to prefill, one per slot and turn, so that a long
+  prompt takes turns with the decoding of the others; `plan` reserves pages for a
+  dispatch and says what runs in it, as NumPy arrays that nobody changes afterwards;
+  `file` enters what the dispatch emitted.
+- Lengths are absolute: a slot runs while it holds fewer than `limits` tokens and its
+  text has not ended. The device knows both, so that a dispatch can be planned before
+  the results of the last one are in (`ahead`).
+- Pages are reference-counted and belong to a slot from `admit` to its release. A slot
+  that finds no page makes the youngest request wait again: its pages are freed, and its
+  tokens are computed anew once there is room. Only a request that could not run alone
+  ends with "length".
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from treespec_jax.cache.allocator import TRASH_PAGE, PageAllocator
+from treespec_jax.config import EngineConfig
+from treespec_jax.engine.request import Request
+from treespec_jax.engine.slots import SlotSettings
+from treespec_jax.trees.records import TreeRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkPlan:
+    """A run of one slot's text to prefill.
+
+    Attributes:
+      slot: index.
+      tokens: int32 [1, T], the first `count` real.
+      following: int32 [1, T], the token after each of them.
+      root: int32 [1], the token after the chunk.
+      start: int32 [1], absolute position of the first.
+      count: int32 [1], may be 0.
+      page_table: int32 [1, max_pages].
+    """
+
+    slot: int
+    tokens: np.ndarray
+    following: np.ndarray
+    root: np.ndarray
+    start: np.ndarray
+    count: np.ndarray
+    page_table: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One dispatch.
+
+    Attributes:
+      page_table: int32 [B, max_pages].
+      limits: int32 [B], tokens that a slot may hold after it; 0 is idle.
+      eos: int32 [B, E], padded with -1.
+      want_logprobs: bool [B].
+      sampling: fields of `sampling.policy.Sampling`.
+      text: fields of `sampling.penalties.TextSoFar`; None if nobody has penalties.
+      max_steps: int32 [], steps to run at most.
+      slots: who runs, by index; for `Scheduler.file`.
+    """
+
+    page_table: np.ndarray
+    limits: np.ndarray
+    eos: np.ndarray
+    want_logprobs: np.ndarray
+    sampling: Mapping[str, np.ndarray]
+    text: Mapping[str, np.ndarray] | None
+    max_steps: np.ndarray
+    slots: Mapping[int, _Slot]
+
+
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    """A running request.
+
+    Attributes:
+      request: whose slot it is.
+      order: arrivals before it; the youngest has the largest.
+      text: tokens to prefill, the newest included, which is not prefilled.
+      chunks: what of it is not prefilled yet, see `prefill_plan`.
+      pages: of the slot.
+      length: tokens in the cache, as far as results are in.
+      limit: tokens that it will hold in the end.
+      planned: tokens that dispatches under way may add at most.
+      started: when its decoding began.
+    """
+
+    request: Request
+    order: int
+    text: list[int]
+    chunks: collections.deque[tuple[int, int, int]]
+    pages: list[int]
+    length: int
+    limit: int
+    planned: int = 0
+    started: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether all of its text is in the cache."""
+        return not self.chunks
+
+    @property
+    def bound(self) -> int:
+        """Tokens that it may hold once all dispatches under way are done."""
+        return min(self.limit, self.length + self.planned)
+
+
+class Scheduler:
+    """Slots, queue and page tables.
+
+    Args:
+      config: fixed sizes.
+      eos_ids: tokens that end a text, unless a request ignores them.
+      width: C + 1, tokens that a step may emit.
+    """
+
+    def __init__(self, config: EngineConfig, eos_ids: Sequence[int], width: int):
+        self.config = config
+        self._width = width
+        self._eos_ids = tuple(eos_ids)
+        self._pages_per_slot = -(-config.max_len // config.page_size)
+        num_pages = config.num_pages or config.max_batch * self._pages_per_slot
+        self._allocator = PageAllocator(num_pages)
+        self._slots: list[_Slot | None] = [None] * config.max_batch
+        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._arrivals = itertools.count()
+        table = config.max_batch, self._pages_per_slot
+        self._page_table = np.full(table, TRASH_PAGE, np.int32)
+        self._settings = SlotSettings(config.max_batch, config.max_len, eos_ids)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting) or any(self._slots)
+
+    @property
+    def ready(self) -> bool:
+        """Whether any request can decode."""
+        return any(slot.ready for slot in self._occupied().values())
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in all."""
+        return self._allocator.num_pages
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that belong to no request."""
+        return self._allocator.free
+
+    def submit(self, request: Request) -> None:
+        """Queues a request, whose prompt has room for a new token."""
+        request.stats.prompt_tokens = len(request.prompt)
+        self._waiting.append((next(self._arrivals), request))
+
+    def cancel(self, request: Request, finish_reason: str = "stop") -> None:
+        """Ends a request where it stands and frees its slot."""
+        for entry in self._waiting:
+            if entry[1] is request:
+                self._waiting.remove(entry)
+                break
+        for index, slot in self._occupied().items():
+            if slot.request is request:
+                self._release(index)
+        request.finish_reason = request.finish_reason or finish_reason
+
+    def admit(self) -> list[Request]:
+        """Gives waiting requests free slots, in order; returns those that never fit."""
+        refused = []
+        for index in range(self.config.max_batch):
+            while self._slots[index] is None and self._waiting:
+                order, request = self._waiting[0]
+                text = [*request.prompt, *request.tokens]
+                needed = self._pages_for(len(text))
+                if needed > self._allocator.num_pages:
+                    self._waiting.popleft()
+                    request.finish_reason = "length"
+                    refused.append(request)
+                    continue
+                # A request that had to wait again leaves the others a page each, or it
+                # would soon have to wait once more.
+                running = self._occupied()
+                spare = len(running) if request.tokens else 0
+                if running and needed + spare > self._allocator.free:
+                    return refused
+                self._waiting.popleft()
+                self._insert(index, order, request, text)
+        return refused
+
+    def chunks(self) -> list[ChunkPlan]:
+        """The next piece of every text that is not in the cache yet."""
+        return [
+            self._chunk(index, slot)
+            for index, slot in self._occupied().items()
+            if not slot.ready
+        ]
+
+    def fed(self, chunk: ChunkPlan, seconds: float) -> None:
+        """A chunk is in the cache; it took so long."""
+        slot = self._slots[chunk.slot]
+        slot.chunks.popleft()
+        slot.request.stats.prefill_seconds += seconds
+        slot.started = time.perf_counter()
+
+    def plan(self, max_steps: int | None = None) -> tuple[Plan | None, list[Request]]:
+        """Reserves pages for the next dispatch, once all results are in.
+
+        Args:
+          max_steps: steps to run at most; None: the compiled number.
+
+        Returns:
+          The plan, None if nobody can run; and requests that ended because not even
+          all pages are enough for them.
+        """
+        steps = self._steps(max_steps)
+        ended: list[Request] = []
+        while not self._reserve(steps):
+            running = self._occupied()
+            index = max(running, key=lambda i: running[i].order)
+            if len(running) == 1:
+                request = running[index].request
+                request.finish_reason = "length"
+                ended.append(request)
+                self._release(index)
+            else:
+                self._wait_again(index)
+        return self._planned(steps), ended
+
+    def plan_ahead(self, max_steps: int | None = None) -> Plan | None:
+        """Plans a dispatch while another one is under way.
+
+        None where what that one emits may decide who runs next (a request waits or is
+        being prefilled, has stop texts or penalties), where every request will have
+        ended, or where there are not pages enough for all.
+        """
+        running = self._occupied()
+        open_ended = any(
+            not slot.ready or slot.request.params.stop or slot.request.params.penalised
+            for slot in running.values()
+        )
+        if self._waiting or open_ended:
+            return None
+        steps = self._steps(max_steps)
+        # A step emits a token at least.
+        least = [slot.length + slot.planned // self._width for slot in running.values()]
+        pairs = zip(least, running.values(), strict=True)
+        if not any(length < slot.limit for length, slot in pairs):
+            return None
+        missing = sum(
+            max(0, self._pages_for(self._reach(slot, steps)) - len(slot.pages))
+            for slot in running.values()
+        )
+        if missing > self._allocator.free:
+            return None
+        self._reserve(steps)
+        return self._planned(steps)
+
+    def file(self, plan: Plan, outbox: Any) -> list[Request]:
+        """Enters what a dispatch emitted.
+
+        Args:
+          plan: of the dispatch.
+          outbox: `engine.state.Outbox` of NumPy arrays.
+
+        Returns:
+          Requests that emitted something.
+        """
+        touched = []
+        for index, slot in plan.slots.items():
+            slot.planned -= int(plan.max_steps) * self._width
+            # Whoever was cancelled meanwhile gets nothing.
+            if self._slots[index] is slot:
+                self._file(index, slot, outbox)
+                touched.append(slot.request)
+        return touched
+
+    def _occupied(self) -> dict[int, _Slot]:
+        return {i: slot for i, slot in enumerate(self._slots) if slot is not None}
+
+    def _pages_for(self, rows: int) -> int:
+        return min(-(-rows // self.config.page_size), self._pages_per_slot)
+
+    def _steps(self, max_steps: int | None) -> int:
+        most = self.config.steps_per_dispatch
+        return most if max_steps is None else min(max_steps, most)
+
+    def _reach(self, slot: _Slot, steps: int) -> int:
+        return min(slot.limit, slot.bound + steps * self._width)
+
+    def _insert(
+        self, index: int, order: int, request: Request, text: list[int]
+    ) -> None:
+        pages = self._allocator.take(self._pages_for(len(text)))
+        self._page_table[index, : len(pages)] = pages
+        self._settings.insert(index, request.params)
+        prompt = len(request.prompt)
+        limit = min(request.params.max_tokens, self.config.max_len - prompt)
+        self._slots[index] = _Slot(
+            request,
+            order,
+            text,
+            collections.deque(prefill_plan(len(text) - 1, self.config.prefill_chunks)),
+            pages,
+            length=len(text) - 1,
+            limit=prompt - 1 + limit,
+        )
+
+    def _chunk(self, index: int, slot: _Slot) -> ChunkPlan:
+        start, size, count = slot.chunks[0]
+        tokens, following = np.zeros((2, 1, size), np.int32)
+        tokens[0, :count] = slot.text[start : start + count]
+        following[0, :count] = slot.text[start + 1 : start + count + 1]
+        return ChunkPlan(
+            slot=index,
+            tokens=tokens,
+            following=following,
+            root=np.array([slot.text[start + count]], np.int32),
+            start=np.array([start], np.int32),
+            count=np.array([count], np.int32),
+            page_table=self._page_table[index : index + 1].copy(),
+        )
+
+    def _reserve(self, steps: int) -> bool:
+        """Reserves pages, for the oldest first; whether everybody can go on."""
+        enough = True
+        ready = [item for item in self._occupied().items() if item[1].ready]
+        for index, slot in sorted(ready, key=lambda item: item[1].order):
+            more = self._pages_for(self._reach(slot, steps)) - len(slot.pages)
+            if more > 0:
+                pages = self._allocator.take(more)
+                first = len(slot.pages)
+                self._page_table[index, first : first + len(pages)] = pages
+                slot.pages += pages
+            enough &= len(slot.pages) * self.config.page_size > slot.bound
+        return enough
+
+    def idle_plan(self) -> Plan:
+        """A dispatch in which nobody runs, for the shapes of its arrays."""
+        return self._plan_of({}, self.config.steps_per_dispatch)
+
+    def _planned(self, steps: int) -> Plan | None:
+        ready = {i: slot for i, slot in self._occupied().items() if slot.ready}
+        return self._plan_of(ready, steps) if ready else None
+
+    def _plan_of(self, ready: Mapping[int, _Slot], steps: int) -> Plan:
+        limits_B = np.zeros(self.config.max_batch, np.int32)
+        for index, slot in ready.items():
+            room = len(slot.pages) * self.config.page_size
+            limits_B[index] = min(slot.limit, room)
+            slot.planned += steps * self._width
+        penalised = any(slot.request.params.penalised for slot in ready.values())
+        texts = {
+            index: (slot.request.prompt, slot.request.tokens)
+            for index, slot in ready.items()
+        }
+        return Plan(
+            page_table=self._page_table.copy(),
+            limits=limits_B,
+            eos=self._settings.eos,
+            want_logprobs=self._settings.want_logprobs,
+            sampling=self._settings.sampling(),
+            text=self._settings.text(texts) if penalised else None,
+            max_steps=np.array(steps, np.int32),
+            slots=ready,
+        )
+
+    def _file(self, index: int, slot: _Slot, outbox) -> None:
+        request, emission = slot.request, outbox.emission
+        for step in range(int(outbox.steps)):
+            count = int(emission.counts[step, index])
+            if count == 0:
+                break
+            request.tokens += emission.tokens[step, index, :count].tolist()
+            if request.params.logprobs:
+                request.logprobs += emission.logprobs[step, index, :count].tolist()
+            ranks = emission.ranks[step, index, : count - 1].tolist()
+            request.steps.append(ranks)
+            request.stats.record_step(ranks)
+            if emission.trees is not None:
+                trees = emission.trees
+                request.records.append(
+                    TreeRecord(
+                        trees.parents[step, index],
+                        trees.log_prob[step, index],
+                        trees.path[step, index],
+                    )
+                )
+            slot.length += count
+        now = time.perf_counter()
+        request.stats.decode_seconds += now - slot.started
+        slot.started = now
+        ends = () if request.params.ignore_eos else self._eos_ids
+        if request.tokens and request.tokens[-1] in ends:
+            request.finish_reason = "stop"
+        elif slot.length >= slot.limit:
+            request.finish_reason = "length"
+        if request.finish_reason:
+            self._release(index)
+
+    def _wait_again(self, index: int) -> None:
+        slot = self._slots[index]
+        self._release(index)
+        self._waiting.appendleft((slot.order, slot.request))
+
+    def _release(self, index: int) -> None:
+        self._allocator.give_back(self._slots[index].pages)
+        self._page_table[index] = TRASH_PAGE
+        self._settings.clear(index)
+        self._slots[index] = None
+
+
+def prefill_plan(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cuts a prompt into compiled chunk sizes: (start, size, real tokens) each.
+
+    A chunk of the next size up is used once it would be at least half full. A prompt
+    of one token still makes one (empty) chunk, which brings its root.
+    """
+    plan, start = [], 0
+    while start < tokens or not plan:
+        missing = tokens - start
+        size = max([c for c in chunks if c <= 2 * missing] or [chunks[0]])
+        count = min(size, missing)
+        plan.append((start, size, count))
+        start += count
+    return plan

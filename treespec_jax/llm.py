@@ -1,0 +1,293 @@
+"""What a user holds: texts in, texts out."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from treespec_jax import limits, speculation
+from treespec_jax.checkpoints import Description, LoadedModel, describe, load
+from treespec_jax.checkpoints.chat import check_conversations, check_messages
+from treespec_jax.checkpoints.pairs import check_pair
+from treespec_jax.checkpoints.tokenizers import Tokenizer
+from treespec_jax.completions import Completion, Generation, Messages, Prompt
+from treespec_jax.config import (
+    EngineSettings,
+    SamplingParams,
+    SpeculativeConfig,
+    from_mapping,
+)
+from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.request import Request
+from treespec_jax.engine.stats import total
+from treespec_jax.errors import UserError
+from treespec_jax.models.memory import use_huge_pages
+from treespec_jax.sharding import make_mesh
+from treespec_jax.texts import Reader, Stream
+
+__all__ = ["LLM", "Completion", "Generation", "Stream"]
+
+Model = Description | LoadedModel
+
+
+class LLM:
+    """A target model, optionally with a drafter that makes it faster.
+
+    With speculation the emitted tokens are those of plain decoding at equal seed; only
+    the speed differs.
+
+    Args:
+      model: path of a checkpoint (see `checkpoints.load`), a description of one, or a
+        loaded one.
+      speculative: `SpeculativeConfig` or its fields (method, model, tree, rule, …);
+        None is plain decoding.
+      dtype: of weights and activations ("float32", "bfloat16"); None: float32 on a
+        CPU, where it is the quick one, else the checkpoint's own.
+      mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
+        or what `sharding.make_mesh` gives; None: one device, or where a loaded model
+        lies.
+      **engine: fields of `EngineSettings` (max_batch, max_len, page_size, num_pages,
+        steps_per_dispatch, prefill_chunks, lanes, cache_dtype, record).
+
+    Attributes:
+      config: of the target.
+      tokenizer: of the target, or None.
+      dtype: name of the weights' dtype.
+      drafter: see `drafting.protocol`.
+      engine: that runs the requests.
+      notes: what of the checkpoints was left out, and what to know of the
+        vocabularies of target and drafter, a line each.
+
+    Raises:
+      UserError: a checkpoint that cannot be read, vocabularies that differ, a
+        malformed tree, a rule that would not be lossless for it, or sizes that do not
+        fit; found before weights are read.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        speculative: SpeculativeConfig | Mapping[str, Any] | None = None,
+        dtype: str | None = None,
+        mesh: str | jax.sharding.Mesh | None = None,
+        **engine: Any,
+    ):
+        config = _speculative_config(speculative)
+        settings = from_mapping(EngineSettings, engine, "LLM")
+        shape = limits.check_speculation(config)
+        target, draft = _described(model), None
+        if shape.depth:
+            speculation.find(config)
+            if config.model not in (None, ""):
+                draft = _described(config.model)
+        left_out = [*target.notes, *(draft.notes if draft is not None else ())]
+        self.notes = (*left_out, *check_pair(target, draft))
+        max_len = limits.text_length(settings.max_len, target, draft)
+        limits.check_tree(shape.depth, max_len)
+
+        if dtype is None and jax.default_backend() == "cpu":
+            dtype = "float32"
+        if isinstance(mesh, str):
+            mesh = make_mesh(mesh)
+        target = _loaded(target, dtype, mesh)
+        use_huge_pages(target.model)
+        if draft is not None:
+            draft = _loaded(draft, target.dtype, mesh)
+            use_huge_pages(draft.model)
+        made = speculation.make(
+            config,
+            draft.model if draft is not None else None,
+            draft.tau if draft is not None else None,
+        )
+        self.config = target.config
+        self.tokenizer: Tokenizer | None = target.tokenizer
+        self.dtype = str(jnp.dtype(target.dtype))
+        self.drafter = made.drafter
+        self.engine = Engine(
+            target.model,
+            settings.resolve(max_len, settings.cache_dtype or self.dtype),
+            made,
+            target.config.eos_ids,
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Generation:
+        """Continues every prompt.
+
+        Args:
+          prompts: a text, several texts, or lists of token ids (taken as they are).
+          params: one for all, or one per prompt; None is greedy with the defaults.
+
+        Raises:
+          UserError: an empty prompt, one longer than max_len, or text without a
+            tokenizer.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        prompts = list(prompts)
+        if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
+            prompts = [prompts]
+        params = _one_each(params, len(prompts), "prompts")
+        return self._serve(
+            [self._reader(p, s) for p, s in zip(prompts, params, strict=True)]
+        )
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Generation:
+        """Answers conversations, written out by the checkpoint's chat template.
+
+        Args:
+          messages: one conversation, [{"role": "user", "content": "…"}, …], or several.
+          params: as for `generate`.
+          variables: for the template to see; see `ChatTemplate.render`.
+
+        Raises:
+          UserError: no chat template, malformed messages, messages that the template
+            refuses, or that have no room in max_len.
+        """
+        conversations = check_conversations(messages)
+        params = _one_each(params, len(conversations), "conversations")
+        return self._serve(
+            [
+                self._chat_reader(c, s, variables)
+                for c, s in zip(conversations, params, strict=True)
+            ]
+        )
+
+    def _serve(self, readers: list[Reader]) -> Generation:
+        engine = self.engine
+        before = engine.prefill_seconds, engine.decode_seconds
+        try:
+            for reader in readers:
+                engine.submit(reader.request)
+            while engine.busy:
+                engine.advance()
+                for reader in readers:
+                    reader.read(engine)
+        finally:
+            # Nothing of an interrupted call may stay in the slots.
+            for reader in readers:
+                if reader.request.finish_reason is None:
+                    engine.cancel(reader.request)
+        for reader in readers:
+            reader.read(engine)
+        completions = [reader.completion() for reader in readers]
+        return Generation(
+            completions,
+            total(
+                [c.stats for c in completions],
+                engine.prefill_seconds - before[0],
+                engine.decode_seconds - before[1],
+            ),
+        )
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Continues one prompt and yields its text as it comes.
+
+        Pieces never split a character, and nothing is yielded that may still turn out
+        to belong to a stop text.
+        """
+        return Stream(self.engine, self._reader(prompt, params or SamplingParams()))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Stream:
+        """Answers one conversation as `chat` does, and yields the text as it comes."""
+        messages = check_messages(messages)
+        params = params or SamplingParams()
+        return Stream(self.engine, self._chat_reader(messages, params, variables))
+
+    def _reader(self, prompt: Prompt, params: SamplingParams) -> Reader:
+        if isinstance(prompt, str):
+            # A token that begins every text is enough of a prompt.
+            ids = self._tokenizer().encode(prompt)
+        else:
+            ids = _token_ids(prompt)
+        return self._checked(prompt, ids, params, ids)
+
+    def _chat_reader(self, messages, params, variables) -> Reader:
+        ids = self._tokenizer().encode_chat(messages, variables)
+        # An answer is a text of its own, not the continuation of a line.
+        return self._checked(messages, ids, params, ())
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(
+                "the checkpoint has no tokenizer; put one beside it or give the "
+                "prompt as token ids"
+            )
+        return self.tokenizer
+
+    def _checked(self, prompt, ids, params, context) -> Reader:
+        limits.check_tokens(ids, self.config.vocab_size)
+        limits.check_bias(params.logit_bias, self.config.vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise UserError("stop texts need a tokenizer; the checkpoint has none")
+        request = Request(prompt=ids, params=params)
+        self.engine.check(request)
+        return Reader(prompt, request, self.tokenizer, context)
+
+
+def _one_each(params, count: int, what: str) -> list[SamplingParams]:
+    params = params if params is not None else SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise UserError(
+            f"{count} {what} but {len(params)} sampling parameters; give one for all "
+            "or one for each"
+        )
+    return list(params)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise UserError(
+            f"a prompt must be text or token ids, got {reprlib.repr(prompt)}"
+        ) from None
+
+
+def _speculative_config(given) -> SpeculativeConfig:
+    if isinstance(given, SpeculativeConfig):
+        return given
+    values = dict(given) if given else {"method": "none"}
+    return from_mapping(SpeculativeConfig, values, "speculative")
+
+
+def _described(model: str | Path | Model) -> Model:
+    if isinstance(model, (Description, LoadedModel)):
+        return model
+    if not isinstance(model, (str, Path)):
+        raise UserError(f"model must be a path or a loaded model, got {model!r}")
+    return describe(model)
+
+
+def _loaded(model: Model, dtype, mesh) -> LoadedModel:
+    if isinstance(model, Description):
+        return load(model.path, dtype, mesh=mesh)
+    if mesh is not None:
+        raise UserError(
+            "a loaded model stays where it is; give its path, or pass the mesh to "
+            "checkpoints.load instead"
+        )
+    return model

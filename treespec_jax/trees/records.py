@@ -1,0 +1,40 @@
+"""What became of a drafted tree, on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeRecord:
+    """One tree of one text, and what became of it.
+
+    Attributes:
+      parents: int [T].
+      log_prob: float [T], estimated log probability that a node is right given that
+        its parent is; -inf for a number that no node has.
+      path: int [C + 1], accepted nodes from the root (0) down, padded with 0.
+    """
+
+    parents: np.ndarray
+    log_prob: np.ndarray
+    path: np.ndarray
+
+    @property
+    def accepted(self) -> list[int]:
+        """Numbers of the accepted nodes."""
+        return [int(node) for node in self.path[1:] if node > 0]
+
+    def families(self) -> Iterable[tuple[np.ndarray, int | None]]:
+        """Children of the root and of every accepted node, and the one accepted."""
+        accepted = self.accepted
+        for depth, parent in enumerate([0, *accepted]):
+            children = np.flatnonzero(
+                (self.parents == parent) & (self.log_prob > -np.inf)
+            )
+            children = children[children > 0]
+            if len(children):
+                yield children, accepted[depth] if depth < len(accepted) else None
