@@ -12,8 +12,14 @@ import pytest
 from flax import nnx
 
 from tests.checkpoints.support import same_parameters, write_llama2c_tokenizer
-from treespec_jax.checkpoints import LoadedModel, check_output, load, native, save
-from treespec_jax.checkpoints.tokenizers import Llama2cTokenizer
+from treespec_jax.checkpoints import (
+    LoadedModel,
+    check_output,
+    load,
+    load_tokenizer,
+    native,
+    save,
+)
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer
@@ -44,7 +50,7 @@ def files_of(folder):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "tok.bin"
-    reader = Llama2cTokenizer(write_llama2c_tokenizer(path, [("he", -1.0)]))
+    reader = load_tokenizer(write_llama2c_tokenizer(path, [("he", -1.0)]))
     model = Transformer(SMALL, rngs=nnx.Rngs(0))
     return LoadedModel(SMALL, model, reader, "made here", jnp.dtype("float32"))
 
@@ -69,7 +75,7 @@ def test_tokenizer_travels(small, stored):
     again = load(stored)
     assert same_parameters(small.model, again.model)
     assert again.config == SMALL
-    assert again.tokenizer.path == stored / "tokenizer.bin"
+    assert again.tokenizer.source == str(stored / "tokenizer.bin")
     assert again.tokenizer.encode("he") == small.tokenizer.encode("he")
 
 

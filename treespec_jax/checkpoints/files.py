@@ -9,12 +9,27 @@ from typing import Any
 from treespec_jax.errors import UserError
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError if it is missing or damaged."""
+def read_bytes(path: Path) -> bytes:
+    """All of a file. Raises UserError if it is missing or unreadable."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if it is missing or damaged."""
+    return parse_json(read_bytes(path), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that the file at `path` holds as `data`.
+
+    Raises:
+      UserError: the data is not a JSON object; names the file.
+    """
+    try:
+        values = json.loads(data.decode("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {first_line(error)}; repair it") from None
     if not isinstance(values, dict):
