@@ -10,6 +10,19 @@ import numpy as np
 from flax import nnx
 
 from treespec_jax.checkpoints.streaming import TextStream
+from treespec_jax.config import ModelConfig
+
+SMALL = ModelConfig(
+    vocab_size=300,
+    embed_dim=16,
+    mlp_dim=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_positions=64,
+    eos_ids=(2, 7),
+)
 
 SENTENCES = [
     "once upon a time there was a little girl named lily",

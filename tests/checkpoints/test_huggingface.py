@@ -365,7 +365,7 @@ def test_dtypes_that_hold_no_plain_weights(folder, kind, name):
 def test_paths_that_hold_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at .*nowhere; check the path"):
         load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no checkpoint: neither metadata.json"):
+    with pytest.raises(UserError, match="holds no checkpoint; give .* metadata.json"):
         load(tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="a.gguf is of an unknown kind"):

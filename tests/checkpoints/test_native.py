@@ -11,31 +11,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.checkpoints.support import same_parameters, write_llama2c_tokenizer
+from tests.checkpoints.support import (
+    SMALL,
+    same_parameters,
+    write_llama2c_tokenizer,
+)
 from treespec_jax.checkpoints import (
     LoadedModel,
     check_output,
     load,
     load_tokenizer,
-    native,
     save,
+    saving,
 )
-from treespec_jax.config import ModelConfig
+from treespec_jax.checkpoints.formats import native
 from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-SMALL = ModelConfig(
-    vocab_size=300,
-    embed_dim=16,
-    mlp_dim=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    max_positions=64,
-    eos_ids=(2, 7),
-)
 
 
 def files_of(folder):
@@ -159,7 +152,7 @@ def test_interruption_leaves_the_earlier_output(small, stored, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native, "write_group", full)
+    monkeypatch.setattr(saving, "write_group", full)
     with pytest.raises(UserError, match="cannot write .*: No space left on device"):
         save(small, stored)
     assert files_of(stored) == before
@@ -290,7 +283,7 @@ def test_orbax_reads_what_we_write(small, stored):
 
 def test_several_groups(small, tmp_path, monkeypatch):
     """As a large model is written: parameters in folders of their own."""
-    monkeypatch.setattr(native, "_GROUP", 5000)
+    monkeypatch.setattr(saving, "_GROUP", 5000)
     save(small, tmp_path / "out")
     folders = sorted(path.name for path in (tmp_path / "out" / "params").iterdir())
     assert folders == [f"{i:04d}" for i in range(len(folders))] and len(folders) > 5

@@ -37,6 +37,14 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return values
 
 
-def first_line(error: Exception) -> str:
+def cause(error: BaseException) -> str:
+    """The first line of what caused an exception, cut to a sensible length."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = first_line(error)
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or the name of its class."""
     return (str(error).splitlines() or [type(error).__name__])[0]
