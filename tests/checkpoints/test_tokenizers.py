@@ -196,8 +196,9 @@ def naive_llama2c(pieces, scores, text):
         )
         if best is None:
             return tokens
-        at = -best[1]
-        tokens[at : at + 2] = [ids[pieces[tokens[at]] + pieces[tokens[at + 1]]]]
+        first = -best[1]
+        pair = tokens[first : first + 2]
+        tokens[first : first + 2] = [ids[pieces[pair[0]] + pieces[pair[1]]]]
 
 
 @settings(max_examples=200, deadline=None)
