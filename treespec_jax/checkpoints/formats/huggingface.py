@@ -18,7 +18,6 @@ _CONFIG = "config.json"
 class HuggingFaceFormat:
     """See `Format`."""
 
-    name = "huggingface"
     expects = f"a folder with {_CONFIG} (Hugging Face)"
 
     def claims(self, path: Path) -> bool:

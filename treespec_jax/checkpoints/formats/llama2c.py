@@ -26,7 +26,6 @@ _MAGIC = 0x616B3432  # "ak42", first word of the later versions
 class Llama2cFormat:
     """See `Format`."""
 
-    name = "llama2c"
     expects = "a .bin file (llama2.c)"
 
     def claims(self, path: Path) -> bool:

@@ -35,7 +35,6 @@ VERSION = 2
 class NativeFormat:
     """See `Format`."""
 
-    name = "native"
     expects = f"a folder with {METADATA} (written by convert_checkpoint.py)"
 
     def claims(self, path: Path) -> bool:

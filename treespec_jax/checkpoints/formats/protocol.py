@@ -61,7 +61,6 @@ class Format(Protocol):
     Example, a file that holds configuration, tokenizer and weights:
 
       class OneFileFormat:
-          name = "one file"
           expects = "a .one file"
 
           def claims(self, path):
@@ -79,11 +78,9 @@ class Format(Protocol):
               return Tensors(OneFileSource(description.path), table)
 
     Attributes:
-      name: in tests and messages.
       expects: what paths it claims, to complete "give …".
     """
 
-    name: str
     expects: str
 
     def claims(self, path: Path) -> bool:
