@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,19 @@ import numpy as np
 from flax import nnx
 
 from treespec_jax.checkpoints.streaming import TextStream
+from treespec_jax.config import ModelConfig
+
+SMALL = ModelConfig(
+    vocab_size=300,
+    embed_dim=16,
+    mlp_dim=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_positions=64,
+    eos_ids=(2, 7),
+)
 
 SENTENCES = [
     "once upon a time there was a little girl named lily",
@@ -50,9 +64,9 @@ def greedy(model, ids, count):
     """Appends `count` likeliest tokens. One shape, as a chain never looks ahead."""
     row = np.zeros((1, len(ids) + count), np.int32)
     row[0, : len(ids)] = ids
-    for at in range(len(ids), row.shape[1]):
+    for position in range(len(ids), row.shape[1]):
         logits, _ = forward(model, row)
-        row[0, at] = int(np.argmax(logits[0, at - 1]))
+        row[0, position] = int(np.argmax(logits[0, position - 1]))
     return row[0].tolist()
 
 
@@ -64,6 +78,46 @@ def same_parameters(first, second) -> bool:
         and np.array_equal(np.asarray(ours[path][...]), np.asarray(theirs[path][...]))
         for path in ours
     )
+
+
+def tensors_of(model, pieces):
+    """The parameters of a model, cut into the tensors of a name table."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    arrays = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
+    tensors = {}
+    for piece in pieces:
+        part = arrays[piece.path][piece.index]
+        if piece.interleaved:
+            *lead, rows, width = part.shape
+            halves = part.reshape(*lead, 2, rows // 2, width)
+            part = halves.swapaxes(-3, -2)
+        tensors[piece.name] = np.ascontiguousarray(part.reshape(piece.shape))
+    return tensors
+
+
+def write_huggingface(folder, config, tensors):
+    """A folder of the Llama family with these tensors; made unless it is there."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+        "eos_token_id": list(config.eos_ids),
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
 
 
 # Characters of one to four bytes, joined and combining ones among them.

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from treespec_jax.checkpoints import load_tokenizer
 from treespec_jax.checkpoints.chat import (
+    TEMPLATE_FILES,
     ChatTemplate,
+    TemplateSource,
     check_conversations,
     check_messages,
     find_template,
 )
 from treespec_jax.errors import UserError
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizers"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture
-def render(tmp_path):
-    def run(source, messages=HELLO, variables=None, **tokens):
-        template = ChatTemplate(source, tmp_path / "tokenizer_config.json", tokens)
-        return template.render(messages, variables)
+def render():
+    def run(program, messages=HELLO, variables=None, **tokens):
+        source = TemplateSource({"default": program}, "tokenizer_config.json")
+        return ChatTemplate(source, tokens).render(messages, variables)
 
     return run
 
 
 def test_templates_are_found_where_checkpoints_keep_them(tmp_path):
-    tokenizer = tmp_path / "tokenizer.json"
+    shutil.copy(GOLDEN / "llama2" / "tokenizer.json", tmp_path)
 
     def found():
-        return find_template(tokenizer, {}).render(HELLO)
+        return load_tokenizer(tmp_path).chat_template().render(HELLO)
 
     with pytest.raises(UserError, match=r"no chat template beside .*tokenizer\.json:"):
         found()
@@ -54,10 +60,19 @@ def test_templates_are_found_where_checkpoints_keep_them(tmp_path):
         found()
 
 
-def test_a_damaged_configuration_is_named(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "')
-    with pytest.raises(UserError, match="tokenizer_config.json is not JSON"):
-        find_template(tmp_path / "tokenizer.json", {})
+def test_a_malformed_template_hinders_conversations_only(tmp_path):
+    shutil.copy(GOLDEN / "llama2" / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("the cat")
+    with pytest.raises(UserError, match="chat_template.jinja: the chat template is ma"):
+        tokenizer.encode_chat(HELLO)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", TEMPLATE_FILES[1]])
+def test_a_damaged_configuration_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} is not JSON"):
+        find_template({name: b'{"chat_template": "'}, tmp_path)
 
 
 def test_a_template_sees_what_transformers_shows_it(render):

@@ -17,8 +17,8 @@ from treespec_jax.checkpoints import (
     convert,
     describe,
     load,
-    native,
     save,
+    saving,
 )
 from treespec_jax.errors import UserError
 
@@ -109,14 +109,14 @@ def source(tmp_path):
 @pytest.fixture
 def small_groups(monkeypatch):
     """As with a large model: many groups. 14 here, of one parameter each."""
-    monkeypatch.setattr(native, "_GROUP", 1)
+    monkeypatch.setattr(saving, "_GROUP", 1)
 
 
 @pytest.fixture
 def writes(monkeypatch):
     """Names of the groups that are written; `fail_at` of them stops as a full disk."""
     seen = []
-    plain = native.write_group
+    plain = saving.write_group
 
     def write(folder, name, arrays):
         if len(seen) == write.fail_at:
@@ -236,10 +236,10 @@ def test_two_at_once(source, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from treespec_jax.checkpoints import conversion, describe, native
+from treespec_jax.checkpoints import conversion, describe, saving
 
-native._GROUP = 1
-plain = native.write_group
+saving._GROUP = 1
+plain = saving.write_group
 
 def write(folder, name, arrays):
     files = plain(folder, name, arrays)

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from treespec_jax.checkpoints.families import FAMILIES, name_table
-from treespec_jax.checkpoints.huggingface import read_config
+from treespec_jax.checkpoints.formats.huggingface_config import read_config
 from treespec_jax.config import RotaryConfig
 from treespec_jax.errors import UserError
 

@@ -109,6 +109,9 @@ def test_a_template_sees_further_variables(family):
 def test_a_copy_behaves_as_the_original(family, tmp_path):
     reader, expected = family
     reader.save(tmp_path)
+    for file in tmp_path.iterdir():
+        original = Path(reader.source).with_name(file.name)
+        assert file.read_bytes() == original.read_bytes()
     again = load_tokenizer(tmp_path)
     for text in expected["texts"]:
         assert again.encode(text) == reader.encode(text)

@@ -9,14 +9,33 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.checkpoints.support import same_parameters, train_sentencepiece
+from tests.checkpoints.contract import FormatContract
+from tests.checkpoints.support import (
+    SMALL,
+    same_parameters,
+    tensors_of,
+    train_sentencepiece,
+    write_huggingface,
+)
 from treespec_jax.checkpoints import load
-from treespec_jax.checkpoints.families import FAMILIES
+from treespec_jax.checkpoints.families import FAMILIES, name_table
+from treespec_jax.checkpoints.formats.huggingface import HuggingFaceFormat
 from treespec_jax.checkpoints.safetensors_source import SafetensorsSource
 from treespec_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+class TestContract(FormatContract):
+    format = HuggingFaceFormat
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path, model, tokenizer):
+        tensors = tensors_of(model, name_table(SMALL, ()).pieces)
+        folder = write_huggingface(tmp_path / "model", SMALL, tensors)
+        tokenizer.save(folder)
+        return folder
 
 
 @pytest.fixture
@@ -115,12 +134,12 @@ def test_tokenizer_of_the_folder(folder, tmp_path):
     made = train_sentencepiece(tmp_path)
     shutil.copy(made, folder / "tokenizer.model")
     loaded = load(folder)
-    assert loaded.tokenizer.path == folder / "tokenizer.model"
+    assert loaded.tokenizer.source == str(folder / "tokenizer.model")
     assert loaded.tokenizer.eos_ids == loaded.config.eos_ids == (2,)
     assert loaded.config.bos_id == 1
     other = train_sentencepiece(tmp_path, "other", bos_id=-1, eos_id=1, vocab_size=310)
     chosen = load(folder, tokenizer=other)
-    assert chosen.tokenizer.path == other
+    assert chosen.tokenizer.source == str(other)
     assert chosen.config.bos_id is None
     assert chosen.config.eos_ids == (2, 1)
 
@@ -360,16 +379,6 @@ def test_dtypes_that_hold_no_plain_weights(folder, kind, name):
     change_header(path, lambda header: header.replace(b'"U8"', f'"{kind}"'.encode()))
     with pytest.raises(UserError, match=f"{QUERY} is {name}; quantised weights are"):
         load(folder)
-
-
-def test_paths_that_hold_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint at .*nowhere; check the path"):
-        load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no checkpoint: neither metadata.json"):
-        load(tmp_path)
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="a.gguf is of an unknown kind"):
-        load(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "halves", 3])

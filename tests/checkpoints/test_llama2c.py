@@ -6,8 +6,16 @@ import struct
 import numpy as np
 import pytest
 
-from tests.checkpoints.support import forward, greedy, write_llama2c_tokenizer
+from tests.checkpoints.contract import FormatContract
+from tests.checkpoints.support import (
+    SMALL,
+    forward,
+    greedy,
+    tensors_of,
+    write_llama2c_tokenizer,
+)
 from treespec_jax.checkpoints import load
+from treespec_jax.checkpoints.formats import llama2c
 from treespec_jax.errors import UserError
 
 SHARED = pathlib.Path(__file__).parents[2].parent / "shared" / "weights"
@@ -40,9 +48,9 @@ def random_weights(rng, separate_head):
     return weights
 
 
-def write(path, weights):
+def write(path, weights, sizes=None):
     vocab = -VOCAB if "head" in weights else VOCAB
-    sizes = (DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, vocab, POSITIONS)
+    sizes = sizes or (DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, vocab, POSITIONS)
     data = b"".join(w.astype("<f4").tobytes() for w in weights.values())
     path.write_bytes(struct.pack("<7i", *sizes) + data)
     return path
@@ -86,6 +94,29 @@ def reference(weights, tokens):
             x = x + w["w2"][i] @ (gate / (1 + np.exp(-gate)) * (w["w3"][i] @ h))
         logits.append(w.get("head", w["embedding"]) @ norm(x, w["norm"]))
     return np.stack(logits)
+
+
+class TestContract(FormatContract):
+    format = llama2c.Llama2cFormat
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path, model, tokenizer):
+        tensors = tensors_of(model, llama2c.name_table(SMALL))
+        layers = ["attention_norm", "wq", "wk", "wv", "wo"]
+        layers += ["mlp_norm", "w1", "w2", "w3"]
+        weights = {
+            "embedding": tensors["embedding"],
+            **{k: np.stack([tensors[f"{k}.{i}"] for i in (0, 1)]) for k in layers},
+            "norm": tensors["norm"],
+            "rotary": np.full((2, SMALL.max_positions, SMALL.head_dim // 2), np.nan),
+            "head": tensors["head"],
+        }
+        path = tmp_path / "folder" / "model.bin"
+        path.parent.mkdir()
+        tokenizer.save(path.parent)
+        c = SMALL
+        sizes = (c.embed_dim, c.mlp_dim, c.num_layers, c.num_heads, c.num_kv_heads)
+        return write(path, weights, (*sizes, -c.vocab_size, c.max_positions))
 
 
 @pytest.mark.parametrize("separate_head", [False, True])
@@ -156,7 +187,7 @@ def test_weights_beyond_float16(tmp_path):
 def test_real_checkpoint_tells_its_story():
     loaded = load(SHARED / "stories260K.bin", tokenizer=SHARED / "tok512.bin")
     beside = load(SHARED / "stories260K.bin").tokenizer
-    assert beside.path.name == "tok512.bin"
+    assert beside.source == str(SHARED / "tok512.bin")
     story = "Once upon a time, there was a little girl named Lily."
     count = len(loaded.tokenizer.encode(story)) - 1
     ids = greedy(loaded.model, loaded.tokenizer.encode(""), count)

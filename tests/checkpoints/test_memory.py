@@ -13,8 +13,8 @@ import sys
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
+from tests.checkpoints.support import write_huggingface
 from treespec_jax.checkpoints.families import name_table
 from treespec_jax.config import ModelConfig
 
@@ -79,27 +79,11 @@ print(json.dumps([peak, final]))
 
 
 def write(folder, config, dtype):
-    folder.mkdir()
     tensors = {
         piece.name: np.full(piece.shape, 0.5, dtype)
         for piece in name_table(config, ()).pieces
     }
-    save_file(tensors, folder / "model.safetensors")
-    values = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied_embeddings,
-    }
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
+    return write_huggingface(folder, config, tensors)
 
 
 def run(program, *arguments):

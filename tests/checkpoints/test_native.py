@@ -11,25 +11,36 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.checkpoints.support import same_parameters, write_llama2c_tokenizer
-from treespec_jax.checkpoints import LoadedModel, check_output, load, native, save
-from treespec_jax.checkpoints.tokenizers import Llama2cTokenizer
-from treespec_jax.config import ModelConfig
+from tests.checkpoints.contract import FormatContract
+from tests.checkpoints.support import (
+    SMALL,
+    same_parameters,
+    write_llama2c_tokenizer,
+)
+from treespec_jax.checkpoints import (
+    LoadedModel,
+    check_output,
+    describe,
+    load,
+    load_tokenizer,
+    save,
+    saving,
+)
+from treespec_jax.checkpoints.formats import native
 from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-SMALL = ModelConfig(
-    vocab_size=300,
-    embed_dim=16,
-    mlp_dim=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    max_positions=64,
-    eos_ids=(2, 7),
-)
+
+
+class TestContract(FormatContract):
+    format = native.NativeFormat
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path, model, tokenizer):
+        loaded = LoadedModel(SMALL, model, tokenizer, "here", jnp.dtype("float32"))
+        save(loaded, tmp_path / "stored")
+        return tmp_path / "stored"
 
 
 def files_of(folder):
@@ -44,7 +55,7 @@ def files_of(folder):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "tok.bin"
-    reader = Llama2cTokenizer(write_llama2c_tokenizer(path, [("he", -1.0)]))
+    reader = load_tokenizer(write_llama2c_tokenizer(path, [("he", -1.0)]))
     model = Transformer(SMALL, rngs=nnx.Rngs(0))
     return LoadedModel(SMALL, model, reader, "made here", jnp.dtype("float32"))
 
@@ -65,18 +76,11 @@ def test_hugging_face_round_trip(name, tmp_path):
     assert (again.dtype, again.tokenizer) == (original.dtype, None)
 
 
-def test_tokenizer_travels(small, stored):
-    again = load(stored)
-    assert same_parameters(small.model, again.model)
-    assert again.config == SMALL
-    assert again.tokenizer.path == stored / "tokenizer.bin"
-    assert again.tokenizer.encode("he") == small.tokenizer.encode("he")
-
-
 def test_dtype_on_the_way_out_and_in(small, tmp_path):
     save(small, tmp_path / "half", dtype="bfloat16")
     half = load(tmp_path / "half")
     assert half.dtype == jnp.bfloat16
+    assert describe(tmp_path / "half").dtype == "bfloat16"
     expected = small.model.embedding[...].astype(jnp.bfloat16)
     np.testing.assert_array_equal(half.model.embedding[...], expected)
     single = load(tmp_path / "half", "float32")
@@ -153,7 +157,7 @@ def test_interruption_leaves_the_earlier_output(small, stored, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native, "write_group", full)
+    monkeypatch.setattr(saving, "write_group", full)
     with pytest.raises(UserError, match="cannot write .*: No space left on device"):
         save(small, stored)
     assert files_of(stored) == before
@@ -284,7 +288,7 @@ def test_orbax_reads_what_we_write(small, stored):
 
 def test_several_groups(small, tmp_path, monkeypatch):
     """As a large model is written: parameters in folders of their own."""
-    monkeypatch.setattr(native, "_GROUP", 5000)
+    monkeypatch.setattr(saving, "_GROUP", 5000)
     save(small, tmp_path / "out")
     folders = sorted(path.name for path in (tmp_path / "out" / "params").iterdir())
     assert folders == [f"{i:04d}" for i in range(len(folders))] and len(folders) > 5

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints.test_native import SMALL
-from treespec_jax.checkpoints import llama2c, placement
+from tests.checkpoints.support import SMALL
+from treespec_jax.checkpoints import placement
+from treespec_jax.checkpoints.formats import llama2c
 from treespec_jax.checkpoints.placement import Parameters
 from treespec_jax.errors import UserError
 

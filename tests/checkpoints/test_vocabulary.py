@@ -16,7 +16,6 @@ from treespec_jax.checkpoints import (
     describe,
     load_tokenizer,
 )
-from treespec_jax.checkpoints.tokenizers import HuggingFaceTokenizer
 from treespec_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizers"
@@ -58,7 +57,7 @@ def small():
 def test_rows_past_the_tokenizer_are_padding(small, rows):
     note = check_rows(small, rows)
     assert note == (
-        f"{small.path} has 360 pieces, the model {rows} embeddings: the last "
+        f"{small.source} has 360 pieces, the model {rows} embeddings: the last "
         f"{rows - 360} are padding and stand for no text"
     )
     assert small.decode([rows - 1]) == "" and check_rows(small, 360) is None
@@ -133,7 +132,7 @@ def test_a_token_behind_a_text_is_left_out(tmp_path, small):
     """What comes next is for the model to say."""
     import tokenizers as tk
 
-    model = tk.Tokenizer.from_file(str(small.path))
+    model = tk.Tokenizer.from_file(small.source)
     model.post_processor = tk.processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 2)]
     )
@@ -169,7 +168,7 @@ def test_a_vocabulary_that_goes_on(small):
 
 @pytest.mark.parametrize("token", [0, 261, 359])
 def test_a_token_that_differs_is_named(small, tmp_path, token):
-    text = small.path.read_text()
+    text = Path(small.source).read_text()
     piece = small.piece(token)
     ours, theirs = json.dumps(piece, ensure_ascii=False), '"other"'
     assert text.count(f"{ours}:") == 1
@@ -180,7 +179,7 @@ def test_a_token_that_differs_is_named(small, tmp_path, token):
     values["model"]["unk_token"] = None
     values["model"]["merges"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    other = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+    other = load_tokenizer(tmp_path)
     with pytest.raises(UserError) as caught:
         compare_vocabularies(small, other)
     message = f"token {token} is {piece!r} in the target and 'other' in the drafter"
@@ -223,7 +222,7 @@ def test_pairs_are_noted_in_full(checkpoint):
         (
             "tokenizer_config.json",
             '{"added_tokens_decoder": {"7": {"content": "<new>"}}}',
-            "added token '<new>' is 7 there and 360 in tokenizer.json",
+            "added token '<new>' is 360 there and 7 in tokenizer_config.json",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from treespec_jax.checkpoints.families import parameter_count
-from treespec_jax.checkpoints.huggingface import read_config
+from treespec_jax.checkpoints.formats.huggingface_config import read_config
 from treespec_jax.errors import UserError
 from treespec_jax.models import presets, transformer
 

@@ -1,10 +1,11 @@
-"""Checkpoints and tokenizers: read three formats, write one."""
+"""Checkpoints and tokenizers: read every format of `formats`, write one."""
 
 from __future__ import annotations
 
 import importlib
 
-from treespec_jax.checkpoints.description import Description, describe
+from treespec_jax.checkpoints.description import describe
+from treespec_jax.checkpoints.formats import Description
 from treespec_jax.checkpoints.tokenizers import (
     TextStream,
     Tokenizer,
@@ -16,10 +17,10 @@ from treespec_jax.checkpoints.tokenizers import (
 # Loaded on first use: a checkpoint can be described without starting jax.
 _WITH_JAX = {
     "LoadedModel": "treespec_jax.checkpoints.loaded",
-    "check_output": "treespec_jax.checkpoints.native",
+    "check_output": "treespec_jax.checkpoints.saving",
     "convert": "treespec_jax.checkpoints.conversion",
     "load": "treespec_jax.checkpoints.loading",
-    "save": "treespec_jax.checkpoints.native",
+    "save": "treespec_jax.checkpoints.saving",
 }
 
 __all__ = [

@@ -7,6 +7,7 @@ gives it, as templates are written for that.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.checkpoints.files import first_line, read_json
+from treespec_jax.checkpoints.files import first_line, parse_json
 from treespec_jax.errors import UserError
 
 Message = Mapping[str, Any]
@@ -27,30 +28,42 @@ _JINJA, _CONFIG, _PROCESSOR = (
 TEMPLATE_FILES = (_JINJA, _PROCESSOR)
 
 
+@dataclasses.dataclass(frozen=True)
+class TemplateSource:
+    """The chat template of a checkpoint, not compiled yet.
+
+    Attributes:
+      programs: Jinja programs by name; conversations use the one named "default".
+      source: what messages call it, the path of a file for example.
+    """
+
+    programs: Mapping[str, str]
+    source: str
+
+
 class ChatTemplate:
-    """One template.
+    """A compiled template.
 
     Args:
-      source: the Jinja program.
-      path: the file that it is from.
+      template: the programs of a checkpoint.
       tokens: spellings of special tokens by role, "bos_token" for example; the
         template sees them under these names.
 
     Raises:
-      UserError: the program is malformed.
+      UserError: no program is named "default", or it is malformed.
     """
 
-    def __init__(self, source: str, path: Path, tokens: Mapping[str, str]):
+    def __init__(self, template: TemplateSource, tokens: Mapping[str, str]):
         from jinja2 import TemplateSyntaxError
 
-        self.path = path
+        self._source = template.source
         self._tokens = dict(tokens)
         try:
-            self._program = _environment().from_string(source)
+            self._program = _environment().from_string(_default(template))
         except TemplateSyntaxError as error:
             raise UserError(
-                f"{path}: the chat template is malformed in line {error.lineno}: "
-                f"{first_line(error)}"
+                f"{self._source}: the chat template is malformed in line "
+                f"{error.lineno}: {first_line(error)}"
             ) from None
 
     def render(
@@ -89,34 +102,41 @@ class ChatTemplate:
             reason = first_line(error)
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = first_line(error)
-        raise UserError(f"{self.path}: the chat template fails: {reason}") from None
+        raise UserError(f"{self._source}: the chat template fails: {reason}") from None
 
 
-def find_template(tokenizer: Path, tokens: Mapping[str, str]) -> ChatTemplate:
-    """The template that belongs to a tokenizer.
+def find_template(files: Mapping[str, bytes], folder: Path) -> TemplateSource | None:
+    """The chat template among the files of a tokenizer, or None.
 
-    `chat_template.jinja` beside it, else `chat_template` in `tokenizer_config.json` or
-    `chat_template.json`: a program, or several by name of which "default" is taken.
+    `chat_template.jinja`, else `chat_template` in `tokenizer_config.json` or
+    `chat_template.json`: one program, or a list of named ones.
 
     Args:
-      tokenizer: its file.
-      tokens: see `ChatTemplate`.
+      files: contents by name.
+      folder: the folder that holds them.
 
     Raises:
-      UserError: there is none, or it is malformed.
+      UserError: a file is damaged.
     """
-    folder = tokenizer.parent
-    path = folder / _JINJA
-    if path.is_file():
+    if _JINJA in files:
         try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), path, tokens)
+            text = files[_JINJA].decode("utf-8")
         except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text; download it again") from None
-    for path in (folder / _CONFIG, folder / _PROCESSOR):
-        found = read_json(path).get("chat_template") if path.is_file() else None
-        if found:
-            return ChatTemplate(_default(found, path), path, tokens)
-    raise UserError(
+            raise UserError(
+                f"{folder / _JINJA} is not UTF-8 text; download it again"
+            ) from None
+        return TemplateSource({"default": text}, str(folder / _JINJA))
+    for name in (_CONFIG, _PROCESSOR):
+        if name in files:
+            found = parse_json(files[name], folder / name).get("chat_template")
+            if found:
+                return TemplateSource(_programs(found), str(folder / name))
+    return None
+
+
+def no_template(tokenizer: str) -> UserError:
+    """The error of a conversation for a tokenizer that came without a template."""
+    return UserError(
         f"no chat template beside {tokenizer}: neither {_JINJA} nor a chat_template in "
         f"{_CONFIG}; take a model that was trained for chat, or generate without it"
     )
@@ -176,20 +196,25 @@ def _plain(values: Any, what: str) -> Any:
         raise UserError(f"{what} must be plain data: {first_line(error)}") from None
 
 
-def _default(found: Any, path: Path) -> str:
+def _programs(found: Any) -> dict[str, str]:
+    """Programs by name, of one program or a list of named ones; {} if malformed."""
     if isinstance(found, str):
-        return found
+        return {"default": found}
     try:
-        named = {each["name"]: each["template"] for each in found}
+        return {each["name"]: each["template"] for each in found}
     except (TypeError, KeyError):
-        named = {}
-    if not isinstance(named.get("default"), str):
-        names = ", ".join(map(repr, named)) or "none"
+        return {}
+
+
+def _default(template: TemplateSource) -> str:
+    program = template.programs.get("default")
+    if not isinstance(program, str):
+        names = ", ".join(map(repr, template.programs)) or "none"
         raise UserError(
-            f"{path}: no chat template is named 'default' (there is: {names}); put "
-            f"the one to use into {_JINJA} beside it"
+            f"{template.source}: no chat template is named 'default' (there is: "
+            f"{names}); put the one to use into {_JINJA} beside it"
         )
-    return named["default"]
+    return program
 
 
 class _Refused(Exception):

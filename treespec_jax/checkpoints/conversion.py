@@ -22,19 +22,19 @@ from typing import IO, Any
 
 import numpy as np
 
-from treespec_jax.checkpoints.description import Description
+from treespec_jax.checkpoints.formats import Description
+from treespec_jax.checkpoints.formats.native import PARAMS, check_files
 from treespec_jax.checkpoints.loading import open_parameters
-from treespec_jax.checkpoints.native import (
-    PARAMS,
+from treespec_jax.checkpoints.placement import Parameters, check_dtype
+from treespec_jax.checkpoints.saving import (
+    Contents,
     Group,
-    check_files,
     check_output,
     finish,
     grouped,
     write_group,
     writing,
 )
-from treespec_jax.checkpoints.placement import Parameters, check_dtype
 from treespec_jax.errors import UserError
 
 JOURNAL = "journal.jsonl"
@@ -101,15 +101,8 @@ def convert(
         files = {
             name: sums for g in groups for name, sums in journal.done[g.name].items()
         }
-        finish(
-            partial,
-            path,
-            about.config,
-            about.tokenizer,
-            about.path.name,
-            wanted,
-            files,
-        )
+        contents = Contents(about.config, about.tokenizer, about.path.name, wanted)
+        finish(partial, path, contents, files)
         (path / JOURNAL).unlink()
     count = sum(group.nbytes for group in groups) // wanted.itemsize
     return Converted(wanted, count, resumed)

@@ -181,8 +181,8 @@ FAMILIES = {
             roots=("model", "language_model.model", "model.language_model"),
             heads=("lm_head", "language_model.lm_head"),
             unused=tuple(
-                f"{at}{part}."
-                for at in ("", "model.")
+                f"{root}{part}."
+                for root in ("", "model.")
                 for part in ("vision_tower", "multi_modal_projector")
             ),
         ),
@@ -242,13 +242,13 @@ def name_table(config: ModelConfig, names: Collection[str]) -> NameTable:
     return NameTable(pieces, sorted(unused | useless.intersection(names)))
 
 
-def _layer(config: ModelConfig, here: str, at: str) -> list[Piece]:
+def _layer(config: ModelConfig, prefix: str, path: str) -> list[Piece]:
     """One layer. Weights are [out, in]; rotary pairs are half-split."""
     D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
     G, K = config.queries_per_kv, config.num_kv_heads
     every = slice(None)
-    attention, mlp = f"{here}.self_attn", f"{here}.mlp"
-    qkv, gate_up = f"{at}.attention.qkv", f"{at}.mlp.gate_up"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    qkv, gate_up = f"{path}.attention.qkv", f"{path}.mlp.gate_up"
     parts = [("q", G * K * H, slice(G)), ("k", K * H, G), ("v", K * H, G + 1)]
     norms = ["attention_norm", "mlp_norm"]
     theirs = ["input_layernorm", "post_attention_layernorm"]
@@ -256,25 +256,25 @@ def _layer(config: ModelConfig, here: str, at: str) -> list[Piece]:
         norms = ["attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"]
         theirs += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     pieces = [
-        Piece(f"{here}.{name}.weight", (D,), f"{at}.{norm}.scale")
+        Piece(f"{prefix}.{name}.weight", (D,), f"{path}.{norm}.scale")
         for name, norm in zip(theirs, norms, strict=True)
     ]
     for name, rows, part in parts:
         projection = f"{attention}.{name}_proj"
         pieces.append(Piece(f"{projection}.weight", (rows, D), qkv, (every, part)))
         if config.qkv_bias:
-            bias = f"{at}.attention.qkv_bias"
+            bias = f"{path}.attention.qkv_bias"
             pieces.append(Piece(f"{projection}.bias", (rows,), bias, (every, part)))
     if config.qk_norm:
         pieces += [
-            Piece(f"{attention}.{name}.weight", (H,), f"{at}.attention.{name}.scale")
+            Piece(f"{attention}.{name}.weight", (H,), f"{path}.attention.{name}.scale")
             for name in ("q_norm", "k_norm")
         ]
     return pieces + [
-        Piece(f"{attention}.o_proj.weight", (D, G * K * H), f"{at}.attention.out"),
+        Piece(f"{attention}.o_proj.weight", (D, G * K * H), f"{path}.attention.out"),
         Piece(f"{mlp}.gate_proj.weight", (F, D), gate_up, (0,)),
         Piece(f"{mlp}.up_proj.weight", (F, D), gate_up, (1,)),
-        Piece(f"{mlp}.down_proj.weight", (D, F), f"{at}.mlp.down"),
+        Piece(f"{mlp}.down_proj.weight", (D, F), f"{path}.mlp.down"),
     ]
 
 

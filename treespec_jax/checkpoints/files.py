@@ -9,12 +9,27 @@ from typing import Any
 from treespec_jax.errors import UserError
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError if it is missing or damaged."""
+def read_bytes(path: Path) -> bytes:
+    """All of a file. Raises UserError if it is missing or unreadable."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if it is missing or damaged."""
+    return parse_json(read_bytes(path), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that the file at `path` holds as `data`.
+
+    Raises:
+      UserError: the data is not a JSON object; names the file.
+    """
+    try:
+        values = json.loads(data.decode("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {first_line(error)}; repair it") from None
     if not isinstance(values, dict):
@@ -22,6 +37,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def first_line(error: Exception) -> str:
+def cause(error: BaseException) -> str:
+    """The first line of what caused an exception, cut to a sensible length."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = first_line(error)
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or the name of its class."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,23 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from treespec_jax.checkpoints import calibration, families, llama2c
-from treespec_jax.checkpoints.description import (
-    HUGGINGFACE,
-    NATIVE,
-    Description,
-    describe,
-)
+from treespec_jax.checkpoints import calibration
+from treespec_jax.checkpoints.description import describe
+from treespec_jax.checkpoints.formats import Description
 from treespec_jax.checkpoints.loaded import LoadedModel
-from treespec_jax.checkpoints.native import NativeSource
-from treespec_jax.checkpoints.pieces import TensorSource
 from treespec_jax.checkpoints.placement import Parameters, Progress, check_dtype
-from treespec_jax.checkpoints.safetensors_source import SafetensorsSource
 from treespec_jax.sharding import Rules
 
 
 def load(
-    path: str | Path,
+    checkpoint: str | Path | Description,
     dtype: Any = None,
     *,
     tokenizer: str | Path | None = None,
@@ -35,10 +28,11 @@ def load(
     """Reads a checkpoint; memory peaks at the parameters and a few MiB.
 
     Args:
-      path: a Hugging Face folder, a llama2.c version 0 `.bin` file, or a folder
-        that `save` wrote.
+      checkpoint: the path of a Hugging Face folder, a llama2.c version 0 `.bin` file,
+        or a folder that `save` wrote; or what `describe` gave for one, which is not
+        described again.
       dtype: float32, bfloat16 or float16; None: as stored.
-      tokenizer: a file to use instead of the one found with the weights.
+      tokenizer: a file to use instead of the one found with the weights or described.
       progress: wraps the list of parameters as they are read, to show a bar.
       mesh: of devices that hold the parameters together, see `sharding.make_mesh`; a
         process reads what its own devices hold. None: the first device holds all.
@@ -48,11 +42,15 @@ def load(
       UserError: the path is missing, unreadable or of no known kind; a tensor is
         missing, unread, of the wrong shape or not finite; a setting is not supported;
         the tokenizer does not fit the embedding (see `check_rows`); a calibration
-        beside it holds no tau; a rule names an
-        axis that the mesh does not have.
+        beside it holds no tau; a rule names an axis that the mesh does not have.
     """
     wanted = None if dtype is None else check_dtype(dtype)
-    about = describe(path, tokenizer)
+    if not isinstance(checkpoint, Description):
+        about = describe(checkpoint, tokenizer)
+    elif tokenizer is not None:
+        about = describe(checkpoint.path, tokenizer)
+    else:
+        about = checkpoint
     parameters, wanted = open_parameters(about, wanted)
     model = parameters.build(progress, mesh, rules)
     return LoadedModel(
@@ -78,16 +76,9 @@ def open_parameters(
     Raises:
       UserError: the tensors are not those of the configuration.
     """
-    path, config = about.path, about.config
-    source: TensorSource
-    if about.kind == NATIVE:
-        source, table, ignored = NativeSource(path), None, ()
-    elif about.kind == HUGGINGFACE:
-        source = SafetensorsSource(path)
-        names = families.name_table(config, source.shapes())
-        table, ignored = names.pieces, names.ignored
-    else:
-        source = llama2c.Llama2cSource(path)
-        table, ignored = llama2c.name_table(config), llama2c.IGNORED
-    dtype = dtype or check_dtype(source.dtype)
-    return Parameters(config, dtype, table, source, ignored), dtype
+    tensors = about.format.open(about)
+    dtype = dtype or check_dtype(tensors.source.dtype)
+    parameters = Parameters(
+        about.config, dtype, tensors.pieces, tensors.source, tensors.ignored
+    )
+    return parameters, dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,11 @@ class Piece:
 class TensorSource(Protocol):
     """Reads any part of any tensor, and keeps none.
 
+    Example:
+
+      (rows, columns) = source.shapes()["head"]
+      half = source.read("head", (slice(0, rows // 2), slice(0, columns)))
+
     Attributes:
       path: what to call the checkpoint in messages.
       dtype: the name of the dtype that most of it is in.
@@ -56,3 +61,19 @@ class TensorSource(Protocol):
 
     def files(self) -> Sequence[Path]:
         """The files that the values come from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The tensors of a checkpoint, unread, with their name table.
+
+    Attributes:
+      source: reads them.
+      pieces: where every tensor goes; together they fill every parameter. None: the
+        tensors are the parameters.
+      ignored: names of tensors that may be there and are of no use.
+    """
+
+    source: TensorSource
+    pieces: Sequence[Piece] | None = None
+    ignored: Collection[str] = ()

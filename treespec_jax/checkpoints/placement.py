@@ -155,24 +155,24 @@ class Parameters:
         mesh: jax.sharding.Mesh | None = None,
         rules: Rules | None = None,
     ) -> Transformer:
-        """Reads every parameter into its place: a device, or the devices of a mesh.
+        """Reads every parameter onto its device, or onto the devices of a mesh.
 
         Raises:
           UserError: as `read`; a rule names no axis of the mesh.
         """
         rules = rules or Rules()
-        places = {
+        shardings = {
             path: mesh
             and sharding_of(leaf.get_metadata("logical_axes"), leaf.shape, mesh, rules)
             for path, leaf in self._flat.items()
         }
         arrays = {
-            item.path: self._place(item.path, places[item.path])
+            item.path: self._put(item.path, shardings[item.path])
             for item in progress(self.items)
         }
         return concrete(self._graph, self._state, arrays)
 
-    def _place(self, path: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    def _put(self, path: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
         if sharding is None:
             return jax.device_put(self.read(path))
         shape = self._flat[path].shape
@@ -209,8 +209,8 @@ def check_finite(array: np.ndarray, name: str, where, reason: str = _BROKEN) -> 
     unsigned = np.dtype(f"u{array.dtype.itemsize}")
     mask = unsigned.type(((1 << info.nexp) - 1) << info.nmant)
     bits = array.reshape(-1).view(unsigned)
-    for at in range(0, bits.size, _BLOCK):
-        if ((bits[at : at + _BLOCK] & mask) == mask).any():
+    for start in range(0, bits.size, _BLOCK):
+        if ((bits[start : start + _BLOCK] & mask) == mask).any():
             raise UserError(f"{where}: tensor {name} {reason}")
 
 
@@ -319,8 +319,8 @@ def _blocks(box: Box, sizes: Sequence[int], interleaved: bool) -> Iterator[Box]:
     axis = next((i for i, (a, b) in enumerate(box[:last]) if b - a > 1), max(last, 0))
     (start, stop), rest = box[axis], math.prod(sizes[axis + 1 :])
     run = max(1, _PART // (4 * rest))
-    for at in range(start, stop, run):
-        yield *box[:axis], (at, min(at + run, stop)), *box[axis + 1 :]
+    for first in range(start, stop, run):
+        yield *box[:axis], (first, min(first + run, stop)), *box[axis + 1 :]
 
 
 def _region(
@@ -336,20 +336,20 @@ def _region(
     """
     region: list[slice] = []
     read: list[tuple[int, int]] = []
-    at = 0
+    axis = 0
     for size in shape:
-        first, count = at, 1
-        while count < size or (at < len(sizes) and sizes[at] == 1):
-            count *= sizes[at]
-            at += 1
+        first, count = axis, 1
+        while count < size or (axis < len(sizes) and sizes[axis] == 1):
+            count *= sizes[axis]
+            axis += 1
         assert count == size, (shape, sizes)
-        bound = next((i for i in range(first, at) if sizes[i] > 1), None)
+        bound = next((i for i in range(first, axis) if sizes[i] > 1), None)
         if bound is None or bound == whole:
             region.append(slice(0, size))
-            read += [(0, n) for n in sizes[first:at]]
+            read += [(0, n) for n in sizes[first:axis]]
             continue
-        inner = math.prod(sizes[bound + 1 : at])
+        inner = math.prod(sizes[bound + 1 : axis])
         start, stop = block[bound]
         region.append(slice(start * inner, stop * inner))
-        read += [block[i] if i == bound else (0, sizes[i]) for i in range(first, at)]
+        read += [block[i] if i == bound else (0, sizes[i]) for i in range(first, axis)]
     return tuple(region), tuple(read)

@@ -5,6 +5,7 @@ from treespec_jax.checkpoints.tokenizers.base import Tokenizer
 from treespec_jax.checkpoints.tokenizers.files import find_tokenizer, load_tokenizer
 from treespec_jax.checkpoints.tokenizers.llama2c import Llama2cTokenizer
 from treespec_jax.checkpoints.tokenizers.sentencepiece import SentencePieceTokenizer
+from treespec_jax.checkpoints.tokenizers.settings import AddedToken, TokenizerSettings
 from treespec_jax.checkpoints.tokenizers.tokenizer_json import HuggingFaceTokenizer
 from treespec_jax.checkpoints.tokenizers.vocabulary import (
     check_rows,
@@ -12,11 +13,13 @@ from treespec_jax.checkpoints.tokenizers.vocabulary import (
 )
 
 __all__ = [
+    "AddedToken",
     "HuggingFaceTokenizer",
     "Llama2cTokenizer",
     "SentencePieceTokenizer",
     "TextStream",
     "Tokenizer",
+    "TokenizerSettings",
     "check_rows",
     "compare_vocabularies",
     "find_tokenizer",

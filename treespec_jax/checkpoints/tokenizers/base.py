@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from treespec_jax.checkpoints.chat import ChatTemplate, find_template
+from treespec_jax.checkpoints.chat import ChatTemplate, no_template
 from treespec_jax.checkpoints.streaming import decode
+from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 from treespec_jax.errors import UserError
 
 SPACE = "\u2581"
@@ -20,6 +20,11 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
+    Example:
+
+      tokenizer = load_tokenizer("model/tokenizer.json")
+      tokenizer.decode(tokenizer.encode("once upon a time"))  # "once upon a time"
+
     Attributes:
       vocab_size: ids are in [0, vocab_size).
       core_size: ids from here on are tokens that were added to a finished vocabulary.
@@ -27,7 +32,7 @@ class Tokenizer(Protocol):
       eos_ids: tokens that end a text.
       leading_spaces: spaces at the start of a text that decoding drops.
       file_name: name of its file inside a converted checkpoint.
-      path: the file that it was read from.
+      source: what messages call it, the path of its file for example.
     """
 
     vocab_size: int
@@ -36,7 +41,7 @@ class Tokenizer(Protocol):
     eos_ids: tuple[int, ...]
     leading_spaces: int
     file_name: str
-    path: Path
+    source: str
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of a text, after `bos_id` if wanted and there is one.
@@ -68,23 +73,36 @@ class Tokenizer(Protocol):
         """
 
     def save(self, folder: Path) -> None:
-        """Copies the tokenizer's files into a folder."""
+        """Writes files into a folder that `load_tokenizer` reads back."""
 
 
 class Base:
-    """What the implementations share. `bos_id` and `eos_ids` override the file's."""
+    """What the implementations share; nothing here is read from a file.
+
+    Args:
+      data: the vocabulary, as its file holds it.
+      settings: what comes with it.
+      bos_id: token in front of a text, or None.
+      eos_ids: tokens that end a text.
+    """
 
     file_name = ""
     leading_spaces = 0
-    # Files beside it that have a say, copied along under their own names.
-    companions: tuple[str, ...] = ()
     vocab_size: int
     core_size: int
 
-    def __init__(self, path: Path, bos_id: int | None, eos_ids: tuple[int, ...]):
-        self.path = Path(path)
+    def __init__(
+        self,
+        data: bytes,
+        settings: TokenizerSettings,
+        bos_id: int | None,
+        eos_ids: tuple[int, ...],
+    ):
+        self.source = settings.source
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
+        self._data = data
+        self._settings = settings
         self._known: dict[int, bytes] = {}
         self._template: ChatTemplate | None = None
 
@@ -94,7 +112,10 @@ class Base:
 
     def chat_template(self) -> ChatTemplate:
         if self._template is None:
-            self._template = find_template(self.path, self._named_tokens())
+            template = self._settings.template
+            if template is None:
+                raise no_template(self.source)
+            self._template = ChatTemplate(template, self._named_tokens())
         return self._template
 
     def encode_chat(
@@ -119,13 +140,9 @@ class Base:
         return data
 
     def save(self, folder: Path) -> None:
-        try:
-            shutil.copyfile(self.path, Path(folder) / self.file_name)
-            for name in self.companions:
-                if (self.path.parent / name).is_file():
-                    shutil.copyfile(self.path.parent / name, Path(folder) / name)
-        except FileNotFoundError:
-            raise UserError(f"tokenizer {self.path} is gone; put it back") from None
+        files = {self.file_name: self._data, **self._settings.files()}
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
 
     def _check(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:
@@ -147,8 +164,8 @@ class Base:
         raise NotImplementedError
 
 
-def unreadable(path, what: str) -> UserError:
-    """The error of a file that is missing, or is not `what`."""
-    if not Path(path).is_file():
-        return UserError(f"no tokenizer at {path}; check the path")
-    return UserError(f"{path} is not {what}, or is damaged; copy or download it again")
+def damaged(source: str, what: str) -> UserError:
+    """The error of a vocabulary that is not `what`."""
+    return UserError(
+        f"{source} is not {what}, or is damaged; copy or download it again"
+    )

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from treespec_jax.checkpoints.chat import find_template
+from treespec_jax.checkpoints.files import read_bytes
 from treespec_jax.checkpoints.tokenizers.base import Tokenizer
 from treespec_jax.checkpoints.tokenizers.llama2c import Llama2cTokenizer
 from treespec_jax.checkpoints.tokenizers.sentencepiece import SentencePieceTokenizer
+from treespec_jax.checkpoints.tokenizers.settings import (
+    COMPANIONS,
+    TokenizerSettings,
+    parse_settings,
+)
 from treespec_jax.checkpoints.tokenizers.tokenizer_json import HuggingFaceTokenizer
 from treespec_jax.errors import UserError
 
@@ -58,4 +66,15 @@ def load_tokenizer(
             f"tokenizer {path} is of an unknown kind; give a .model (sentencepiece), "
             ".json (tokenizers) or .bin (llama2.c) file"
         )
-    return _KINDS[path.suffix](path, bos_id, eos_ids)
+    kind = _KINDS[path.suffix]
+    data = read_bytes(path)
+    beside = {name: path.parent / name for name in COMPANIONS}
+    files = {name: read_bytes(file) for name, file in beside.items() if file.is_file()}
+    if kind is Llama2cTokenizer:
+        # Holds its special tokens itself; of the files beside it a template counts.
+        template = find_template(files, path.parent)
+        settings = TokenizerSettings(str(path), template=template, companions={})
+    else:
+        settings = parse_settings(files, path)
+    settings = dataclasses.replace(settings, bos_id=bos_id, eos_ids=tuple(eos_ids))
+    return kind(data, settings)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import struct
-from pathlib import Path
 
-from treespec_jax.checkpoints.tokenizers.base import BYTE, SPACE, Base, unreadable
+from treespec_jax.checkpoints.tokenizers.base import BYTE, SPACE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 
 
 class Llama2cTokenizer(Base):
@@ -16,19 +16,24 @@ class Llama2cTokenizer(Base):
     Ids 1 and 2 begin and end a text. A space is put in front of a text; characters
     outside the vocabulary are spelt with the byte tokens `<0xNN>`.
 
+    Args:
+      data: contents of such a file.
+      settings: only its `source`, `bos_id`, `eos_ids` and `template` count.
+
     Raises:
-      UserError: the file is missing or cut short.
+      UserError: the data is cut short.
     """
 
     file_name = "tokenizer.bin"
     leading_spaces = 1
 
-    def __init__(self, path, bos_id=None, eos_ids=()):
-        super().__init__(path, 1 if bos_id is None else bos_id, eos_ids or (2,))
+    def __init__(self, data: bytes, settings: TokenizerSettings):
+        bos_id = 1 if settings.bos_id is None else settings.bos_id
+        super().__init__(data, settings, bos_id, settings.eos_ids or (2,))
         try:
-            self._pieces, self._scores = _read_llama2c(Path(path).read_bytes())
-        except (OSError, struct.error, ValueError):
-            raise unreadable(path, "a llama2.c tokenizer") from None
+            self._pieces, self._scores = _parse(data)
+        except (struct.error, ValueError):
+            raise damaged(self.source, "a llama2.c tokenizer") from None
         self.vocab_size = self.core_size = len(self._pieces)
         self._byte_ids: dict[int, int] = {}
         self._ids: dict[bytes, int] = {}
@@ -73,44 +78,47 @@ class Llama2cTokenizer(Base):
         after = list(range(1, count + 1))
         heap: list[tuple[float, int, int, int, int]] = []
 
-        def offer(left: int) -> None:
-            right = after[left]
-            if left < 0 or right >= count:
+        def offer(index: int) -> None:
+            follower = after[index]
+            if index < 0 or follower >= count:
                 return
-            pair = self._pieces[tokens[left]] + self._pieces[tokens[right]]
-            joined = self._ids.get(pair)
+            first, second = tokens[index], tokens[follower]
+            joined = self._ids.get(self._pieces[first] + self._pieces[second])
             if joined is not None:
-                score = -self._scores[joined]
-                heapq.heappush(heap, (score, left, tokens[left], tokens[right], joined))
+                entry = (-self._scores[joined], index, first, second, joined)
+                heapq.heappush(heap, entry)
 
-        for left in range(count - 1):
-            offer(left)
+        for index in range(count - 1):
+            offer(index)
         while heap:
-            _, left, first, second, joined = heapq.heappop(heap)
-            right = after[left]
-            if right >= count or (tokens[left], tokens[right]) != (first, second):
+            _, index, first, second, joined = heapq.heappop(heap)
+            follower = after[index]
+            if follower >= count or (tokens[index], tokens[follower]) != (
+                first,
+                second,
+            ):
                 continue
-            tokens[left], tokens[right] = joined, -1
-            after[left] = after[right]
-            if after[left] < count:
-                before[after[left]] = left
-            if before[left] >= 0:
-                offer(before[left])
-            offer(left)
+            tokens[index], tokens[follower] = joined, -1
+            after[index] = after[follower]
+            if after[index] < count:
+                before[after[index]] = index
+            if before[index] >= 0:
+                offer(before[index])
+            offer(index)
         return [token for token in tokens if token >= 0]
 
 
-def _read_llama2c(data: bytes) -> tuple[list[bytes], list[float]]:
-    """Pieces and scores. Raises ValueError or struct.error for a damaged file."""
+def _parse(data: bytes) -> tuple[list[bytes], list[float]]:
+    """Pieces and scores. Raises ValueError or struct.error for damaged data."""
     pieces, scores = [], []
     longest = struct.unpack_from("<i", data)[0]
-    at = 4
-    while at < len(data):
-        score, length = struct.unpack_from("<fi", data, at)
-        at += 8 + length
-        if not 0 <= length <= max(longest, 16) or at > len(data):
+    offset = 4
+    while offset < len(data):
+        score, length = struct.unpack_from("<fi", data, offset)
+        offset += 8 + length
+        if not 0 <= length <= max(longest, 16) or offset > len(data):
             raise ValueError("length out of range")
-        pieces.append(data[at - length : at])
+        pieces.append(data[offset - length : offset])
         scores.append(score)
     if len(pieces) < 3:
         raise ValueError("no tokens")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from treespec_jax.checkpoints.streaming import ALL_SPACES
-from treespec_jax.checkpoints.tokenizers.base import SPACE, Base, unreadable
-from treespec_jax.checkpoints.tokenizers.settings import (
-    COMPANIONS,
-    read_settings,
-)
+from treespec_jax.checkpoints.tokenizers.base import SPACE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 
 # A repeated message field of a protocol buffer is merged into the first: appended to a
 # model, this sets `normalizer_spec.add_dummy_prefix` to false.
@@ -18,47 +14,47 @@ _NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 
 
 class SentencePieceTokenizer(Base):
-    """A sentencepiece `.model` file (Kudo & Richardson, 1808.06226).
+    """A sentencepiece model (Kudo & Richardson, 1808.06226).
 
-    Added and special tokens are those of `tokenizer_config.json`,
-    `special_tokens_map.json` and `added_tokens.json` beside it; without those files the
-    text "</s>" is a text like any other. Stretches between added tokens are encoded by
-    themselves, as the original (slow) Llama tokenizer does: with a space in front each,
-    or, under `"legacy": false`, only at the start of the text.
+    Added and special tokens are those of the settings; without any the text "</s>" is a
+    text like any other. Stretches between added tokens are encoded by themselves, as
+    the original (slow) Llama tokenizer does: with a space in front each, or, unless
+    `legacy` is set, only at the start of the text.
+
+    Args:
+      data: a serialised `ModelProto`, the contents of a `.model` file.
+      settings: what comes with it.
 
     Raises:
-      UserError: the file is missing or is not a sentencepiece model, or one beside it
-        is damaged.
+      UserError: the data is not a sentencepiece model.
     """
 
     file_name = "tokenizer.model"
-    companions = COMPANIONS
 
-    def __init__(self, path, bos_id=None, eos_ids=()):
-        path = Path(path)
-        self._model = _read(path)
-        self._settings = settings = read_settings(path.parent)
+    def __init__(self, data: bytes, settings: TokenizerSettings):
+        self._model = _processor(data, settings.source)
         size = self._model.vocab_size()
         self.core_size = size
         self._added = dict(settings.added)
         for token in (*settings.named.values(), *settings.others):
-            at = self._find(token.content)
-            if at is not None:
-                self._added.setdefault(at, token)
+            token_id = self._find(token.content)
+            if token_id is not None:
+                self._added.setdefault(token_id, token)
         self.vocab_size = max([size - 1, *self._added]) + 1
         named = {role: self._find(t.content) for role, t in settings.named.items()}
+        bos_id, eos_ids = settings.bos_id, settings.eos_ids
         if bos_id is None and settings.add_bos is not False:
-            bos_id = named.get("bos_token", self._own(self._model.bos_id()))
+            bos_id = named.get("bos_token", _or_none(self._model.bos_id()))
         if not eos_ids:
-            eos = named.get("eos_token", self._own(self._model.eos_id()))
+            eos = named.get("eos_token", _or_none(self._model.eos_id()))
             eos_ids = () if eos is None else (eos,)
-        super().__init__(path, bos_id, eos_ids)
+        super().__init__(data, settings, bos_id, eos_ids)
         self.leading_spaces = self._find_leading_spaces()
         self._split = _pattern(self._added.values())
-        self._by_text = {t.content: (at, t) for at, t in self._added.items()}
+        self._by_text = {t.content: (i, t) for i, t in self._added.items()}
         self._inner = self._model
         if self._split and not settings.legacy:
-            self._inner = _read(path, _NO_PREFIX)
+            self._inner = _processor(data + _NO_PREFIX, settings.source)
 
     def piece(self, token: int) -> str:
         self._check(token)
@@ -67,9 +63,9 @@ class SentencePieceTokenizer(Base):
         return self._model.id_to_piece(token) if token < self.core_size else ""
 
     def _named_tokens(self) -> dict[str, str]:
-        own = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
-        own["unk_token"] = self._model.unk_id()
-        found = {role: self._model.id_to_piece(i) for role, i in own.items() if i >= 0}
+        ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
+        ids["unk_token"] = self._model.unk_id()
+        found = {role: self._model.id_to_piece(i) for role, i in ids.items() if i >= 0}
         named = {role: token.content for role, token in self._settings.named.items()}
         # What a configuration leaves out of its roles is left out on purpose.
         return named or found
@@ -78,19 +74,19 @@ class SentencePieceTokenizer(Base):
         if self._split is None:
             return self._model.encode(text)
         ids: list[int] = []
-        at, strip = 0, False
+        start, strip = 0, False
         for match in self._split.finditer(text):
-            token, flags = self._by_text[match[0]]
-            ids += self._stretch(text, at, match.start(), strip, flags.lstrip)
-            ids.append(token)
-            at, strip = match.end(), flags.rstrip
-        return ids + self._stretch(text, at, len(text), strip)
+            token_id, token = self._by_text[match[0]]
+            part = text[start : match.start()]
+            part = part.lstrip() if strip else part
+            ids += self._stretch(part.rstrip() if token.lstrip else part, start)
+            ids.append(token_id)
+            start, strip = match.end(), token.rstrip
+        part = text[start:]
+        return ids + self._stretch(part.lstrip() if strip else part, start)
 
-    def _stretch(self, text: str, start: int, end: int, left: bool, right=False):
-        """Ids of a stretch of text, less its white space on the sides named."""
-        part = text[start:end]
-        part = part.lstrip() if left else part
-        part = part.rstrip() if right else part
+    def _stretch(self, part: str, start: int) -> list[int]:
+        """Ids of a part of a text without added tokens, which begins at `start`."""
         return (self._inner if start else self._model).encode(part) if part else []
 
     def _token_bytes(self, token: int) -> bytes:
@@ -111,36 +107,34 @@ class SentencePieceTokenizer(Base):
 
     def _find(self, content: str) -> int | None:
         """Id of an added token or of a piece."""
-        for at, token in self._added.items():
+        for token_id, token in self._added.items():
             if token.content == content:
-                return at
-        at = self._model.piece_to_id(content)
-        known = self._model.id_to_piece(at) == content
-        return at if known else None
-
-    @staticmethod
-    def _own(token: int) -> int | None:
-        return token if token >= 0 else None
+                return token_id
+        token_id = self._model.piece_to_id(content)
+        return token_id if self._model.id_to_piece(token_id) == content else None
 
     def _find_leading_spaces(self) -> int:
         """Asks the model itself, whose settings the Python package does not show."""
         space = self._model.piece_to_id(SPACE)
         if self._model.is_unknown(space):
             return ALL_SPACES
-        kept = len(self._model.decode([space, space]))
-        return {0: ALL_SPACES, 1: 1}.get(kept, 0)
+        remaining = len(self._model.decode([space, space]))
+        return {0: ALL_SPACES, 1: 1}.get(remaining, 0)
 
 
-def _read(path: Path, more: bytes = b""):
+def _processor(data: bytes, source: str):
     import sentencepiece
 
     try:
-        data = path.read_bytes() + more
         if not data:
             raise RuntimeError("empty")
         return sentencepiece.SentencePieceProcessor(model_proto=data)
-    except (OSError, RuntimeError):
-        raise unreadable(path, "a sentencepiece model") from None
+    except RuntimeError:
+        raise damaged(source, "a sentencepiece model") from None
+
+
+def _or_none(token: int) -> int | None:
+    return token if token >= 0 else None
 
 
 def _pattern(tokens) -> re.Pattern[str] | None:

@@ -1,14 +1,19 @@
-"""What the files beside a tokenizer of Hugging Face say about it."""
+"""What comes with a vocabulary: special tokens and the chat template."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.checkpoints.chat import TEMPLATE_FILES
-from treespec_jax.checkpoints.files import read_json
+from treespec_jax.checkpoints.chat import (
+    TEMPLATE_FILES,
+    TemplateSource,
+    find_template,
+)
+from treespec_jax.checkpoints.files import parse_json
 from treespec_jax.errors import UserError
 
 CONFIG, MAP, ADDED = (
@@ -16,7 +21,7 @@ CONFIG, MAP, ADDED = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# All that a copied tokenizer needs to go on as before.
+# The files beside a vocabulary that a copy needs to encode as the original does.
 COMPANIONS = (CONFIG, MAP, ADDED, *TEMPLATE_FILES)
 
 
@@ -42,34 +47,68 @@ class AddedToken:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSettings:
-    """The files of a folder, read.
+    """What a tokenizer is made of, besides its vocabulary.
 
     Attributes:
-      path: of tokenizer_config.json, there or not.
+      source: what messages call the tokenizer, the path of its file for example.
+      bos_id: token in front of a text; None: what the other fields and the vocabulary
+        say.
+      eos_ids: tokens that end a text; empty: what they say.
       named: special tokens by role ("bos_token", "eos_token", …).
       added: added tokens by id.
       others: further special tokens, ids left to the vocabulary.
       add_bos: whether a text begins with the token of that name; None: not said.
       legacy: whether every stretch of text between added tokens is encoded as if it
         began the text, as the first Llama tokenizers did.
+      template: how conversations are written, or None.
+      companions: contents by name of the files that these settings were read from;
+        None: they were not read from files.
     """
 
-    path: Path
-    named: Mapping[str, AddedToken]
-    added: Mapping[int, AddedToken]
-    others: tuple[AddedToken, ...]
-    add_bos: bool | None
-    legacy: bool
+    source: str
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    named: Mapping[str, AddedToken] = dataclasses.field(default_factory=dict)
+    added: Mapping[int, AddedToken] = dataclasses.field(default_factory=dict)
+    others: tuple[AddedToken, ...] = ()
+    add_bos: bool | None = None
+    legacy: bool = True
+    template: TemplateSource | None = None
+    companions: Mapping[str, bytes] | None = None
+
+    def files(self) -> dict[str, bytes]:
+        """Files by name that `parse_settings` reads these settings back from."""
+        if self.companions is not None:
+            return dict(self.companions)
+        values: dict[str, Any] = {
+            **{role: dataclasses.asdict(token) for role, token in self.named.items()},
+            "added_tokens_decoder": {
+                str(token_id): dataclasses.asdict(token)
+                for token_id, token in self.added.items()
+            },
+            "additional_special_tokens": list(map(dataclasses.asdict, self.others)),
+            "add_bos_token": self.add_bos,
+            "legacy": self.legacy,
+        }
+        if self.template is not None:
+            programs = self.template.programs.items()
+            values["chat_template"] = [dict(name=n, template=t) for n, t in programs]
+        return {CONFIG: json.dumps(values, indent=2, ensure_ascii=False).encode()}
 
 
-def read_settings(folder: Path) -> TokenizerSettings:
-    """Reads what there is.
+def parse_settings(files: Mapping[str, bytes], tokenizer: Path) -> TokenizerSettings:
+    """The settings that the files beside a tokenizer hold.
+
+    Args:
+      files: contents by name; the names are among `COMPANIONS`.
+      tokenizer: the path of the vocabulary's file.
 
     Raises:
       UserError: a file is no JSON object, or an added token is malformed.
     """
+    folder = tokenizer.parent
     found = {
-        name: read_json(folder / name) if (folder / name).is_file() else {}
+        name: parse_json(files[name], folder / name) if name in files else {}
         for name in (CONFIG, MAP, ADDED)
     }
     config = found[CONFIG]
@@ -92,12 +131,14 @@ def read_settings(folder: Path) -> TokenizerSettings:
         added[_id(folder / CONFIG, token)] = _token(folder / CONFIG, value)
     add_bos = config.get("add_bos_token")
     return TokenizerSettings(
-        path=folder / CONFIG,
+        source=str(tokenizer),
         named=named,
         added=dict(sorted(added.items())),
         others=tuple(others),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         legacy=config.get("legacy") is not False,
+        template=find_template(files, folder),
+        companions=dict(files),
     )
 
 

@@ -4,55 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
-from treespec_jax.checkpoints.tokenizers.base import BYTE, Base, unreadable
-from treespec_jax.checkpoints.tokenizers.settings import COMPANIONS, read_settings
+from treespec_jax.checkpoints.tokenizers.base import BYTE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.settings import CONFIG, TokenizerSettings
 from treespec_jax.errors import UserError
 
 
 class HuggingFaceTokenizer(Base):
-    """A `tokenizer.json` of the tokenizers package, encoded by that package.
+    """A tokenizer of the tokenizers package, encoded by that package.
 
-    Added tokens of a `tokenizer_config.json` beside it are added, or take its flags.
-    The token in front of a text is the one that the file's own post-processor puts
-    there; the configuration's `add_bos_token` adds one where the file has none. Nothing
-    is put behind a text, which is a prompt here, whatever the files say.
+    Added tokens of the settings are added, or take their flags. The token in front of a
+    text is the one that the vocabulary's post-processor puts there; `add_bos` of the
+    settings adds one where it puts none. Nothing is put behind a text, which is a
+    prompt here, whatever the post-processor says.
+
+    Args:
+      data: JSON of the whole pipeline, the contents of a `tokenizer.json`.
+      settings: what comes with it.
 
     Raises:
-      UserError: the file is missing or damaged, or decodes in a way that has no
-        meaning token by token; or one beside it is damaged.
+      UserError: the data is damaged, or decodes in a way that has no meaning token by
+        token.
     """
 
     file_name = "tokenizer.json"
-    companions = COMPANIONS
 
-    def __init__(self, path, bos_id=None, eos_ids=()):
+    def __init__(self, data: bytes, settings: TokenizerSettings):
         import tokenizers
 
-        path = Path(path)
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
+            self._model = tokenizers.Tokenizer.from_buffer(data)
         except Exception:  # the package raises bare Exception
-            raise unreadable(path, "a tokenizer.json") from None
+            raise damaged(settings.source, "a tokenizer.json") from None
         # Left over from training, where texts have one length.
         self._model.no_truncation()
         self._model.no_padding()
-        self._settings = settings = read_settings(path.parent)
         self.core_size = _size(self._model.get_vocab(with_added_tokens=False))
-        self._add_tokens()
+        self._add_tokens(settings)
         named = {
             role: self._model.token_to_id(token.content)
             for role, token in settings.named.items()
         }
+        bos_id, eos_ids = settings.bos_id, settings.eos_ids
         if bos_id is None:
             bos_id = _front(self._model)
             if bos_id is None and settings.add_bos:
                 bos_id = named.get("bos_token")
         if not eos_ids and named.get("eos_token") is not None:
             eos_ids = (named["eos_token"],)
-        super().__init__(path, bos_id, eos_ids)
+        super().__init__(data, settings, bos_id, eos_ids)
         self.vocab_size = _size(self._model.get_vocab())
         self._added = self._model.get_added_tokens_decoder()
         self._read_decoder()
@@ -69,11 +70,10 @@ class HuggingFaceTokenizer(Base):
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
-    def _add_tokens(self) -> None:
-        """Adds what the configuration knows and the file does not, in order of id."""
+    def _add_tokens(self, settings: TokenizerSettings) -> None:
+        """Adds what the settings know and the vocabulary does not, in order of id."""
         import tokenizers
 
-        settings = self._settings
         known = {
             token.content for token in self._model.get_added_tokens_decoder().values()
         }
@@ -87,12 +87,12 @@ class HuggingFaceTokenizer(Base):
         self._model.add_tokens(
             [tokenizers.AddedToken(**dataclasses.asdict(token)) for token in wanted]
         )
-        for at, token in settings.added.items():
+        for token_id, token in settings.added.items():
             found = self._model.token_to_id(token.content)
-            if found != at:
+            if found != token_id:
                 raise UserError(
-                    f"{settings.path}: added token {token.content!r} is {at} there and "
-                    f"{found} in {self.file_name}; download both again"
+                    f"{settings.source}: added token {token.content!r} is {found} "
+                    f"there and {token_id} in {CONFIG}; download both again"
                 )
 
     def _read_decoder(self) -> None:
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(Base):
                 self.leading_spaces = step["start"]
             elif kind != "Fuse":
                 raise UserError(
-                    f"{self.path}: decoder {kind!r} is not supported; ByteLevel, "
+                    f"{self.source}: decoder {kind!r} is not supported; ByteLevel, "
                     "Metaspace, ByteFallback, Replace, Strip and Fuse are"
                 )
 

@@ -30,7 +30,7 @@ def check_rows(tokenizer: Tokenizer, rows: int, chosen: bool = False) -> str | N
     pieces = tokenizer.vocab_size
     if pieces == rows:
         return None
-    counts = f"{tokenizer.path} has {pieces} pieces, the model {rows} embeddings"
+    counts = f"{tokenizer.source} has {pieces} pieces, the model {rows} embeddings"
     if pieces > rows:
         if tokenizer.core_size <= rows:
             return (

@@ -1,13 +1,7 @@
-"""The package's own folders: `metadata.json`, `params/` (orbax) and the tokenizer.
+"""Writes the package's own folders; `formats.native` says what they hold.
 
-`params/` holds the parameters in groups of some 64 MB, each an orbax checkpoint of its
-own, so that a conversion holds one group and goes on after the last one. They are
-read through tensorstore, which orbax stores in: any part of a parameter, whereas
-orbax's own restore holds up to three copies of what it restores.
-
-`metadata.json` holds the configuration, and size and checksum of every file of
-`params/`. A folder is written beside its destination and renamed at the end, so that
-one that is there is whole.
+A folder is written beside its destination and renamed at the end, so that one that is
+there is whole.
 """
 
 from __future__ import annotations
@@ -19,7 +13,6 @@ import os
 import re
 import shutil
 import threading
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,72 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from treespec_jax.checkpoints.files import first_line, read_json
+from treespec_jax.checkpoints.files import cause, read_json
+from treespec_jax.checkpoints.formats.native import (
+    FORMAT,
+    METADATA,
+    PARAMS,
+    VERSION,
+    checksum,
+)
 from treespec_jax.checkpoints.loaded import LoadedModel
-from treespec_jax.checkpoints.metadata import FORMAT, METADATA, VERSION
 from treespec_jax.checkpoints.placement import Item, check_dtype, dotted
 from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
-from treespec_jax.models import memory
 
-PARAMS = "params"
 _GROUP = 64 << 20
 # What is read at once to get at a part of a parameter.
 _CHUNK = 1 << 20
-
-
-class NativeSource:
-    """Parameters in a folder that `save` or `convert` wrote; see `TensorSource`.
-
-    Raises:
-      UserError: a file is missing, of another size, or changed; names the first one.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        values = read_json(path / METADATA)
-        self.dtype = values.get("dtype")
-        # tensorstore takes absolute paths only.
-        self._folder = path.absolute() / PARAMS
-        files = values.get("files")
-        if not isinstance(files, Mapping) or not files:
-            raise UserError(
-                f"{path / METADATA} lacks 'files'; convert the original again"
-            )
-        check_files(path / PARAMS, files)
-        self._arrays: dict[str, Any] = {}
-        for group in sorted({name.partition("/")[0] for name in files}):
-            with self._reading(group):
-                self._arrays.update(_open(self._folder / group))
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(array.shape) for name, array in self._arrays.items()}
-
-    def dtypes(self) -> dict[str, str]:
-        return {
-            name: array.dtype.numpy_dtype.name for name, array in self._arrays.items()
-        }
-
-    def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
-        import tensorstore as ts
-
-        with self._reading(f"parameter {name}"):
-            # Into memory of ours: theirs would come from the heap, and leave holes.
-            part = self._arrays[name][region][ts.d[:].translate_to[0]]
-            array = memory.empty(part.shape, part.dtype.numpy_dtype)
-            ts.array(array).write(part).result()
-            return array
-
-    def files(self) -> list[Path]:
-        return [self.path / METADATA]
-
-    @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # tensorstore raises many kinds
-            raise _damaged(self.path / PARAMS, f"{what}: {_short(error)}") from None
 
 
 def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
@@ -136,15 +80,8 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
                         )
                     arrays[item.path] = value
                 files |= write_group(partial, group.name, arrays)
-            finish(
-                partial,
-                path,
-                loaded.config,
-                loaded.tokenizer,
-                loaded.source,
-                wanted,
-                files,
-            )
+            contents = Contents(loaded.config, loaded.tokenizer, loaded.source, wanted)
+            finish(partial, path, contents, files)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -201,30 +138,49 @@ def write_group(
     # folder is whole because it was renamed.
     (params / name / "commit_success.txt").unlink(missing_ok=True)
     return {
-        path.relative_to(params).as_posix(): [path.stat().st_size, _crc(path)]
+        path.relative_to(params).as_posix(): [path.stat().st_size, checksum(path)]
         for path in sorted((params / name).rglob("*"))
         if path.is_file()
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a folder holds besides its parameters.
+
+    Attributes:
+      config: of the model.
+      tokenizer: or None.
+      source: name of the file or folder that the model came from.
+      dtype: of the parameters.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    source: str
+    dtype: np.dtype
+
+
 def finish(
-    partial: Path,
-    path: Path,
-    config: ModelConfig,
-    tokenizer: Tokenizer | None,
-    source: str,
-    dtype: np.dtype,
-    files: Mapping[str, Any],
+    partial: Path, path: Path, contents: Contents, files: Mapping[str, Any]
 ) -> None:
-    """Makes the folder `partial`, whose parameters are written, whole and `path`."""
+    """Adds the contents to a folder of parameters and renames it to its final name.
+
+    Args:
+      partial: the folder, whose parameters are written.
+      path: the final name; an earlier folder there is replaced.
+      contents: what to add.
+      files: sizes and checksums of the parameters' files, by name.
+    """
+    tokenizer = contents.tokenizer
     if tokenizer is not None:
         tokenizer.save(partial)
     about = {
         "format": FORMAT,
         "version": VERSION,
-        "source": source,
-        "dtype": dtype.name,
-        "model": dataclasses.asdict(config),
+        "source": contents.source,
+        "dtype": contents.dtype.name,
+        "model": dataclasses.asdict(contents.config),
         "tokenizer": tokenizer
         and {
             "file": tokenizer.file_name,
@@ -282,7 +238,7 @@ def writing(path: Path, hint: str = "") -> Iterator[None]:
         # tensorstore puts the system's answer behind a page of its own.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         told = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
-        reason = told or _short(error)
+        reason = told or cause(error)
         raise UserError(f"cannot write {path}: {reason}{hint}") from None
 
 
@@ -301,75 +257,10 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def check_files(folder: Path, written: Mapping[str, Any]) -> None:
-    """Compares the files with what was written.
-
-    tensorstore answers a damaged one with pages of text, and loads bytes that changed
-    silently.
-
-    Raises:
-      UserError: names the first file that is missing, of another size, or changed.
-    """
-    for name, (size, crc) in written.items():
-        path = folder / name
-        try:
-            found = path.stat().st_size
-            if found != size:
-                raise _damaged(path, f"{found} bytes instead of {size}")
-            if _crc(path) != crc:
-                raise _damaged(path, "its checksum is not that of the file written")
-        except OSError as error:
-            raise _damaged(path, str(error.strerror)) from None
-
-
-def _open(group: Path) -> dict[str, Any]:
-    """The arrays of an orbax checkpoint, by parameter, unread."""
-    import tensorstore as ts
-
-    context = ts.Context({"file_io_mode": {"mode": "memmap"}})
-    store = {"driver": "ocdbt", "base": f"file://{group}/"}
-    kv = ts.KvStore.open(store, context=context).result()
-    keys = [key.decode() for key in kv.list().result()]
-    opened = {
-        name: ts.open(
-            {"driver": "zarr", "kvstore": {**store, "path": name}},
-            open=True,
-            read=True,
-            context=context,
-        )
-        for name, _, file in (key.rpartition("/") for key in keys)
-        if file == ".zarray"
-    }
-    return {name: array.result() for name, array in opened.items()}
-
-
 @jax.jit
 def _is_finite(array: jax.Array) -> jax.Array:
     # Where the shards are: the host need not hold them.
     return jnp.isfinite(array).all()
-
-
-def _damaged(where: Path, reason: str) -> UserError:
-    return UserError(
-        f"{where} cannot be read ({reason}); it is damaged or incomplete, convert or "
-        "copy it again"
-    )
-
-
-def _crc(path: Path) -> int:
-    total = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total = zlib.crc32(block, total)
-    return total
-
-
-def _short(error: BaseException) -> str:
-    """The first line of what caused an exception, cut to a sensible length."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = first_line(error)
-    return line if len(line) <= 160 else line[:157] + "..."
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

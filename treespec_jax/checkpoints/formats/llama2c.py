@@ -6,18 +6,50 @@ output head), then float32 tensors, each kind for all layers, in the order of `_
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from treespec_jax.checkpoints.pieces import Piece
+from treespec_jax.checkpoints.formats.protocol import Description, Header
+from treespec_jax.checkpoints.pieces import Piece, Tensors
+from treespec_jax.checkpoints.tokenizers import find_tokenizer, load_tokenizer
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 
 _HEADER = struct.Struct("<7i")
 _MAGIC = 0x616B3432  # "ak42", first word of the later versions
+
+
+class Llama2cFormat:
+    """See `Format`."""
+
+    expects = "a .bin file (llama2.c)"
+
+    def claims(self, path: Path) -> bool:
+        return path.suffix == ".bin" and path.is_file()
+
+    def describe(self, path: Path) -> Header:
+        found = _find_tokenizer(path)
+        return Header(
+            Llama2cSource(path).config,
+            tokenizer=found and functools.partial(load_tokenizer, found),
+        )
+
+    def open(self, description: Description) -> Tensors:
+        table = name_table(description.config)
+        return Tensors(Llama2cSource(description.path), table, IGNORED)
+
+
+def _find_tokenizer(path: Path) -> Path | None:
+    """The tokenizer of a file: of the same stem, or the folder's only one."""
+    for suffix in (".model", ".json"):
+        if path.with_suffix(suffix).is_file():
+            return path.with_suffix(suffix)
+    found = find_tokenizer(path.parent)
+    return None if found == path else found
 
 
 class Llama2cSource:
@@ -50,14 +82,14 @@ class Llama2cSource:
             )
         self.config = _config(path, values)
         self._spans = {}
-        at = _HEADER.size
+        offset = _HEADER.size
         for name, shape in _layout(self.config):
-            self._spans[name] = at, shape
-            at += 4 * math.prod(shape)
-        if size != at:
+            self._spans[name] = offset, shape
+            offset += 4 * math.prod(shape)
+        if size != offset:
             raise UserError(
-                f"{path} has {size} bytes, its header asks for {at}; it is cut short "
-                "or not a llama2.c checkpoint"
+                f"{path} has {size} bytes, its header asks for {offset}; it is cut "
+                "short or not a llama2.c checkpoint"
             )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -67,11 +99,11 @@ class Llama2cSource:
         return dict.fromkeys(self._spans, self.dtype)
 
     def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
-        at, (_, *row) = self._spans[name]
+        start, (_, *row) = self._spans[name]
         first, *rest = region
         size, count = math.prod(row), first.stop - first.start
         # Not memory-mapped: pages of a map would count as a second copy of the model.
-        offset = at + 4 * first.start * size
+        offset = start + 4 * first.start * size
         flat = np.fromfile(self.path, "<f4", count * size, offset=offset)
         return flat.reshape(count, *row)[:, *rest]
 
@@ -87,18 +119,18 @@ def name_table(config: ModelConfig) -> list[Piece]:
     every = slice(None)
     pieces = [Piece("embedding", (c.vocab_size, D), "embedding")]
     for i in range(c.num_layers):
-        at = f"layers.{i}"
-        qkv = f"{at}.attention.qkv"
+        layer = f"layers.{i}"
+        qkv = f"{layer}.attention.qkv"
         pieces += [
-            Piece(f"attention_norm.{i}", (D,), f"{at}.attention_norm.scale"),
+            Piece(f"attention_norm.{i}", (D,), f"{layer}.attention_norm.scale"),
             Piece(f"wq.{i}", (rows, D), qkv, (every, slice(G)), interleaved=True),
             Piece(f"wk.{i}", (kv_rows, D), qkv, (every, G), interleaved=True),
             Piece(f"wv.{i}", (kv_rows, D), qkv, (every, G + 1)),
-            Piece(f"wo.{i}", (D, rows), f"{at}.attention.out"),
-            Piece(f"mlp_norm.{i}", (D,), f"{at}.mlp_norm.scale"),
-            Piece(f"w1.{i}", (F, D), f"{at}.mlp.gate_up", (0,)),
-            Piece(f"w2.{i}", (D, F), f"{at}.mlp.down"),
-            Piece(f"w3.{i}", (F, D), f"{at}.mlp.gate_up", (1,)),
+            Piece(f"wo.{i}", (D, rows), f"{layer}.attention.out"),
+            Piece(f"mlp_norm.{i}", (D,), f"{layer}.mlp_norm.scale"),
+            Piece(f"w1.{i}", (F, D), f"{layer}.mlp.gate_up", (0,)),
+            Piece(f"w2.{i}", (D, F), f"{layer}.mlp.down"),
+            Piece(f"w3.{i}", (F, D), f"{layer}.mlp.gate_up", (1,)),
         ]
     pieces.append(Piece("norm", (D,), "norm.scale"))
     if not c.tied_embeddings:

@@ -93,7 +93,7 @@ class _Reader:
         """A setting of every family; null in the file is None, whatever the default."""
         return self.values.get(key, self.family.defaults.get(key))
 
-    def own(self, key: str) -> Any:
+    def for_family(self, key: str) -> Any:
         """A setting that only some families know; the others do not look at it."""
         return self.get(key) if key in self.family.defaults else None
 
@@ -154,8 +154,8 @@ def _config(read: _Reader) -> ModelConfig:
     starts = read.ids("bos_token_id", starts)
     ends = [
         end
-        for place in (read.outer.get, read.get, more.get)
-        for end in read.ids("eos_token_id", place("eos_token_id"))
+        for lookup in (read.outer.get, read.get, more.get)
+        for end in read.ids("eos_token_id", lookup("eos_token_id"))
     ]
     heads, width = read.size("num_attention_heads"), read.size("hidden_size")
     layers = read.size("num_hidden_layers")
@@ -166,7 +166,7 @@ def _config(read: _Reader) -> ModelConfig:
         # Published settings for long texts leave the original length in place.
         stretched = math.floor(rotary.factor * rotary.original_max_positions)
         positions = max(positions, stretched)
-    scalar = read.own("query_pre_attn_scalar")
+    scalar = read.for_family("query_pre_attn_scalar")
     if scalar is not None:
         scalar = read.size("query_pre_attn_scalar") ** -0.5
     eps = read.get("rms_norm_eps")
@@ -197,7 +197,7 @@ def _config(read: _Reader) -> ModelConfig:
 
 
 def _cap(read: _Reader, key: str) -> float | None:
-    return read.number(key, read.own(key))
+    return read.number(key, read.for_family(key))
 
 
 def _activation(read: _Reader) -> str:
@@ -211,7 +211,7 @@ def _activation(read: _Reader) -> str:
 def _windows(read: _Reader, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The window, and the layers that it limits; None without any."""
     rule = read.family.windows
-    window = read.own("sliding_window")
+    window = read.for_family("sliding_window")
     if rule == "later" and not read.flag("use_sliding_window"):
         window = None
     if window is not None:
@@ -221,7 +221,7 @@ def _windows(read: _Reader, layers: int) -> tuple[int | None, tuple[int, ...]]:
         local = range(layers)
     elif rule == "later" and window:
         # May be zero: all layers.
-        first = read.own("max_window_layers")
+        first = read.for_family("max_window_layers")
         good = type(first) is int and first >= 0
         read.check("max_window_layers", first, good, "a whole number >= 0")
         local = range(first, layers)
@@ -253,7 +253,7 @@ def _rotaries(
     newer, older = "rope_parameters", "rope_scaling"
     values = read.values
     theta = read.number("rope_theta", read.get("rope_theta"))
-    local_theta = read.own("rope_local_base_freq")
+    local_theta = read.for_family("rope_local_base_freq")
     local_theta = read.number("rope_local_base_freq", local_theta)
     if not read.family.local_rotary:
         key = older if values.get(older) else newer
