@@ -94,13 +94,17 @@ params[1] = dataclasses.replace(params[1], temperature=0.9)
 
 def run(**options):
     llm = LLM(folders["target"], **sizes, **options)
-    engine = llm.engine
+    executor = llm.engine._executor
     texts = [c.token_ids for c in llm.generate(prompts, params)]
     held = [
         leaf.sharding.shard_shape(leaf.shape)[1] / leaf.shape[1]
-        for leaf in (engine._state.pages[0], *getattr(engine._state.draft, "pages", ()))
+        for leaf in (
+            executor._state.pages[0],
+            *getattr(executor._state.draft, "pages", ()),
+        )
     ]
-    return texts, held, (engine._dispatch._cache_size(), engine._prefill._cache_size())
+    programs = *executor._dispatches.values(), executor._prefill
+    return texts, held, [program._cache_size() for program in programs]
 
 
 found["texts"]["alone"] = run()

@@ -284,7 +284,7 @@ def _described(model: str | Path | Model) -> Model:
 
 def _loaded(model: Model, dtype, mesh) -> LoadedModel:
     if isinstance(model, Description):
-        return load(model.path, dtype, mesh=mesh)
+        return load(model, dtype, mesh=mesh)
     if mesh is not None:
         raise UserError(
             "a loaded model stays where it is; give its path, or pass the mesh to "

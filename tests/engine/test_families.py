@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.engine.test_lossless import build, run
+from tests.engine.support import build, run
 from tests.models.decoder import FAMILIES, random_model
 from tests.oracles import Ties, perturbed_scores
 from treespec_jax.config import SamplingParams

@@ -30,7 +30,9 @@ def run(pair, cache_dtype, tree):
         prefill_chunks=(128,),
         cache_dtype=cache_dtype,
     )
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine._state.pages))
+    size = sum(
+        leaf.nbytes for leaf in jax.tree.leaves(llm.engine._executor._state.pages)
+    )
     return llm.generate(PROMPTS, PARAMS), size
 
 

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.engine.test_lossless import build
+from tests.engine.support import build, run
 from tests.oracles import TIE, full_logits
-from treespec_jax.config import SamplingParams
+from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine.request import Request
+from treespec_jax.engine.scheduler import Scheduler
+from treespec_jax.engine.slots import SlotSettings
 from treespec_jax.errors import UserError
 from treespec_jax.sampling import noise
-from treespec_jax.sampling.penalties import Requests
+from treespec_jax.sampling.penalties import TextSoFar
 
 TOKENS = 24
 # A small vocabulary's logits: penalties this strong decide most tokens.
@@ -70,18 +72,6 @@ def scores(target, prompt, output, params):
 
 
 _gumbel = jax.jit(noise.gumbel, static_argnums=2)
-
-
-def run(engine, prompts, params) -> list[Request]:
-    requests = [
-        Request(prompt, dataclasses.replace(params, seed=i))
-        for i, prompt in enumerate(prompts)
-    ]
-    for request in requests:
-        engine.submit(request)
-    while engine.busy:
-        engine.advance()
-    return requests
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +157,10 @@ def test_nodes_of_a_tree_are_penalised_by_their_own_path():
         SamplingParams(),
     ]
     texts = {0: ([1, 2, 2], [3, 3, 5]), 1: ([4], []), 2: ([6, 1], [6])}
-    requests = Requests(3, 8)
+    settings = SlotSettings(3, 8, ())
     for slot, own in enumerate(params):
-        requests.insert(slot, own)
-    tables = requests.so_far(texts).tables(V)
+        settings.insert(slot, own)
+    tables = TextSoFar(**settings.text(texts)).tables(V)
     step = jnp.asarray([[7, 3, 0], [4, 8, 8], [5, 5, 5]])
     tables = tables.after(step, jnp.asarray([2, 1, 0]))
     texts[0][1].extend([7, 3])
@@ -196,14 +186,21 @@ def test_nodes_of_a_tree_are_penalised_by_their_own_path():
             np.testing.assert_allclose(got[:, column], want, rtol=1e-5, atol=1e-5)
 
 
-def test_nobody_asked():
-    requests = Requests(2, 8)
-    requests.insert(0, SamplingParams(presence_penalty=1.0))
-    requests.insert(1, SamplingParams())
-    assert requests.so_far({1: ([1], [])}) is None
-    assert requests.so_far({0: ([1], []), 1: ([1], [])}) is not None
-    requests.insert(0, SamplingParams())
-    assert requests.so_far({0: ([1], [])}) is None
+def test_texts_are_sent_only_while_somebody_has_penalties():
+    """A request that has ended leaves nothing of its settings in its slot."""
+    scheduler = Scheduler(EngineConfig(max_batch=2, max_len=8, page_size=8), (), 1)
+    asked = Request([1], SamplingParams(presence_penalty=1.0, temperature=0.5))
+    other = Request([1], SamplingParams())
+    for request in (asked, other):
+        scheduler.submit(request)
+    scheduler.admit()
+    for chunk in scheduler.chunks():
+        scheduler.fed(chunk, 0.0)
+    plan, _ = scheduler.plan()
+    assert plan.text["presence"].tolist() == [1.0, 0.0]
+    scheduler.cancel(asked)
+    plan, _ = scheduler.plan()
+    assert plan.text is None and not plan.sampling["temperature"].any()
 
 
 @pytest.mark.parametrize(
