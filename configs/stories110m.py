@@ -1,6 +1,7 @@
 """The benchmark of a 110M target with a 5M drafter, one text at a time.
 
 Give the models by flag: --target=PATH --draft=PATH --tokenizer=PATH.
+docs/performance.md has the commands that make them.
 """
 
 from treespec_jax.experiments.settings import default_config

@@ -21,7 +21,7 @@ class Model(Protocol):
 
 
 def check_pair(target: Model, draft: Model | None) -> list[str]:
-    """What to know of vocabularies that differ without harm; see the README.
+    """What to know of vocabularies that differ without harm (docs/models.md).
 
     Whatever the drafter lacks or has besides, the text is the target's own.
 
