@@ -290,7 +290,7 @@ def test_what_cannot_serve_a_cascade_is_refused(
 def test_a_cascade_keeps_the_drafters_distributions():
     for rule in ("exact", "token", "traversal", "typical"):
         how = compatibility.choose_proposal(
-            rule, "", shapes.parse("dynamic:4@2"), "opt"
+            rule, "", shapes.parse("allotted:4@2"), "opt"
         )
         assert how == "sampled"
         assert compatibility.label(rule, "opt") == "lossy"

@@ -26,7 +26,7 @@ class Case:
     """One engine.
 
     Attributes:
-      speculative: of the LLM; "allotted" names dynamic trees of rules that sample.
+      speculative: of the LLM.
       penalised: also run requests with penalties, which is another program.
     """
 
@@ -110,8 +110,6 @@ def run(case: Case, pair, batch: int) -> dict[str, list[list[int]]]:
     speculative = None
     if case.speculative:
         speculative = dict(case.speculative, method="draft_model", model=draft)
-        speculative["draws"] = speculative.pop("proposal", "")
-        speculative["tree"] = speculative["tree"].replace("allotted", "dynamic")
     llm = LLM(
         target, speculative=speculative, max_batch=batch, max_len=256, page_size=16
     )
