@@ -102,7 +102,7 @@ class Ring:
         yield pltpu.make_async_copy(
             self.pages.at[page, head], self.buffer.at[place, j], self.sem.at[place]
         )
-        if static.quantised:
+        if static.quantized:
             yield pltpu.make_async_copy(
                 self.scales.at[page, head],
                 self.scale_buffer.at[place, j],

@@ -7,7 +7,6 @@ the ends of pages, random trees and degenerate ones. Whatever no slot owns is Na
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tree_attention import (
+    AttentionSpec,
     BlockSizes,
     GpuBlockSizes,
+    Operands,
     quantize_rows,
     tree_attention,
 )
-from tests.kernels.oracle import Case, attention, make_case, poison
+from tests.kernels.oracle import attention, cast, make_case, poison
 
 IMPLEMENTATIONS = ("reference", "tpu", "gpu")
 LANES = 128
@@ -51,7 +52,7 @@ class Call:
     sizes: BlockSizes = BlockSizes(block_rows=48, rows=16, max_rows=64)
 
     def options(self) -> dict:
-        return dict(window=self.window, soft_cap=self.soft_cap)
+        return dict(scale=self.H**-0.5, window=self.window, soft_cap=self.soft_cap)
 
     def length_sets(self):
         """Empty, about a page, several blocks; every slot gets several of them."""
@@ -93,40 +94,27 @@ CALLS = {
 RACED = ("heads", "window and cap", "int8, window")
 
 
-@functools.cache
-def compiled(call: Call, implementation: str, interpret=True):
-    """One jitted function per call; the reference of small heads sees them unpadded."""
-    return jax.jit(
-        functools.partial(
-            tree_attention,
-            scale=call.H**-0.5,
-            implementation=implementation,
-            block_sizes=GPU_SIZES if implementation == "gpu" else call.sizes,
-            interpret=interpret if implementation != "reference" else False,
-            **call.options(),
-        )
-    )
+attend = jax.jit(tree_attention, static_argnums=1)
 
 
-def run(call: Call, case: Case, implementation: str, interpret=True) -> np.ndarray:
+def run(call: Call, case: Operands, implementation: str, interpret=True) -> np.ndarray:
     """Pads pages to whole lanes as their owner does, and quantises on request."""
-    q, pages, table, lengths, tree_kv, mask = case.arrays(jnp.dtype(call.dtype))
-    depth = case.tree_depth if call.window else None
-    scales = None
+    operands = cast(case, jnp.dtype(call.dtype))
+    pages, scales = operands.kv_pages, None
     if call.int8:
         pages, scales = (np.asarray(x) for x in quantize_rows(case.kv_pages))
         scales = pad(scales, LANES)
-    out = compiled(call, implementation, interpret)(
-        q,
-        pad(pages, LANES),
-        table,
-        lengths,
-        tree_kv,
-        mask,
-        tree_depth=depth,
-        kv_scales=scales,
+    operands = dataclasses.replace(
+        operands, kv_pages=pad(pages, LANES), kv_scales=scales
     )
-    assert out.dtype == q.dtype and out.shape == q.shape
+    spec = AttentionSpec(
+        **call.options(),
+        implementation=implementation,
+        block_sizes=GPU_SIZES if implementation == "gpu" else call.sizes,
+        interpret=interpret if implementation != "reference" else False,
+    )
+    out = attend(operands, spec)
+    assert out.dtype == operands.queries.dtype and out.shape == case.queries.shape
     return np.asarray(out, np.float64)
 
 
@@ -153,11 +141,11 @@ def cases(call: Call):
         )
         if i % 2:
             degenerate(case)
-        case = poison(case).cast(jnp.dtype(call.dtype))
-        yield case, attention(rounded(call, case), scale=call.H**-0.5, **call.options())
+        case = cast(poison(case), jnp.dtype(call.dtype))
+        yield case, attention(rounded(call, case), **call.options())
 
 
-def degenerate(case: Case) -> None:
+def degenerate(case: Operands) -> None:
     """A chain, a star, a lone root with padding, a random tree with padding."""
     B, T, U = case.tree_mask.shape
     for b in range(B):
@@ -175,7 +163,7 @@ def degenerate(case: Case) -> None:
             mask[T // 2 :] = False
 
 
-def rounded(call: Call, case: Case) -> Case:
+def rounded(call: Call, case: Operands) -> Operands:
     """What an int8 cache holds."""
     if not call.int8:
         return case
