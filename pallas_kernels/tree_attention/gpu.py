@@ -166,19 +166,21 @@ def _kernel(static: _Static, *refs):
             if one_page:
                 i = jnp.maximum(jnp.minimum(i, blocks - 1), 0)
                 return _read(table_ref, b, lax.div(i * S, static.page))
-            at_S = i * S + lax.iota(jnp.int32, S)
-            return _read(table_ref, b, lax.div(at_S, static.page), mask=at_S < length)
+            position_S = i * S + lax.iota(jnp.int32, S)
+            return _read(
+                table_ref, b, lax.div(position_S, static.page), mask=position_S < length
+            )
 
         def block(partial, i, carry):
             page, *carry = carry
             # Read one block ahead: the copies of keys must not wait for the table.
             next_page = pages_of(i + 1)
             page_S1 = page if one_page else page[:, None]
-            at_S = i * S + lax.iota(jnp.int32, S)
-            filled_S = at_S < length if partial else None
+            position_S = i * S + lax.iota(jnp.int32, S)
+            filled_S = position_S < length if partial else None
             offset_S = lax.rem(i * S, static.page) + lax.iota(jnp.int32, S)
             if not one_page:
-                offset_S = lax.rem(at_S, static.page)
+                offset_S = lax.rem(position_S, static.page)
             mask = _both(filled_S[:, None] if partial else None, lanes)
 
             def rows(which):
@@ -194,7 +196,7 @@ def _kernel(static: _Static, *refs):
             if partial:
                 seen = filled_S[None]
                 if windowed:
-                    seen = seen & (at_S[None] >= first_R[:, None])
+                    seen = seen & (position_S[None] >= first_R[:, None])
                 s_RS = jnp.where(seen, s_RS, -jnp.inf)
             return next_page, *add(carry, s_RS, *rows(1))
 
@@ -230,14 +232,14 @@ def _kernel(static: _Static, *refs):
     top_R, total_R, acc_RD = carry
 
     if static.splits > 1:
-        at = split, b, t_R, n_R
-        plgpu.store(top_ref.at[at], top_R, mask=used_R)
-        plgpu.store(total_ref.at[at], total_R, mask=used_R)
-        at = split, b, t_R[:, None], n_R[:, None], lane_D
+        index = split, b, t_R, n_R
+        plgpu.store(top_ref.at[index], top_R, mask=used_R)
+        plgpu.store(total_ref.at[index], total_R, mask=used_R)
+        index = split, b, t_R[:, None], n_R[:, None], lane_D
     else:
         acc_RD = acc_RD / jnp.where(total_R > 0, total_R, 1.0)[:, None]
-        at = b, t_R[:, None], n_R[:, None], lane_D
-    plgpu.store(out_ref.at[at], acc_RD.astype(out_ref.dtype), mask=row_mask)
+        index = b, t_R[:, None], n_R[:, None], lane_D
+    plgpu.store(out_ref.at[index], acc_RD.astype(out_ref.dtype), mask=row_mask)
 
 
 def unsupported(operands: Operands, spec: AttentionSpec) -> str | None:

@@ -163,16 +163,16 @@ class _Softmax:
         self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
         self.out[...] = jnp.zeros(self.out.shape, jnp.float32)
 
-    def scores(self, h, at, keys_SH, key_scale=None):
+    def scores(self, h, span, keys_SH, key_scale=None):
         """Scores in units of log2, float32 [rows, S]."""
         static = self.static
-        s = rescale(_dot(self.q[h, at], keys_SH, CONTRACT_LAST, static), key_scale)
+        s = rescale(_dot(self.q[h, span], keys_SH, CONTRACT_LAST, static), key_scale)
         if static.soft_cap is None:
             return s * (static.scale * math.log2(math.e))
         capped = jnp.tanh(s * (static.scale / static.soft_cap))
         return capped * (static.soft_cap * math.log2(math.e))
 
-    def add(self, heads, at, scores, values, value_scale):
+    def add(self, heads, span, scores, values, value_scale):
         """Adds one block for several heads, side by side: their latencies overlap.
 
         Scores go through memory, on purpose: there are more than registers hold, and
@@ -180,7 +180,7 @@ class _Softmax:
 
         Args:
           heads: of the step.
-          at: rows.
+          span: slice of the step's query rows.
           scores: of a head, [rows, S], -inf where masked.
           values: of a head, [S, H], finite.
           value_scale: of a head, [1, S], or None.
@@ -193,15 +193,15 @@ class _Softmax:
             columns = [slice(c, min(c + LANES, S)) for c in range(0, S, LANES)]
             highest.append(functools.reduce(jnp.maximum, [s_RS[:, c] for c in columns]))
         for u, h in enumerate(heads):
-            top_old = self.top[h, at]
+            top_old = self.top[h, span]
             top = jnp.maximum(top_old, jnp.max(highest[u], axis=1, keepdims=True))
             shrink = jnp.exp2(top_old - top)
             p_RS, sums = self._weights(u, top, columns, value_scale(h))
-            self.top[h, at] = top
-            self.total[h, at] = self.total[h, at] * shrink + sums
+            self.top[h, span] = top
+            self.total[h, span] = self.total[h, span] * shrink + sums
             pv = _dot(p_RS, values(h), CONTRACT_INNER, self.static)
             wide = jnp.concatenate([shrink] * (self.static.H // LANES), axis=1)
-            self.out[h, at] = self.out[h, at] * wide + pv
+            self.out[h, span] = self.out[h, span] * wide + pv
 
     def _weights(self, u, top, columns, value_scale):
         """exp2(scores - top), scaled and rounded, and its sums lane by lane."""
@@ -218,10 +218,10 @@ class _Softmax:
             p = [x * value_scale[:, c] for x, c in zip(p, columns, strict=True)]
         return jnp.concatenate(p, axis=1).astype(self.q.dtype), total
 
-    def result(self, h, at):
-        total = jnp.sum(self.total[h, at], axis=1, keepdims=True)
+    def result(self, h, span):
+        total = jnp.sum(self.total[h, span], axis=1, keepdims=True)
         safe = jnp.where(total > 0, total, 1.0)
-        return self.out[h, at] * jnp.where(total > 0, 1.0 / safe, 0.0)
+        return self.out[h, span] * jnp.where(total > 0, 1.0 / safe, 0.0)
 
 
 def _kernel(static: Static, *refs):
@@ -272,11 +272,11 @@ def _kernel(static: Static, *refs):
         """Calls body(head, rows) for all heads and tiles, `unroll` heads at a time."""
 
         def some(i, _):
-            at = pl.ds(pl.multiple_of(lax.rem(i, tiles) * tile, tile), tile)
+            span = pl.ds(pl.multiple_of(lax.rem(i, tiles) * tile, tile), tile)
             if tiles == 1:
-                at = slice(None)
+                span = slice(None)
             first = lax.div(i, tiles) * unroll
-            body([first + u for u in range(unroll)], at)
+            body([first + u for u in range(unroll)], span)
 
         n = static.heads // unroll * tiles
         if n == 1:
@@ -294,77 +294,77 @@ def _kernel(static: Static, *refs):
         def _():
             ring.begin()
 
-        def rows_of(place, h, which):
-            rows = buffer[place, :, h, which].reshape(S, static.H)
+        def rows_of(entry, h, which):
+            rows = buffer[entry, :, h, which].reshape(S, static.H)
             return rows.astype(q.dtype) if quantized else rows
 
-        def scale_of(place, h, which):
+        def scale_of(entry, h, which):
             if not quantized:
                 return None
             return jnp.concatenate(
                 [
-                    scale_buffer[place, j, h, which : which + 1][:, : static.page]
+                    scale_buffer[entry, j, h, which : which + 1][:, : static.page]
                     for j in range(static.pages_per_block)
                 ],
                 axis=1,
             )
 
         def full_block(index, _):
-            place, _ = ring.wait(slot, step, index, full=True)
+            entry, _ = ring.wait(slot, step, index, full=True)
             ring.start()
 
-            def body(heads, at):
+            def body(heads, span):
                 softmax.add(
                     heads,
-                    at,
+                    span,
                     lambda h: softmax.scores(
-                        h, at, rows_of(place, h, 0), scale_of(place, h, 0)
+                        h, span, rows_of(entry, h, 0), scale_of(entry, h, 0)
                     ),
-                    lambda h: rows_of(place, h, 1),
-                    lambda h: scale_of(place, h, 1),
+                    lambda h: rows_of(entry, h, 1),
+                    lambda h: scale_of(entry, h, 1),
                 )
 
             each_tile(body)
 
         def partial_block(index, _):
-            place, first_page = ring.wait(slot, step, index, full=False)
+            entry, first_page = ring.wait(slot, step, index, full=False)
             ring.start()
             start = first_page * static.page
             end = plan[Plan.LENGTH, slot]
 
-            def scores(h, at):
-                s = softmax.scores(h, at, rows_of(place, h, 0), scale_of(place, h, 0))
-                key_at = start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
-                visible = key_at < end
+            def scores(h, span):
+                s = softmax.scores(h, span, rows_of(entry, h, 0), scale_of(entry, h, 0))
+                key_position = start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                visible = key_position < end
                 if static.windowed:
-                    visible &= key_at >= limit[0, at][:, :1]
+                    visible &= key_position >= limit[0, span][:, :1]
                 return jnp.where(visible, s, -jnp.inf)
 
             # Rows that nobody wrote may hold anything; 0 * NaN must not get in.
             def clear(j, _):
-                row_at = lax.broadcasted_iota(jnp.int32, (static.page, static.H), 0)
-                written = row_at < end - start - j * static.page
+                page_row = lax.broadcasted_iota(jnp.int32, (static.page, static.H), 0)
+                written = page_row < end - start - j * static.page
                 for h in range(static.heads):
-                    values = buffer[place, j, h, 1]
+                    values = buffer[entry, j, h, 1]
                     zeros = jnp.zeros_like(values)
-                    buffer[place, j, h, 1] = jnp.where(written, values, zeros)
+                    buffer[entry, j, h, 1] = jnp.where(written, values, zeros)
 
             written_pages = lax.div(end - start, static.page)
             lax.fori_loop(written_pages, static.pages_per_block, clear, None)
 
             def value_scale(h):
-                scale = scale_of(place, h, 1)
+                scale = scale_of(entry, h, 1)
                 if scale is None:
                     return None
                 written = start + lax.broadcasted_iota(jnp.int32, (1, S), 1) < end
                 return jnp.where(written, scale, 0.0)
 
-            def body(heads, at):
+            def body(heads, span):
                 softmax.add(
                     heads,
-                    at,
-                    lambda h: scores(h, at),
-                    lambda h: rows_of(place, h, 1),
+                    span,
+                    lambda h: scores(h, span),
+                    lambda h: rows_of(entry, h, 1),
                     value_scale,
                 )
 
@@ -375,7 +375,7 @@ def _kernel(static: Static, *refs):
         lax.fori_loop(full, ring.blocks(slot), partial_block, None)
 
     def tree_tile(r, _):
-        at = pl.ds(pl.multiple_of(r * tile, tile), tile) if tiles > 1 else slice(None)
+        span = pl.ds(pl.multiple_of(r * tile, tile), tile) if tiles > 1 else slice(None)
         seen[...] = _expand_mask(static, tree_mask[0], r * tile, tile)
 
         # Many rows are work enough; more heads would only want more registers.
@@ -387,17 +387,17 @@ def _kernel(static: Static, *refs):
                 cols = slice(c, c + static.tree_block)
                 softmax.add(
                     group,
-                    at,
+                    span,
                     lambda h, cols=cols: jnp.where(
                         seen[:, cols] > 0.5,
-                        softmax.scores(h, at, tree[h, 0, cols]),
+                        softmax.scores(h, span, tree[h, 0, cols]),
                         -jnp.inf,
                     ),
                     lambda h, cols=cols: tree[h, 1, cols],
                     lambda h: None,
                 )
             for h in group:
-                acc[h, at] = softmax.result(h, at)
+                acc[h, span] = softmax.result(h, span)
 
         n = static.heads // side_by_side
         heads(0, None) if n == 1 else lax.fori_loop(0, n, heads, None)
