@@ -30,9 +30,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from pallas_kernels.tree_attention import BlockSizes, quantize_rows, tree_attention
+from pallas_kernels.tree_attention import AttentionSpec, BlockSizes
+from pallas_kernels.tree_attention import quantize_rows, tree_attention
 from tests.conftest import TINY
-from tests.kernels.oracle import make_case
+from tests.kernels.oracle import cast, make_case
 from treespec_jax import sharding
 from treespec_jax import LLM, SamplingParams
 from treespec_jax.checkpoints import LoadedModel, load, save
@@ -43,29 +44,30 @@ found = {"attention": [], "texts": {}, "errors": {}}
 
 rng = np.random.default_rng(0)
 case = make_case(rng, B=2, T=4, G=2, K=4, H=128, page=16, lengths=(37, 5), max_pages=3)
-q, pages, *rest = map(jnp.asarray, case.arrays())
-int8, scales = quantize_rows(pages)
+case = jax.tree.map(jnp.asarray, cast(case))
+int8, scales = quantize_rows(case.kv_pages)
 scales = jnp.pad(scales, ((0, 0),) * 3 + ((0, 112),))
+case = dataclasses.replace(case, kv_pages=int8, kv_scales=scales)
 for kernel, name, axis, _ in json.loads(sys.argv[1]):
-    given = dict(
-        scale=0.1,
-        window=9,
-        tree_depth=case.tree_depth,
-        kv_scales=scales,
-        implementation=kernel,
-    )
+    spec = AttentionSpec(scale=0.1, window=9, implementation=kernel)
     if kernel == "tpu":
-        given |= dict(interpret=True, block_sizes=BlockSizes(block_rows=32, rows=16))
-    want = tree_attention(q, int8, *rest, **given)
+        sizes = BlockSizes(block_rows=32, rows=16)
+        spec = dataclasses.replace(spec, interpret=True, block_sizes=sizes)
+    want = tree_attention(case, spec)
     mesh = sharding.make_mesh(name)
-    got = tree_attention(q, int8, *rest, **given, mesh=mesh, heads_axis=axis)
+    got = tree_attention(case, dataclasses.replace(spec, mesh=mesh, heads_axis=axis))
     part = got.sharding.shard_shape(got.shape)[2] / got.shape[2]
     found["attention"].append((float(jnp.abs(got - want).max()), part))
 try:
-    odd = q[:, :, :6], int8[:, :3], *rest[:2], rest[2][:, :3], rest[3]
+    odd = dict(
+        queries=case.queries[:, :, :6],
+        kv_pages=int8[:, :3],
+        kv_scales=scales[:, :3],
+        tree_kv=case.tree_kv[:, :3],
+    )
     mesh = sharding.make_mesh("tensor:4")
-    given = dict(kv_scales=scales[:, :3], scale=0.1, mesh=mesh, heads_axis="tensor")
-    tree_attention(*odd, **given)
+    spec = AttentionSpec(scale=0.1, mesh=mesh, heads_axis="tensor")
+    tree_attention(dataclasses.replace(case, **odd), spec)
 except ValueError as error:
     found["errors"]["heads"] = str(error)
 

@@ -1,14 +1,18 @@
 """Attention of a token tree over a paged prefix. See `api`."""
 
-from pallas_kernels.tree_attention.api import IMPLEMENTATIONS, tree_attention
+from pallas_kernels.tree_attention.api import tree_attention
 from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes
+from pallas_kernels.tree_attention.operands import Operands
 from pallas_kernels.tree_attention.quantized import dequantize_rows, quantize_rows
 from pallas_kernels.tree_attention.sizes import BlockSizes
+from pallas_kernels.tree_attention.spec import IMPLEMENTATIONS, AttentionSpec
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "AttentionSpec",
     "BlockSizes",
     "GpuBlockSizes",
+    "Operands",
     "dequantize_rows",
     "quantize_rows",
     "tree_attention",

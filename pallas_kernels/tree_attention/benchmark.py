@@ -5,7 +5,7 @@ attention over a prefix gathered from the same pages, and `jax.nn.dot_product_at
 over a dense cache (which need not read pages, and so is the kinder baseline). The
 ceilings are measured too: a copy on the device and a matrix product.
 
-Letters as in `api`; S rows of prefix.
+Letters as in `operands`; S rows of prefix.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.tree_attention.api import tree_attention
+from pallas_kernels.tree_attention.operands import Operands
+from pallas_kernels.tree_attention.spec import AttentionSpec
 
 KERNEL, GATHERED, DENSE, CUDNN = "tree_attention", "xla gathered", "nn xla", "nn cudnn"
 METHODS = (KERNEL, GATHERED, DENSE, CUDNN)
@@ -113,59 +115,58 @@ def random_tree(rng: np.random.Generator, T: int) -> np.ndarray:
     return ancestors
 
 
-@dataclasses.dataclass
-class Inputs:
-    """Random arguments: the cache once, and what depends on T."""
+def make_operands(settings: Settings) -> dict[int, Operands]:
+    """Random operands of a call for each T; all read the same pages."""
+    rng = np.random.default_rng(settings.seed)
+    B, K, H = settings.slots, settings.kv_heads, settings.head_dim
+    max_pages = -(-settings.prefix // settings.page)
+    P = B * max_pages + 1
+    shapes = [(P, K, 2, settings.page, H)]
+    for T in settings.nodes:
+        shapes += [(B, T, settings.heads, H), (B, K, 2, T, H)]
 
-    kv_pages: jax.Array  # [P, K, 2, page, H]
-    page_table: jax.Array  # [B, max_pages]
-    lengths: jax.Array  # [B]
-    trees: dict[int, tuple]  # T -> q [B, T, N, H], tree_kv [B, K, 2, T, H], mask
+    @jax.jit
+    def numbers():
+        keys = jax.random.split(jax.random.key(settings.seed), len(shapes))
+        pairs = zip(keys, shapes, strict=True)
+        return [jax.random.normal(key, s, settings.dtype) for key, s in pairs]
 
-    @staticmethod
-    def make(settings: Settings) -> Inputs:
-        rng = np.random.default_rng(settings.seed)
-        B, K, H = settings.slots, settings.kv_heads, settings.head_dim
-        max_pages = -(-settings.prefix // settings.page)
-        P = B * max_pages + 1
-        shapes = [(P, K, 2, settings.page, H)]
-        for T in settings.nodes:
-            shapes += [(B, T, settings.heads, H), (B, K, 2, T, H)]
-
-        @jax.jit
-        def numbers():
-            keys = jax.random.split(jax.random.key(settings.seed), len(shapes))
-            pairs = zip(keys, shapes, strict=True)
-            return [jax.random.normal(key, s, settings.dtype) for key, s in pairs]
-
-        kv_pages, *rest = numbers()
-        masks = [
-            jnp.asarray(np.stack([random_tree(rng, T) for _ in range(B)]))
-            for T in settings.nodes
-        ]
-        trees = zip(rest[::2], rest[1::2], masks, strict=True)
-        table = rng.permutation(np.arange(1, P)).reshape(B, max_pages)
-        return Inputs(
+    kv_pages, *rest = numbers()
+    masks = [
+        jnp.asarray(np.stack([random_tree(rng, T) for _ in range(B)]))
+        for T in settings.nodes
+    ]
+    table = rng.permutation(np.arange(1, P)).reshape(B, max_pages)
+    table = jnp.asarray(table, jnp.int32)
+    lengths = jnp.full((B,), settings.prefix, jnp.int32)
+    return {
+        T: Operands(
+            queries=queries,
             kv_pages=kv_pages,
-            page_table=jnp.asarray(table, jnp.int32),
-            lengths=jnp.full((B,), settings.prefix, jnp.int32),
-            trees=dict(zip(settings.nodes, trees, strict=True)),
+            page_table=table,
+            lengths=lengths,
+            tree_kv=tree_kv,
+            tree_mask=mask,
         )
+        for T, queries, tree_kv, mask in zip(
+            settings.nodes, rest[::2], rest[1::2], masks, strict=True
+        )
+    }
 
 
-def gathered_attention(settings, q, kv_pages, page_table, lengths, tree_kv, mask):
+def gathered_attention(settings: Settings, operands: Operands) -> jax.Array:
     """Plain attention by XLA: gathers the prefix, then two products and a softmax."""
-    B, T, N, H = q.shape
-    K = tree_kv.shape[1]
-    kv_BK2SH = _gather(kv_pages, page_table)
-    kv_BK2SH = jnp.concatenate([kv_BK2SH, tree_kv], axis=3)
+    B, T, N, H, K, G, _ = operands.dims
+    q = operands.queries
+    kv_BK2SH = _gather(operands)
+    kv_BK2SH = jnp.concatenate([kv_BK2SH, operands.tree_kv], axis=3)
     S = kv_BK2SH.shape[3] - T
-    seen_BS = jnp.arange(S)[None] < lengths[:, None]
+    seen_BS = jnp.arange(S)[None] < operands.lengths[:, None]
     seen_BTS = jnp.broadcast_to(seen_BS[:, None], (B, T, S))
-    seen_BTS = jnp.concatenate([seen_BTS, mask], axis=2)
+    seen_BTS = jnp.concatenate([seen_BTS, operands.tree_mask], axis=2)
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     product = {"preferred_element_type": jnp.float32, "precision": precision}
-    q_BTKGH = q.reshape(B, T, K, N // K, H)
+    q_BTKGH = q.reshape(B, T, K, G, H)
     s_BKGTS = jnp.einsum("btkgh,bksh->bkgts", q_BTKGH, kv_BK2SH[:, :, 0], **product)
     s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS * settings.scale, -jnp.inf)
     p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(q.dtype)
@@ -173,38 +174,41 @@ def gathered_attention(settings, q, kv_pages, page_table, lengths, tree_kv, mask
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _gather(kv_pages, page_table):
-    """[P, K, 2, page, H] -> [B, K, 2, S, H]."""
-    _, K, _, page, H = kv_pages.shape
-    B, pages = page_table.shape
-    rows = kv_pages[page_table].transpose(0, 2, 3, 1, 4, 5)
+def _gather(operands: Operands) -> jax.Array:
+    """The prefix's rows [B, K, 2, S, H]."""
+    _, K, _, page, H = operands.kv_pages.shape
+    B, pages = operands.page_table.shape
+    rows = operands.kv_pages[operands.page_table].transpose(0, 2, 3, 1, 4, 5)
     return rows.reshape(B, K, 2, pages * page, H)
 
 
 Candidate = tuple[Callable, tuple]
 
 
-def candidate(settings: Settings, inputs: Inputs, method: str, T: int) -> Candidate:
-    """A function of (q, *rest) -> [B, T, N, H], and these arguments."""
-    q, tree_kv, mask = inputs.trees[T]
-    paged = (inputs.kv_pages, inputs.page_table, inputs.lengths, tree_kv, mask)
-    if method == KERNEL:
-        return (
-            lambda *args: tree_attention(
-                *args,
-                scale=settings.scale,
-                implementation=settings.implementation,
-                device_kind=jax.devices()[0].device_kind,
-            ),
-            (q, *paged),
+def candidate(settings: Settings, operands: Operands, method: str) -> Candidate:
+    """A function of (queries, *rest) -> [B, T, N, H], and these arguments."""
+    if method in (KERNEL, GATHERED):
+        spec = AttentionSpec(
+            scale=settings.scale,
+            implementation=settings.implementation,
+            device_kind=jax.devices()[0].device_kind,
         )
-    if method == GATHERED:
-        return lambda *args: gathered_attention(settings, *args), (q, *paged)
+
+        def paged(queries, rest):
+            given = dataclasses.replace(rest, queries=queries)
+            if method == KERNEL:
+                return tree_attention(given, spec)
+            return gathered_attention(settings, given)
+
+        rest = dataclasses.replace(operands, queries=None)
+        return paged, (operands.queries, rest)
+
+    T, mask = operands.dims.T, operands.tree_mask
 
     @jax.jit
     def dense():
-        kv = _gather(inputs.kv_pages, inputs.page_table)[:, :, :, : settings.prefix]
-        kv = jnp.concatenate([kv, tree_kv], axis=3).transpose(2, 0, 3, 1, 4)
+        kv = _gather(operands)[:, :, :, : settings.prefix]
+        kv = jnp.concatenate([kv, operands.tree_kv], axis=3).transpose(2, 0, 3, 1, 4)
         rows = jnp.ones((settings.slots, 1, T, settings.prefix), bool)
         return kv, jnp.concatenate([rows, mask[:, None]], axis=3)
 
@@ -221,6 +225,7 @@ def candidate(settings: Settings, inputs: Inputs, method: str, T: int) -> Candid
             implementation=implementation,
         )
 
+    q = operands.queries
     # One node sees everything: no mask, which lets cuDNN take its fastest way.
     return attention, (q, keys, values) if T == 1 else (q, keys, values, seen)
 
@@ -272,17 +277,15 @@ def ceilings(settings: Settings) -> dict[str, Timer]:
     }
 
 
-def _exact(settings: Settings, inputs: Inputs, T: int) -> jax.Array:
+def _exact(settings: Settings, operands: Operands) -> jax.Array:
     """Plain attention in float32."""
-    q, tree_kv, mask = inputs.trees[T]
 
-    @jax.jit
-    def attention(q, kv_pages, tree_kv):
-        q, kv_pages, tree_kv = (x.astype(jnp.float32) for x in (q, kv_pages, tree_kv))
-        table, lengths = inputs.page_table, inputs.lengths
-        return gathered_attention(settings, q, kv_pages, table, lengths, tree_kv, mask)
+    def widen(x):
+        return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    return attention(q, inputs.kv_pages, tree_kv)
+    return jax.jit(
+        lambda given: gathered_attention(settings, jax.tree.map(widen, given))
+    )(operands)
 
 
 def relative_error(out, want) -> float:
@@ -309,17 +312,17 @@ def run(settings: Settings, log: Callable[[str], Any] = lambda _: None) -> dict:
     Raises:
       ValueError: the named implementation cannot run here.
     """
-    inputs = Inputs.make(settings)
+    inputs = make_operands(settings)
     results: list[dict[str, Any]] = []
     timers: dict[tuple[str, int], Timer] = {}
     for T in settings.nodes:
-        want = _exact(settings, inputs, T)
+        want = _exact(settings, inputs[T])
         for method in settings.methods:
             log(f"compiling {method}, T={T}")
             entry: dict[str, Any] = {"method": method, "nodes": T}
             results.append(entry)
             try:
-                function, args = candidate(settings, inputs, method, T)
+                function, args = candidate(settings, inputs[T], method)
                 out = jax.jit(function)(*args)
                 entry["error"] = relative_error(out, want)
                 many = repeated(function, settings.calls)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from pallas_kernels.aot.bundles import KernelReport, Loop
 from pallas_kernels.aot.devices import DeviceKind
 from pallas_kernels.tree_attention import tpu
-from pallas_kernels.tree_attention.sizes import BlockSizes
+from pallas_kernels.tree_attention.operands import Operands
+from pallas_kernels.tree_attention.spec import AttentionSpec
 
 ROWS = 128
 
@@ -53,23 +52,20 @@ class CallBytes:
 
 
 def prefix_cost(
-    kernel: KernelReport,
-    kind: DeviceKind,
-    arrays: tuple[jax.ShapeDtypeStruct, ...],
-    sizes: BlockSizes,
+    kernel: KernelReport, kind: DeviceKind, operands: Operands, spec: AttentionSpec
 ) -> PrefixCost:
     """Adds up the loops of one block of whole pages.
 
     Args:
-      kernel: as compiled for these arguments.
+      kernel: as compiled for this call.
       kind: what for.
-      arrays: q, kv_pages, page_table, lengths, tree_kv, tree_mask, as in `api`.
-      sizes: that it was compiled with.
+      operands: of the call, shapes at least.
+      spec: of the call, with the block sizes that it was compiled with.
 
     Raises:
-      ValueError: a kernel that has no such loop, or arguments that it does not take.
+      ValueError: a kernel that has no such loop, or operands that it does not take.
     """
-    static = _static(arrays, sizes)
+    static = _static(operands, spec)
     block = _first_block(kernel)
     inside = [loop for loop in kernel.loops if loop.parent == block.index]
     trips = {block.index: 1}
@@ -98,22 +94,19 @@ def prefix_cost(
 
 
 def call_bytes(
-    cost: PrefixCost,
-    arrays: tuple[jax.ShapeDtypeStruct, ...],
-    sizes: BlockSizes,
-    length: int,
+    cost: PrefixCost, operands: Operands, spec: AttentionSpec, length: int
 ) -> CallBytes:
     """Bytes of a call whose slots all hold `length` rows of prefix."""
-    static = _static(arrays, sizes)
-    q, _, table, _, tree_kv, _ = arrays
+    static = _static(operands, spec)
+    queries, table = operands.queries, operands.page_table
     whole = -(-length // static.page) * static.page * static.slots * static.K
-    rows = q.size // static.width * static.H
+    rows = queries.size // static.width * static.H
     tree = static.slots * static.K * 2 * static.U * static.H
     mask = static.slots * static.row_steps * static.mask_rows * static.U * 2
     moved = whole / ROWS * cost.copied * static.row_steps
     moved += (2 * rows + tree) * static.row_bytes + mask + table.size * 4
     least = length * static.slots * static.K * cost.least / ROWS
-    least += (2 * q.size + tree_kv.size) * static.row_bytes
+    least += (2 * queries.size + operands.tree_kv.size) * static.row_bytes
     return CallBytes(moved=int(moved), least=int(least))
 
 
@@ -131,10 +124,8 @@ def _first_block(kernel: KernelReport) -> Loop:
     return blocks[0]
 
 
-def _static(arrays, sizes: BlockSizes):
-    q, kv_pages, page_table, _, tree_kv, _ = arrays
-    options = dict(scale=1.0, soft_cap=None, windowed=False)
-    cut = tpu._cut(q, kv_pages, page_table, tree_kv, None, sizes, options)
-    if isinstance(cut, str):
-        raise ValueError(f"the TPU kernel cannot run: {cut}")
-    return cut
+def _static(operands: Operands, spec: AttentionSpec) -> tpu.Static:
+    static = tpu.cut(operands, spec)
+    if isinstance(static, str):
+        raise ValueError(f"the TPU kernel cannot run: {static}")
+    return static

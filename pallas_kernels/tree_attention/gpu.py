@@ -10,7 +10,7 @@ Triton serves both generations with one kernel; Mosaic GPU reaches tensor cores 
 Hopper and later only. Every block is a power of two there, so that what a head width,
 a page or a tree lacks to one is masked.
 
-Letters as in `api`; R rows of a tile, S keys of a block, D the head width
+Letters as in `operands`; R rows of a tile, S keys of a block, D the head width
 rounded up to a power of two.
 """
 
@@ -26,11 +26,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import triton as plgpu
-from pallas_kernels.tree_attention.gpu_sizes import (
-    SMALLEST,
-    GpuBlockSizes,
-    power_of_two,
-)
+from pallas_kernels.tree_attention.gpu_sizes import SMALLEST, power_of_two
+from pallas_kernels.tree_attention.operands import Operands
+from pallas_kernels.tree_attention.quantized import rescale
+from pallas_kernels.tree_attention.spec import AttentionSpec
 
 # Below every score and yet finite: exp2(LOWEST - LOWEST) is 1, not NaN.
 LOWEST = -1e38
@@ -59,7 +58,7 @@ class _Static:
     window: int | None
     soft_cap: float | None
     prefix: bool
-    quantised: bool
+    quantized: bool
 
 
 def _read(ref, *index, mask=None):
@@ -96,7 +95,7 @@ def _kernel(static: _Static, *refs):
     table_ref = take(prefix)  # [B, max_pages]
     lengths_ref = take(prefix)  # [B]
     pages_ref = take(prefix)  # [P, K, 2, page, >= H]
-    scales_ref = take(static.quantised)  # [P, K, 2, >= page]
+    scales_ref = take(static.quantized)  # [P, K, 2, >= page]
     out_ref = take()  # [B, T, N, H], or [splits, B, T, N, H] float32
     top_ref = take(static.splits > 1)  # [splits, B, T, N]
     total_ref = take(static.splits > 1)  # [splits, B, T, N]
@@ -113,25 +112,22 @@ def _kernel(static: _Static, *refs):
     row_mask = _both(used_R[:, None], lanes)
     q_RD = _read(q_ref, b, t_R[:, None], n_R[:, None], lane_D, mask=row_mask)
 
-    def scores(keys_SD, scale_S=None):
+    def scores(keys_SD, scales_1S=None):
         """In units of log2, float32."""
-        s_RS = _dot(q_RD, keys_SD, CONTRACT_LAST)
-        if scale_S is not None:
-            s_RS = s_RS * scale_S[None]
+        s_RS = rescale(_dot(q_RD, keys_SD, CONTRACT_LAST), scales_1S)
         if static.soft_cap is None:
             return s_RS * (static.scale * LOG2_E)
         capped = jnp.tanh(s_RS * (static.scale / static.soft_cap))
         return capped * (static.soft_cap * LOG2_E)
 
-    def add(carry, s_RS, values_SD, scale_S=None):
+    def add(carry, s_RS, values_SD, scales_1S=None):
         """One more block; `s_RS` is -inf where masked, the values are finite there."""
         top_R, total_R, acc_RD = carry
         new_R = jnp.maximum(top_R, jnp.max(s_RS, axis=1))
         p_RS = jnp.exp2(s_RS - new_R[:, None])
         shrink_R = jnp.exp2(top_R - new_R)
         total_R = total_R * shrink_R + jnp.sum(p_RS, axis=1)
-        if scale_S is not None:
-            p_RS = p_RS * scale_S[None]
+        p_RS = rescale(p_RS, scales_1S)
         pv_RD = _dot(p_RS.astype(values_SD.dtype), values_SD, CONTRACT_INNER)
         return new_R, total_R, acc_RD * shrink_R[:, None] + pv_RD
 
@@ -170,35 +166,37 @@ def _kernel(static: _Static, *refs):
             if one_page:
                 i = jnp.maximum(jnp.minimum(i, blocks - 1), 0)
                 return _read(table_ref, b, lax.div(i * S, static.page))
-            at_S = i * S + lax.iota(jnp.int32, S)
-            return _read(table_ref, b, lax.div(at_S, static.page), mask=at_S < length)
+            position_S = i * S + lax.iota(jnp.int32, S)
+            return _read(
+                table_ref, b, lax.div(position_S, static.page), mask=position_S < length
+            )
 
         def block(partial, i, carry):
             page, *carry = carry
             # Read one block ahead: the copies of keys must not wait for the table.
             next_page = pages_of(i + 1)
             page_S1 = page if one_page else page[:, None]
-            at_S = i * S + lax.iota(jnp.int32, S)
-            filled_S = at_S < length if partial else None
+            position_S = i * S + lax.iota(jnp.int32, S)
+            filled_S = position_S < length if partial else None
             offset_S = lax.rem(i * S, static.page) + lax.iota(jnp.int32, S)
             if not one_page:
-                offset_S = lax.rem(at_S, static.page)
+                offset_S = lax.rem(position_S, static.page)
             mask = _both(filled_S[:, None] if partial else None, lanes)
 
             def rows(which):
                 rows_SD = _read(
                     pages_ref, page_S1, k, which, offset_S[:, None], lane_D, mask=mask
                 )
-                if not static.quantised:
+                if not static.quantized:
                     return rows_SD, None
                 scale_S = _read(scales_ref, page, k, which, offset_S, mask=filled_S)
-                return rows_SD.astype(q_RD.dtype), scale_S.astype(jnp.float32)
+                return rows_SD.astype(q_RD.dtype), scale_S.astype(jnp.float32)[None]
 
             s_RS = scores(*rows(0))
             if partial:
                 seen = filled_S[None]
                 if windowed:
-                    seen = seen & (at_S[None] >= first_R[:, None])
+                    seen = seen & (position_S[None] >= first_R[:, None])
                 s_RS = jnp.where(seen, s_RS, -jnp.inf)
             return next_page, *add(carry, s_RS, *rows(1))
 
@@ -234,65 +232,42 @@ def _kernel(static: _Static, *refs):
     top_R, total_R, acc_RD = carry
 
     if static.splits > 1:
-        at = split, b, t_R, n_R
-        plgpu.store(top_ref.at[at], top_R, mask=used_R)
-        plgpu.store(total_ref.at[at], total_R, mask=used_R)
-        at = split, b, t_R[:, None], n_R[:, None], lane_D
+        index = split, b, t_R, n_R
+        plgpu.store(top_ref.at[index], top_R, mask=used_R)
+        plgpu.store(total_ref.at[index], total_R, mask=used_R)
+        index = split, b, t_R[:, None], n_R[:, None], lane_D
     else:
         acc_RD = acc_RD / jnp.where(total_R > 0, total_R, 1.0)[:, None]
-        at = b, t_R[:, None], n_R[:, None], lane_D
-    plgpu.store(out_ref.at[at], acc_RD.astype(out_ref.dtype), mask=row_mask)
+        index = b, t_R[:, None], n_R[:, None], lane_D
+    plgpu.store(out_ref.at[index], acc_RD.astype(out_ref.dtype), mask=row_mask)
 
 
-def unsupported(q, kv_pages, tree_kv) -> str | None:
+def unsupported(operands: Operands, spec: AttentionSpec) -> str | None:
     """Why the kernel cannot take such a call, in a sentence; None: it can."""
     if plgpu is None:
         return "this jax has no Triton back end of Pallas any more"
-    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"q is {q.dtype}, want float32, bfloat16 or float16"
-    if tree_kv.dtype != q.dtype:
-        return f"tree_kv {tree_kv.dtype} is not of the type of q {q.dtype}"
-    if q.shape[3] > 256:
-        return f"heads {q.shape[3]} wide are wider than 256"
-    if kv_pages is None:
-        return None
-    if kv_pages.dtype not in (q.dtype, jnp.int8):
-        return f"kv_pages is {kv_pages.dtype}, want {q.dtype} as q, or int8"
+    reason = operands.unsupported_types((jnp.float32, jnp.bfloat16, jnp.float16))
+    if reason is not None:
+        return reason
+    if operands.dims.H > 256:
+        return f"heads {operands.dims.H} wide are wider than 256"
     # Pallas counts offsets in 32 signed bits up to 2^32 bytes, and then in 64.
-    if kv_pages.dtype == jnp.int8 and 2**31 <= kv_pages.size <= 2**32:
-        return f"{kv_pages.size} bytes of int8 pages, want less than 2^31"
+    if operands.is_quantized and 2**31 <= operands.kv_pages.size <= 2**32:
+        return f"{operands.kv_pages.size} bytes of int8 pages, want less than 2^31"
     return None
 
 
-def tree_attention(
-    q,
-    kv_pages,
-    page_table,
-    lengths,
-    tree_kv,
-    tree_mask,
-    tree_depth=None,
-    kv_scales=None,
-    *,
-    scale,
-    window=None,
-    soft_cap=None,
-    sizes: GpuBlockSizes,
-    interpret=False,
-):
+def tree_attention(operands: Operands, spec: AttentionSpec) -> jax.Array:
     """See `api.tree_attention`.
 
     Args:
-      sizes: how to cut the call up.
-      interpret: run on any platform, slowly, through Pallas's interpreter.
+      operands: the arrays.
+      spec: the settings, block sizes of this kernel among them.
     """
-    B, T, N, H = q.shape
-    K, U = tree_kv.shape[1], tree_kv.shape[3]
-    G = N // K
+    B, T, N, H, K, G, U = operands.dims
+    q, sizes = operands.queries, spec.block_sizes
     D = max(SMALLEST, power_of_two(H))
-    prefix = kv_pages is not None
-    page = kv_pages.shape[3] if prefix else 0
-    capacity = page_table.shape[1] * page if prefix else 0
+    capacity = operands.max_pages * operands.page
     tiles = pl.cdiv(T * G, sizes.rows)
     splits = sizes.splits(tiles * B * K, capacity)
     static = _Static(
@@ -302,27 +277,28 @@ def tree_attention(
         G=G,
         H=H,
         D=D,
-        page=page,
+        page=operands.page,
         rows=sizes.rows,
         keys=sizes.keys,
         tree_keys=min(sizes.keys, max(SMALLEST, power_of_two(U))),
         splits=splits,
         split_blocks=pl.cdiv(sizes.split_rows, sizes.keys),
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        prefix=prefix,
-        quantised=kv_scales is not None,
+        scale=spec.scale,
+        window=spec.window,
+        soft_cap=spec.soft_cap,
+        prefix=operands.has_prefix,
+        quantized=operands.is_quantized,
     )
-    inputs = [q, tree_kv, tree_mask]
-    if window is not None:
-        inputs.append(tree_depth)
-    if prefix:
-        inputs += [page_table, lengths, kv_pages]
-    if kv_scales is not None:
-        inputs.append(kv_scales)
+    inputs = [q, operands.tree_kv, operands.tree_mask]
+    row_bytes = operands.prefix_row_bytes(H)
+    moved = B * capacity * row_bytes + sum(x.nbytes for x in (q, *inputs))
+    if spec.window is not None:
+        inputs.append(operands.tree_depth)
+    if operands.has_prefix:
+        inputs += [operands.page_table, operands.lengths, operands.kv_pages]
+    if operands.is_quantized:
+        inputs.append(operands.kv_scales)
     out_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    partial = 0
     if splits > 1:
         stats = jax.ShapeDtypeStruct((splits, B, T, N), jnp.float32)
         out_shape = [
@@ -330,12 +306,7 @@ def tree_attention(
             stats,
             stats,
         ]
-        partial = sum(2 * x.size * x.dtype.itemsize for x in out_shape)
-    row_bytes = 0
-    if prefix:
-        row_bytes = K * 2 * H * kv_pages.dtype.itemsize
-        if kv_scales is not None:
-            row_bytes += K * 2 * kv_scales.dtype.itemsize
+        moved += sum(2 * x.size * x.dtype.itemsize for x in out_shape)
     out = pl.pallas_call(
         functools.partial(_kernel, static),
         name="tree_attention",
@@ -347,11 +318,9 @@ def tree_attention(
         cost_estimate=pl.CostEstimate(
             flops=4 * B * N * T * (capacity + U) * H,
             transcendentals=B * N * T * (capacity + U),
-            bytes_accessed=B * capacity * row_bytes
-            + sum(x.size * x.dtype.itemsize for x in (q, q, tree_kv, tree_mask))
-            + partial,
+            bytes_accessed=moved,
         ),
-        interpret=interpret,
+        interpret=spec.interpret,
     )(*inputs)
     return _combine(*out).astype(q.dtype) if splits > 1 else out
 

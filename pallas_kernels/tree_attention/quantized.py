@@ -22,3 +22,16 @@ def quantize_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 def dequantize_rows(rows: jax.Array, scales: jax.Array, dtype) -> jax.Array:
     """Rows [..., H] that `quantize_rows` rounded, as their readers see them."""
     return (rows.astype(jnp.float32) * scales[..., None]).astype(dtype)
+
+
+def rescale(x: jax.Array, scales: jax.Array | None) -> jax.Array:
+    """Applies the scales of int8 rows to what a product makes of them.
+
+    A key's scale multiplies its scores, after their product; a value's multiplies its
+    weights, before theirs: the rows themselves stay as they are.
+
+    Args:
+      x: scores or weights [..., R, S], float32.
+      scales: [..., 1, S]; None: the rows are not int8.
+    """
+    return x if scales is None else x * scales

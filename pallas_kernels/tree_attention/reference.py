@@ -7,8 +7,13 @@ array exists.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.tree_attention.operands import Operands
+from pallas_kernels.tree_attention.quantized import rescale
+from pallas_kernels.tree_attention.spec import AttentionSpec
 
 # Prefix rows per block: one page of the usual size, which needs no copy to join it to
 # others, and whose scores stay in a CPU's second-level cache.
@@ -18,30 +23,17 @@ BLOCK_ROWS = 64
 MAX_SLICES = 16
 
 
-def tree_attention(
-    q,
-    kv_pages,
-    page_table,
-    lengths,
-    tree_kv,
-    tree_mask,
-    tree_depth=None,
-    kv_scales=None,
-    *,
-    scale,
-    window=None,
-    soft_cap=None,
-):
+def tree_attention(operands: Operands, spec: AttentionSpec) -> jax.Array:
     """See `api.tree_attention`."""
-    B, T, N, H = q.shape
-    K, U = tree_kv.shape[1], tree_kv.shape[3]
-    G = N // K
+    B, T, N, H, K, G, U = operands.dims
+    q, lengths, tree_kv = operands.queries, operands.lengths, operands.tree_kv
+    window, soft_cap = spec.window, spec.soft_cap
     R = T * G
     # Keys stand on the left of their product, untransposed, and the R rows on the
     # right: on a CPU that form costs the same for one row and for many.
     q_BKHR = q.reshape(B, T, K, G, H).transpose(0, 2, 4, 1, 3).reshape(B, K, H, R)
 
-    def scores(keys_BKSH, scale_BKS=None):
+    def scores(keys_BKSH, scales_BK1S=None):
         s_BKSR = jnp.einsum(
             "bksh,bkhr->bksr",
             keys_BKSH,
@@ -50,9 +42,7 @@ def tree_attention(
             precision=_precision(q),
         )
         s_BKSR = lax.optimization_barrier(s_BKSR)
-        s_BKRS = s_BKSR.swapaxes(2, 3) * scale
-        if scale_BKS is not None:
-            s_BKRS *= scale_BKS[:, :, None]
+        s_BKRS = rescale(s_BKSR.swapaxes(2, 3) * spec.scale, scales_BK1S)
         return s_BKRS if soft_cap is None else soft_cap * jnp.tanh(s_BKRS / soft_cap)
 
     def weigh(weights_BKRS, values_BKSH):
@@ -68,52 +58,46 @@ def tree_attention(
         """[B, T, S] -> [B, 1, R, S]: the G queries of a node share its mask."""
         return jnp.repeat(mask_BTS, G, axis=1)[:, None]
 
-    allowed = tree_mask
+    allowed = operands.tree_mask
     if window is not None:
-        depth_BT = tree_depth[:, U - T :]
-        allowed &= depth_BT[:, :, None] - tree_depth[:, None, :] < window
+        depth_BT = operands.tree_depth[:, U - T :]
+        allowed &= depth_BT[:, :, None] - operands.tree_depth[:, None, :] < window
     masked = jnp.where(rows(allowed), scores(tree_kv[:, :, 0]), -jnp.inf)
     top = jnp.max(masked, axis=-1, keepdims=True)
     weights = jnp.exp(masked - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     carry = top, total, weigh(weights, tree_kv[:, :, 1])
 
-    if kv_pages is not None:
-        page = kv_pages.shape[3]
-        per_block = min(max(1, BLOCK_ROWS // page), page_table.shape[1])
-        short = -page_table.shape[1] % per_block
-        table = jnp.pad(page_table, ((0, 0), (0, short)))
+    if operands.has_prefix:
+        page, max_pages = operands.page, operands.max_pages
+        per_block = min(max(1, BLOCK_ROWS // page), max_pages)
+        short = -max_pages % per_block
+        table = jnp.pad(operands.page_table, ((0, 0), (0, short)))
         block = per_block * page
 
         def body(i, carry):
             top, total, out = carry
             ids = lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)
-            at_S = i * block + jnp.arange(block)
-            filled_BS = at_S[None] < lengths[:, None]
+            position_S = i * block + jnp.arange(block)
+            filled_BS = position_S[None] < lengths[:, None]
             seen = filled_BS[:, None, None]
             if window is not None:
                 position_BT = lengths[:, None] + depth_BT
-                seen = seen & rows(position_BT[:, :, None] - at_S < window)
-            keys = _read_pages(kv_pages, ids, 0, H).astype(q.dtype)
-            s = scores(keys, _read_scales(kv_scales, ids, 0, page))
+                seen = seen & rows(position_BT[:, :, None] - position_S < window)
+            s = scores(*_read_rows(operands, ids, 0))
             s = jnp.where(seen, s, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
             safe = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
             shrink = jnp.exp(top - safe)
             weights = jnp.exp(s - safe)
             # A row of an unused page may hold anything; 0 · NaN must not reach the sum.
-            values = _read_pages(kv_pages, ids, 1, H).astype(q.dtype)
+            values, scales_BK1S = _read_rows(operands, ids, 1)
             values = jnp.where(filled_BS[:, None, :, None], values, 0)
             total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-            if kv_scales is not None:
-                value_scale = _read_scales(kv_scales, ids, 1, page)
-                value_scale = jnp.where(filled_BS[:, None], value_scale, 0.0)
-                weights *= value_scale[:, :, None]
-            return (
-                new_top,
-                total,
-                out * shrink + weigh(weights, values),
-            )
+            if scales_BK1S is not None:
+                scales_BK1S = jnp.where(filled_BS[:, None, None], scales_BK1S, 0.0)
+            weights = rescale(weights, scales_BK1S)
+            return new_top, total, out * shrink + weigh(weights, values)
 
         first, end_B = 0, lengths
         if window is not None:
@@ -135,10 +119,27 @@ def _precision(q):
     return lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
 
-def _read_pages(kv_pages, ids_BJ, which, H):
-    """Keys (0) or values (1) of pages ids [B, J] as rows [B, K, J * page, H]."""
+def _read_rows(operands, ids_BJ, which):
+    """Keys (0) or values (1) of some pages, and their scales.
+
+    Returns:
+      [B, K, J * page, H] in the dtype of the queries, and [B, K, 1, J * page], or None
+      where rows have no scales.
+    """
+    rows = _read_pages(operands, ids_BJ, which).astype(operands.queries.dtype)
+    if not operands.is_quantized:
+        return rows, None
     B, J = ids_BJ.shape
-    _, K, _, page, _ = kv_pages.shape
+    scales = operands.kv_scales[ids_BJ, :, which, : operands.page]
+    scales = scales.transpose(0, 2, 1, 3).reshape(B, -1, 1, J * operands.page)
+    return rows, scales
+
+
+def _read_pages(operands, ids_BJ, which):
+    """Rows of pages ids [B, J] as they lie there, [B, K, J * page, H]."""
+    B, J = ids_BJ.shape
+    kv_pages, page = operands.kv_pages, operands.page
+    K, H = operands.dims.K, operands.dims.H
     if B * J > MAX_SLICES:
         rows = kv_pages[:, :, which, :, :H][ids_BJ]
         return rows.transpose(0, 2, 1, 3, 4).reshape(B, K, J * page, H)
@@ -154,12 +155,3 @@ def _read_pages(kv_pages, ids_BJ, which, H):
         for b in range(B)
     ]
     return jnp.stack(slots).reshape(B, K, J * page, H)
-
-
-def _read_scales(kv_scales, ids_BJ, which, page):
-    """Scales of the rows that `_read_pages` reads, [B, K, J * page], or None."""
-    if kv_scales is None:
-        return None
-    B, J = ids_BJ.shape
-    scales = kv_scales[ids_BJ, :, which, :page]
-    return scales.transpose(0, 2, 1, 3).reshape(B, -1, J * page)

@@ -81,32 +81,32 @@ class Ring:
         """The first page of the index-th block that a slot reads."""
         full = self.plan[Plan.FULL, slot]
         head = self.plan[Plan.HEAD, slot]
-        at = head + index
+        block = head + index
         if self.static.windowed:
             rest = index - full
             partial = jnp.where(rest < head, rest, full + rest)
-            at = jnp.where(index < full, at, partial)
-        return self.plan[Plan.FIRST_PAGE, slot] + at * self.static.pages_per_block
+            block = jnp.where(index < full, block, partial)
+        return self.plan[Plan.FIRST_PAGE, slot] + block * self.static.pages_per_block
 
     def count(self, slot, first_page):
         return jnp.minimum(
             self.static.pages_per_block, self.plan[Plan.END_PAGE, slot] - first_page
         )
 
-    def copies(self, place, slot, step, first_page, j):
-        """The copies of a block's j-th page."""
+    def copies(self, entry, slot, step, first_page, j):
+        """The copies of a block's j-th page into an entry of the ring."""
         static = self.static
         heads = static.heads
         head = pl.ds(lax.div(step, static.row_steps) * heads, heads)
         page = self.table[slot * static.max_pages + first_page + j]
         yield pltpu.make_async_copy(
-            self.pages.at[page, head], self.buffer.at[place, j], self.sem.at[place]
+            self.pages.at[page, head], self.buffer.at[entry, j], self.sem.at[entry]
         )
-        if static.quantised:
+        if static.quantized:
             yield pltpu.make_async_copy(
                 self.scales.at[page, head],
-                self.scale_buffer.at[place, j],
-                self.sem.at[place],
+                self.scale_buffer.at[entry, j],
+                self.sem.at[entry],
             )
 
     def start(self):
@@ -117,11 +117,11 @@ class Ring:
         @pl.when(slot < static.slots)
         def _():
             step, block = state[self.STEP], state[self.BLOCK]
-            place = lax.rem(state[self.COPIED], static.sizes.buffers)
+            entry = lax.rem(state[self.COPIED], static.sizes.buffers)
             first_page = self.first_page(slot, block)
 
             def copy(j, _):
-                for c in self.copies(place, slot, step, first_page, j):
+                for c in self.copies(entry, slot, step, first_page, j):
                     c.start()
 
             lax.fori_loop(0, self.count(slot, first_page), copy, None)
@@ -143,21 +143,21 @@ class Ring:
         lax.fori_loop(0, self.static.sizes.buffers - 1, lambda *_: self.start(), None)
 
     def wait(self, slot, step, index, full: bool):
-        """Waits for the next block in sequence; returns its buffer and first page."""
-        place = lax.rem(self.state[self.USED], self.static.sizes.buffers)
+        """Waits for the next block; returns its entry and first page."""
+        entry = lax.rem(self.state[self.USED], self.static.sizes.buffers)
         first_page = self.first_page(slot, index)
         self.state[self.USED] += 1
         if full:
             # One wait for as many bytes as the copies of all pages have.
             for b in (self.buffer, self.scale_buffer):
                 if b is not None:
-                    b = b.at[place]
-                    pltpu.make_async_copy(b, b, self.sem.at[place]).wait()
+                    b = b.at[entry]
+                    pltpu.make_async_copy(b, b, self.sem.at[entry]).wait()
         else:
 
             def wait(j, _):
-                for c in self.copies(place, slot, step, first_page, j):
+                for c in self.copies(entry, slot, step, first_page, j):
                     c.wait()
 
             lax.fori_loop(0, self.count(slot, first_page), wait, None)
-        return place, first_page
+        return entry, first_page

@@ -65,7 +65,7 @@ SIZES_FILE = Path(__file__).with_name("tpu_sizes.json")
 def _table() -> dict[str, dict[int, BlockSizes]]:
     kinds = json.loads(SIZES_FILE.read_text())
     return {
-        kind: {int(most): BlockSizes(**fields) for most, fields in classes.items()}
+        kind: {int(limit): BlockSizes(**fields) for limit, fields in classes.items()}
         for kind, classes in kinds.items()
     }
 
@@ -84,9 +84,9 @@ def choose(device_kind: str | None, rows: int, kv_heads: int = 8) -> BlockSizes:
       rows: T * G; the last class also serves calls with more.
       kv_heads: K, on one device.
     """
-    most = next((most for most in CLASSES if rows <= most), CLASSES[-1])
-    default = _table()["default"][most]
-    sizes = _table().get(device_kind, {}).get(most, default)
+    limit = next((limit for limit in CLASSES if rows <= limit), CLASSES[-1])
+    default = _table()["default"][limit]
+    sizes = _table().get(device_kind, {}).get(limit, default)
     if rows <= _FEW_ROWS and kv_heads <= _FEW_HEADS:
         return dataclasses.replace(sizes, block_rows=2 * sizes.block_rows)
     return sizes
@@ -98,16 +98,16 @@ def save(chosen: dict[str, dict[int, BlockSizes]]) -> None:
     usual = dataclasses.asdict(BlockSizes())
     for kind, classes in chosen.items():
         entries = table.setdefault(kind, {})
-        for most, sizes in classes.items():
-            entries.pop(str(most), None)
+        for limit, sizes in classes.items():
+            entries.pop(str(limit), None)
             if sizes is not None:
                 fields = dataclasses.asdict(sizes).items()
-                entries[str(most)] = {k: v for k, v in fields if v != usual[k]}
+                entries[str(limit)] = {k: v for k, v in fields if v != usual[k]}
     lines = []
     for kind, classes in table.items():
         if classes:
             entries = sorted(classes.items(), key=lambda entry: int(entry[0]))
-            rows = [f'  "{most}": {json.dumps(fields)}' for most, fields in entries]
+            rows = [f'  "{limit}": {json.dumps(fields)}' for limit, fields in entries]
             lines.append(f' "{kind}": {{\n' + ",\n".join(rows) + "\n }")
     SIZES_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     _table.cache_clear()

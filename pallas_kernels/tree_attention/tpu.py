@@ -7,7 +7,7 @@ over the ends of slots, so that the memory never waits for a slot's last product
 that hold only visible rows need no mask and go first, the partly visible ones follow,
 the tree is the last block.
 
-Letters as in `api`; S rows of a block, R query rows of a tile of the grid.
+Letters as in `operands`; S rows of a block, R query rows of a tile of the grid.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tree_attention.operands import Operands
+from pallas_kernels.tree_attention.quantized import rescale
 from pallas_kernels.tree_attention.ring import Plan, Ring
 from pallas_kernels.tree_attention.sizes import LANES, BlockSizes
+from pallas_kernels.tree_attention.spec import AttentionSpec
 
 # Below every score and yet finite: exp2(LOWEST - LOWEST) is 1, not NaN.
 LOWEST = -1e38
@@ -41,14 +44,14 @@ CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Static:
     """What the kernel's code depends on."""
 
     sizes: BlockSizes
     scale: float
     soft_cap: float | None
     windowed: bool
-    quantised: bool
+    quantized: bool
     prefix: bool
     slots: int
     K: int
@@ -99,13 +102,14 @@ class _Static:
         ring = (self.sizes.buffers, self.pages_per_block, self.heads, 2)
         if self.prefix:
             shapes["buffer"] = (*ring, self.page, self.H)
-        if self.quantised:
+        if self.quantized:
             shapes["scales"] = (*ring, self.scale_width)
         return shapes
 
-    def scratch(self, q, kv_pages, kv_scales) -> list:
+    def scratch(self, operands: Operands) -> list:
         shapes = self.shapes()
-        types = {"rows": q, "tree": q, "buffer": kv_pages, "scales": kv_scales}
+        types = dict.fromkeys(("rows", "tree"), operands.queries)
+        types |= {"buffer": operands.kv_pages, "scales": operands.kv_scales}
         scratch = [
             pltpu.VMEM(shape, types[name].dtype if name in types else jnp.float32)
             for name, shape in shapes.items()
@@ -159,18 +163,16 @@ class _Softmax:
         self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
         self.out[...] = jnp.zeros(self.out.shape, jnp.float32)
 
-    def scores(self, h, at, keys_SH, key_scale=None):
+    def scores(self, h, span, keys_SH, key_scale=None):
         """Scores in units of log2, float32 [rows, S]."""
         static = self.static
-        s = _dot(self.q[h, at], keys_SH, CONTRACT_LAST, static)
-        if key_scale is not None:
-            s = s * key_scale
+        s = rescale(_dot(self.q[h, span], keys_SH, CONTRACT_LAST, static), key_scale)
         if static.soft_cap is None:
             return s * (static.scale * math.log2(math.e))
         capped = jnp.tanh(s * (static.scale / static.soft_cap))
         return capped * (static.soft_cap * math.log2(math.e))
 
-    def add(self, heads, at, scores, values, value_scale):
+    def add(self, heads, span, scores, values, value_scale):
         """Adds one block for several heads, side by side: their latencies overlap.
 
         Scores go through memory, on purpose: there are more than registers hold, and
@@ -178,7 +180,7 @@ class _Softmax:
 
         Args:
           heads: of the step.
-          at: rows.
+          span: slice of the step's query rows.
           scores: of a head, [rows, S], -inf where masked.
           values: of a head, [S, H], finite.
           value_scale: of a head, [1, S], or None.
@@ -191,15 +193,15 @@ class _Softmax:
             columns = [slice(c, min(c + LANES, S)) for c in range(0, S, LANES)]
             highest.append(functools.reduce(jnp.maximum, [s_RS[:, c] for c in columns]))
         for u, h in enumerate(heads):
-            top_old = self.top[h, at]
+            top_old = self.top[h, span]
             top = jnp.maximum(top_old, jnp.max(highest[u], axis=1, keepdims=True))
             shrink = jnp.exp2(top_old - top)
             p_RS, sums = self._weights(u, top, columns, value_scale(h))
-            self.top[h, at] = top
-            self.total[h, at] = self.total[h, at] * shrink + sums
+            self.top[h, span] = top
+            self.total[h, span] = self.total[h, span] * shrink + sums
             pv = _dot(p_RS, values(h), CONTRACT_INNER, self.static)
             wide = jnp.concatenate([shrink] * (self.static.H // LANES), axis=1)
-            self.out[h, at] = self.out[h, at] * wide + pv
+            self.out[h, span] = self.out[h, span] * wide + pv
 
     def _weights(self, u, top, columns, value_scale):
         """exp2(scores - top), scaled and rounded, and its sums lane by lane."""
@@ -216,19 +218,19 @@ class _Softmax:
             p = [x * value_scale[:, c] for x, c in zip(p, columns, strict=True)]
         return jnp.concatenate(p, axis=1).astype(self.q.dtype), total
 
-    def result(self, h, at):
-        total = jnp.sum(self.total[h, at], axis=1, keepdims=True)
+    def result(self, h, span):
+        total = jnp.sum(self.total[h, span], axis=1, keepdims=True)
         safe = jnp.where(total > 0, total, 1.0)
-        return self.out[h, at] * jnp.where(total > 0, 1.0 / safe, 0.0)
+        return self.out[h, span] * jnp.where(total > 0, 1.0 / safe, 0.0)
 
 
-def _kernel(static: _Static, *refs):
+def _kernel(static: Static, *refs):
     refs = list(refs)
 
     def take(wanted=True):
         return refs.pop(0) if wanted else None
 
-    prefix, quantised = static.prefix, static.quantised
+    prefix, quantized = static.prefix, static.quantized
     # Prefetch
     table = take(prefix)  # [B * max_pages]
     plan = take(prefix)  # [8, B]
@@ -238,7 +240,7 @@ def _kernel(static: _Static, *refs):
     tree_mask = take()  # [1, mask_rows, U]
     limit = take(static.windowed)  # [1, rows, LANES]
     pages = take(prefix)  # [P, K, 2, page, H] in HBM
-    scales = take(quantised)  # [P, K, 2, page] in HBM
+    scales = take(quantized)  # [P, K, 2, page] in HBM
     # Outputs
     out = take()  # [1, step_rows, heads * G, width]
     # Scratch
@@ -250,7 +252,7 @@ def _kernel(static: _Static, *refs):
     scored = take()  # [unroll, tile, S or U]
     tree = take() if static.pads_tree else tree_kv  # [heads, 2, U, H]
     buffer = take(prefix)  # [buffers, pages_per_block, heads, 2, page, H]
-    scale_buffer = take(quantised)  # [buffers, pages_per_block, heads, 2, page]
+    scale_buffer = take(quantized)  # [buffers, pages_per_block, heads, 2, page]
     sem = take(prefix)  # [buffers]
     state = take(prefix)  # [5]
 
@@ -270,11 +272,11 @@ def _kernel(static: _Static, *refs):
         """Calls body(head, rows) for all heads and tiles, `unroll` heads at a time."""
 
         def some(i, _):
-            at = pl.ds(pl.multiple_of(lax.rem(i, tiles) * tile, tile), tile)
+            span = pl.ds(pl.multiple_of(lax.rem(i, tiles) * tile, tile), tile)
             if tiles == 1:
-                at = slice(None)
+                span = slice(None)
             first = lax.div(i, tiles) * unroll
-            body([first + u for u in range(unroll)], at)
+            body([first + u for u in range(unroll)], span)
 
         n = static.heads // unroll * tiles
         if n == 1:
@@ -292,77 +294,77 @@ def _kernel(static: _Static, *refs):
         def _():
             ring.begin()
 
-        def rows_of(place, h, which):
-            rows = buffer[place, :, h, which].reshape(S, static.H)
-            return rows.astype(q.dtype) if quantised else rows
+        def rows_of(entry, h, which):
+            rows = buffer[entry, :, h, which].reshape(S, static.H)
+            return rows.astype(q.dtype) if quantized else rows
 
-        def scale_of(place, h, which):
-            if not quantised:
+        def scale_of(entry, h, which):
+            if not quantized:
                 return None
             return jnp.concatenate(
                 [
-                    scale_buffer[place, j, h, which : which + 1][:, : static.page]
+                    scale_buffer[entry, j, h, which : which + 1][:, : static.page]
                     for j in range(static.pages_per_block)
                 ],
                 axis=1,
             )
 
         def full_block(index, _):
-            place, _ = ring.wait(slot, step, index, full=True)
+            entry, _ = ring.wait(slot, step, index, full=True)
             ring.start()
 
-            def body(heads, at):
+            def body(heads, span):
                 softmax.add(
                     heads,
-                    at,
+                    span,
                     lambda h: softmax.scores(
-                        h, at, rows_of(place, h, 0), scale_of(place, h, 0)
+                        h, span, rows_of(entry, h, 0), scale_of(entry, h, 0)
                     ),
-                    lambda h: rows_of(place, h, 1),
-                    lambda h: scale_of(place, h, 1),
+                    lambda h: rows_of(entry, h, 1),
+                    lambda h: scale_of(entry, h, 1),
                 )
 
             each_tile(body)
 
         def partial_block(index, _):
-            place, first_page = ring.wait(slot, step, index, full=False)
+            entry, first_page = ring.wait(slot, step, index, full=False)
             ring.start()
             start = first_page * static.page
             end = plan[Plan.LENGTH, slot]
 
-            def scores(h, at):
-                s = softmax.scores(h, at, rows_of(place, h, 0), scale_of(place, h, 0))
-                key_at = start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
-                visible = key_at < end
+            def scores(h, span):
+                s = softmax.scores(h, span, rows_of(entry, h, 0), scale_of(entry, h, 0))
+                key_position = start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                visible = key_position < end
                 if static.windowed:
-                    visible &= key_at >= limit[0, at][:, :1]
+                    visible &= key_position >= limit[0, span][:, :1]
                 return jnp.where(visible, s, -jnp.inf)
 
             # Rows that nobody wrote may hold anything; 0 * NaN must not get in.
             def clear(j, _):
-                row_at = lax.broadcasted_iota(jnp.int32, (static.page, static.H), 0)
-                written = row_at < end - start - j * static.page
+                page_row = lax.broadcasted_iota(jnp.int32, (static.page, static.H), 0)
+                written = page_row < end - start - j * static.page
                 for h in range(static.heads):
-                    values = buffer[place, j, h, 1]
+                    values = buffer[entry, j, h, 1]
                     zeros = jnp.zeros_like(values)
-                    buffer[place, j, h, 1] = jnp.where(written, values, zeros)
+                    buffer[entry, j, h, 1] = jnp.where(written, values, zeros)
 
             written_pages = lax.div(end - start, static.page)
             lax.fori_loop(written_pages, static.pages_per_block, clear, None)
 
             def value_scale(h):
-                scale = scale_of(place, h, 1)
+                scale = scale_of(entry, h, 1)
                 if scale is None:
                     return None
                 written = start + lax.broadcasted_iota(jnp.int32, (1, S), 1) < end
                 return jnp.where(written, scale, 0.0)
 
-            def body(heads, at):
+            def body(heads, span):
                 softmax.add(
                     heads,
-                    at,
-                    lambda h: scores(h, at),
-                    lambda h: rows_of(place, h, 1),
+                    span,
+                    lambda h: scores(h, span),
+                    lambda h: rows_of(entry, h, 1),
                     value_scale,
                 )
 
@@ -373,7 +375,7 @@ def _kernel(static: _Static, *refs):
         lax.fori_loop(full, ring.blocks(slot), partial_block, None)
 
     def tree_tile(r, _):
-        at = pl.ds(pl.multiple_of(r * tile, tile), tile) if tiles > 1 else slice(None)
+        span = pl.ds(pl.multiple_of(r * tile, tile), tile) if tiles > 1 else slice(None)
         seen[...] = _expand_mask(static, tree_mask[0], r * tile, tile)
 
         # Many rows are work enough; more heads would only want more registers.
@@ -385,17 +387,17 @@ def _kernel(static: _Static, *refs):
                 cols = slice(c, c + static.tree_block)
                 softmax.add(
                     group,
-                    at,
+                    span,
                     lambda h, cols=cols: jnp.where(
                         seen[:, cols] > 0.5,
-                        softmax.scores(h, at, tree[h, 0, cols]),
+                        softmax.scores(h, span, tree[h, 0, cols]),
                         -jnp.inf,
                     ),
                     lambda h, cols=cols: tree[h, 1, cols],
                     lambda h: None,
                 )
             for h in group:
-                acc[h, at] = softmax.result(h, at)
+                acc[h, span] = softmax.result(h, span)
 
         n = static.heads // side_by_side
         heads(0, None) if n == 1 else lax.fori_loop(0, n, heads, None)
@@ -467,20 +469,20 @@ def _divisors(n):
     return [d for d in range(n, 0, -1) if n % d == 0]
 
 
-def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
+def cut(operands: Operands, spec: AttentionSpec) -> Static | str:
     """Fits the block sizes to a call; the heads per step follow the memory.
 
     Returns:
       The static description, or a sentence on why this kernel cannot take the call.
     """
-    B, T, N, H = q.shape
-    K, U = tree_kv.shape[1], tree_kv.shape[3]
-    G = N // K
-    prefix = kv_pages is not None
-    page, max_pages = (kv_pages.shape[3], page_table.shape[1]) if prefix else (0, 0)
+    B, T, _, H, K, G, U = operands.dims
+    kv_pages, kv_scales = operands.kv_pages, operands.kv_scales
+    prefix, sizes = operands.has_prefix, spec.block_sizes
+    page, max_pages = operands.page, operands.max_pages
     width = kv_pages.shape[4] if prefix else H
-    if q.dtype not in (jnp.bfloat16, jnp.float32) or tree_kv.dtype != q.dtype:
-        return f"q is {q.dtype} and tree_kv {tree_kv.dtype}, not both bf16 or float32"
+    reason = operands.unsupported_types((jnp.bfloat16, jnp.float32))
+    if reason is not None:
+        return reason
     if width % LANES:
         # XLA keeps such arrays transposed, and would copy all pages before every call.
         return (
@@ -488,11 +490,9 @@ def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
             f"{_round_up(H, LANES)} wide, the rest zeros"
         )
     if prefix:
-        if kv_pages.dtype not in (q.dtype, jnp.int8):
-            return f"kv_pages is {kv_pages.dtype}, q {q.dtype}"
         if page % 16:
             return f"pages of {page} rows are not multiples of 16"
-        if kv_scales is not None and kv_scales.shape[3] % LANES:
+        if operands.is_quantized and kv_scales.shape[3] % LANES:
             return (
                 f"scales of {kv_scales.shape[3]} rows are not whole lanes: make "
                 f"kv_scales {_round_up(page, LANES)} wide"
@@ -521,7 +521,7 @@ def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
         if rows > sizes.rows:
             rows = _round_up(rows, sizes.rows)
         for heads in head_counts:
-            static = _Static(
+            static = Static(
                 sizes=sizes,
                 K=K,
                 G=G,
@@ -541,12 +541,14 @@ def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
                 tree_block=tree_block,
                 head_steps=K // heads,
                 row_steps=row_steps,
-                quantised=kv_scales is not None,
-                scale_width=kv_scales.shape[3] if kv_scales is not None else 0,
+                quantized=operands.is_quantized,
+                scale_width=kv_scales.shape[3] if operands.is_quantized else 0,
                 prefix=prefix,
                 page_bytes=kv_pages.dtype.itemsize if prefix else 0,
-                row_bytes=q.dtype.itemsize,
-                **options,
+                row_bytes=operands.queries.dtype.itemsize,
+                scale=spec.scale,
+                soft_cap=spec.soft_cap,
+                windowed=prefix and spec.window is not None,
             )
             if static.vmem_bytes() <= sizes.vmem_bytes:
                 return static
@@ -558,51 +560,23 @@ def _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options):
             return f"one block needs {static.vmem_bytes()} of {sizes.vmem_bytes} bytes"
 
 
-def unsupported(
-    q, kv_pages, page_table, tree_kv, kv_scales, window, sizes
-) -> str | None:
+def unsupported(operands: Operands, spec: AttentionSpec) -> str | None:
     """Why the kernel cannot take such a call, in a sentence; None: it can."""
-    options = dict(scale=1.0, soft_cap=None, windowed=window is not None)
-    cut = _cut(q, kv_pages, page_table, tree_kv, kv_scales, sizes, options)
-    return cut if isinstance(cut, str) else None
+    static = cut(operands, spec)
+    return static if isinstance(static, str) else None
 
 
-def tree_attention(
-    q,
-    kv_pages,
-    page_table,
-    lengths,
-    tree_kv,
-    tree_mask,
-    tree_depth,
-    kv_scales,
-    *,
-    scale,
-    window,
-    soft_cap,
-    sizes: BlockSizes,
-    interpret,
-):
+def tree_attention(operands: Operands, spec: AttentionSpec) -> jax.Array:
     """See `api.tree_attention`.
 
     Args:
-      sizes: how to cut the call up.
-      interpret: False to compile, True or `pltpu.InterpretParams` to interpret.
+      operands: the arrays.
+      spec: the settings, block sizes of this kernel among them.
     """
-    B, T, N, H = q.shape
-    K, U = tree_kv.shape[1], tree_kv.shape[3]
-    G = N // K
-    prefix = kv_pages is not None
-    static = _cut(
-        q,
-        kv_pages,
-        page_table,
-        tree_kv,
-        kv_scales,
-        sizes,
-        dict(scale=scale, soft_cap=soft_cap, windowed=prefix and window is not None),
-    )
-    assert isinstance(static, _Static), static
+    B, T, N, H, K, G, U = operands.dims
+    q, tree_kv, lengths = operands.queries, operands.tree_kv, operands.lengths
+    static, window = cut(operands, spec), spec.window
+    assert isinstance(static, Static), static
 
     def tiles(x, size, padded, axis):
         """Cuts an axis into the steps' pieces of `size`, each padded with zeros."""
@@ -612,10 +586,11 @@ def tree_attention(
         x = _pad(x, axis + 1, padded)
         return x.reshape(x.shape[:axis] + (steps * padded,) + x.shape[axis + 2 :])
 
-    allowed = tree_mask
+    allowed = operands.tree_mask
     if window is not None:
-        depth_BT = tree_depth[:, U - T :]
-        allowed &= depth_BT[:, :, None] - tree_depth[:, None, :] < window
+        depth_BU = operands.tree_depth
+        depth_BT = depth_BU[:, U - T :]
+        allowed &= depth_BT[:, :, None] - depth_BU[:, None, :] < window
     mask = tiles(allowed.astype(jnp.bfloat16), static.step_rows, static.mask_rows, 1)
     mask = _pad(mask, 2, static.U)
 
@@ -632,7 +607,7 @@ def tree_attention(
         ),
         vmem((1, static.mask_rows, static.U), lambda b, k, r, *_: (b, r, 0)),
     ]
-    if prefix:
+    if static.prefix:
         low = high = jnp.zeros_like(lengths)
         if window is not None:
             limit_BT = jnp.maximum(lengths[:, None] + depth_BT - window + 1, 0)
@@ -646,19 +621,19 @@ def tree_attention(
                 vmem((1, static.rows, LANES), lambda b, k, r, *_: (b, r, 0))
             )
         prefetch = [
-            page_table.reshape(-1),
+            operands.page_table.reshape(-1),
             Plan.make(lengths, low, high, static.page, static.pages_per_block),
         ]
-        for x in (kv_pages, kv_scales):
+        for x in (operands.kv_pages, operands.kv_scales):
             if x is not None:
-                if not interpret:
+                if not spec.interpret:
                     # Else XLA first fetches whole pools, free pages and all, into
                     # vector memory where they fit there.
                     x = pltpu.with_memory_space_constraint(x, pltpu.HBM)
                 inputs.append(x)
                 in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
     S = static.max_pages * static.page
-    row_bytes = 2 * K * (static.H * static.page_bytes + 4 * static.quantised)
+    row_bytes = operands.prefix_row_bytes(static.H)
     return pl.pallas_call(
         functools.partial(_kernel, static),
         name="tree_attention",
@@ -667,7 +642,7 @@ def tree_attention(
             grid=(B, static.head_steps, static.row_steps),
             in_specs=in_specs,
             out_specs=tokens,
-            scratch_shapes=static.scratch(q, kv_pages, kv_scales),
+            scratch_shapes=static.scratch(operands),
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         # Of slots that are full: how full they are is not known here.
@@ -680,9 +655,9 @@ def tree_attention(
         compiler_params=pltpu.CompilerParams(
             # Steps hand the ring of page buffers on, so their order is fixed.
             dimension_semantics=("arbitrary",) * 3,
-            vmem_limit_bytes=sizes.vmem_bytes,
+            vmem_limit_bytes=static.sizes.vmem_bytes,
         ),
-        interpret=interpret,
+        interpret=spec.interpret,
     )(*prefetch, *inputs)
 
 

@@ -27,7 +27,9 @@ import jax.numpy as jnp
 from pallas_kernels import aot
 from pallas_kernels.tree_attention import estimate
 from pallas_kernels.tree_attention.api import tree_attention
+from pallas_kernels.tree_attention.operands import Operands, Shape
 from pallas_kernels.tree_attention.sizes import BlockSizes
+from pallas_kernels.tree_attention.spec import AttentionSpec
 
 _SPACE = {
     "block_rows": (256, 384, 512, 1024),
@@ -39,40 +41,6 @@ _SPACE = {
 _IN_FLIGHT = 256
 # Estimates this close to the best count as equal; then the simplest program wins.
 _TIE = 0.01
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Of one call: the search's stand-in for all calls of a class.
-
-    Attributes:
-      slots, prefix: texts, and rows of prefix of each; in the estimate, on average.
-      kv_heads, group, head_dim: K, G and H.
-      page: cache rows per page.
-      dtype: name.
-    """
-
-    slots: int = 8
-    prefix: int = 2048
-    kv_heads: int = 8
-    group: int = 4
-    head_dim: int = 128
-    page: int = 128
-    dtype: str = "bfloat16"
-
-    def arrays(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Arguments of a call with `rows` query rows per key/value head."""
-        B, K, G, H = self.slots, self.kv_heads, self.group, self.head_dim
-        T, pages = max(1, rows // G), -(-self.prefix // self.page)
-        shape, dtype = jax.ShapeDtypeStruct, jnp.dtype(self.dtype)
-        return (
-            shape((B, T, K * G, H), dtype),
-            shape((B * pages + 1, K, 2, self.page, H), dtype),
-            shape((B, pages), jnp.int32),
-            shape((B,), jnp.int32),
-            shape((B, K, 2, T, H), dtype),
-            shape((B, T, T), jnp.bool_),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +75,13 @@ def estimate_trial(topology: str, shape: Shape, rows: int, sizes: BlockSizes) ->
     Raises:
       ValueError: an unknown topology.
     """
-    kind, arrays = aot.device_kind(topology), shape.arrays(rows)
-    function = _attend(shape, sizes)
+    kind = aot.device_kind(topology)
+    operands, spec = _call(shape, rows, sizes)
+    function = functools.partial(tree_attention, spec=spec)
     try:
-        report = aot.compile_for(topology, function, *arrays).report
+        report = aot.compile_for(topology, function, operands).report
         kernel = report.kernel("tree_attention")
-        cost = estimate.prefix_cost(kernel, kind, arrays, sizes)
+        cost = estimate.prefix_cost(kernel, kind, operands, spec)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return Trial(sizes, None, {"refused": str(error).strip().splitlines()[0]})
     figures = dataclasses.asdict(cost) | {"spills": kernel.mix.spills}
@@ -123,23 +92,29 @@ def estimate_trial(topology: str, shape: Shape, rows: int, sizes: BlockSizes) ->
 
 def measure_trial(shape: Shape, rows: int, sizes: BlockSizes, rounds: int = 7) -> Trial:
     """Ranks by the median time of a call on this machine's TPU, slots full."""
-    key = jax.random.key(0)
-    q, pages, table, _, tree_kv, mask = shape.arrays(rows)
-    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    arguments = (
-        draw(key, q.shape, q.dtype),
-        draw(key, pages.shape, pages.dtype),
-        1 + jnp.arange(table.size, dtype=jnp.int32).reshape(table.shape),
-        jnp.full(shape.slots, shape.prefix, jnp.int32),
-        draw(key, tree_kv.shape, tree_kv.dtype),
-        jnp.broadcast_to(jnp.tril(jnp.ones(mask.shape[1:], bool)), mask.shape),
+    operands, spec = _call(shape, rows, sizes)
+    key, random = jax.random.key(0), jax.jit(jax.random.normal, static_argnums=(1, 2))
+
+    def normal(x):
+        return random(key, x.shape, x.dtype)
+
+    table, mask = operands.page_table, operands.tree_mask
+    operands = Operands(
+        queries=normal(operands.queries),
+        kv_pages=normal(operands.kv_pages),
+        page_table=1 + jnp.arange(table.size, dtype=jnp.int32).reshape(table.shape),
+        lengths=jnp.full(shape.slots, shape.prefix, jnp.int32),
+        tree_kv=normal(operands.tree_kv),
+        tree_mask=jnp.broadcast_to(
+            jnp.tril(jnp.ones(mask.shape[1:], bool)), mask.shape
+        ),
     )
-    function = jax.jit(_attend(shape, sizes))
+    function = jax.jit(functools.partial(tree_attention, spec=spec))
     seconds = []
     try:
         for _ in range(rounds + 1):
             begun = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
+            jax.block_until_ready(function(operands))
             seconds.append(time.perf_counter() - begun)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return Trial(sizes, None, {"refused": str(error).strip().splitlines()[0]})
@@ -214,10 +189,9 @@ class Journal:
         self._done[json.dumps(list(key))] = trial
 
 
-def _attend(shape: Shape, sizes: BlockSizes):
-    return functools.partial(
-        tree_attention,
-        scale=shape.head_dim**-0.5,
-        implementation="tpu",
-        block_sizes=sizes,
+def _call(shape: Shape, rows: int, sizes: BlockSizes) -> tuple[Operands, AttentionSpec]:
+    """An abstract call with `rows` query rows per key/value head."""
+    spec = AttentionSpec(
+        scale=shape.head_dim**-0.5, implementation="tpu", block_sizes=sizes
     )
+    return shape.operands(max(1, rows // shape.group)), spec

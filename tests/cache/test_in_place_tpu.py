@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.tree_attention import AttentionSpec, Operands, tree_attention
 from treespec_jax.cache import pages as paging
 from treespec_jax.models.views import Pages
 
@@ -20,10 +20,19 @@ POOLED = re.compile(rf"= \(?\w+\[{POOL},\d+,2,{PAGE},{H}\]\S* ([\w-]+)\(")
 
 def step(rows, pages, table, lengths, q, kv, mask, path, count):
     """Per layer one read of the pages, and then all writes, as the engine has it."""
-    attend = functools.partial(tree_attention, scale=0.1, implementation="tpu")
+    spec = AttentionSpec(scale=0.1, implementation="tpu")
     for layer, new in zip(pages, kv, strict=True):
         whole, scales = layer if isinstance(layer, tuple) else (layer, None)
-        q += attend(q, whole, table, lengths, new, mask, kv_scales=scales)
+        operands = Operands(
+            queries=q,
+            kv_pages=whole,
+            page_table=table,
+            lengths=lengths,
+            tree_kv=new,
+            tree_mask=mask,
+            kv_scales=scales,
+        )
+        q += tree_attention(operands, spec)
     after = q[0, 0, 0, 0] < jnp.inf
     path = path[:, :rows]
     destination = paging.Destination(table, lengths, count)

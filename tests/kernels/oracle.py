@@ -6,35 +6,14 @@ import dataclasses
 
 import numpy as np
 
+from pallas_kernels.tree_attention import Operands
 
-@dataclasses.dataclass
-class Case:
-    """Arguments of one call, as numpy arrays (names as in `tree_attention`)."""
 
-    q: np.ndarray
-    kv_pages: np.ndarray | None
-    page_table: np.ndarray | None
-    lengths: np.ndarray | None
-    tree_kv: np.ndarray
-    tree_mask: np.ndarray
-    tree_depth: np.ndarray
-
-    def arrays(self, dtype=np.float32) -> tuple:
-        """Positional arguments, numbers cast to `dtype`."""
-        pages = None if self.kv_pages is None else self.kv_pages.astype(dtype)
-        return (
-            self.q.astype(dtype),
-            pages,
-            self.page_table,
-            self.lengths,
-            self.tree_kv.astype(dtype),
-            self.tree_mask,
-        )
-
-    def cast(self, dtype) -> Case:
-        """The same case with numbers rounded to `dtype`."""
-        q, pages, _, _, tree_kv, _ = self.arrays(dtype)
-        return dataclasses.replace(self, q=q, kv_pages=pages, tree_kv=tree_kv)
+def cast(case: Operands, dtype=np.float32) -> Operands:
+    """The same case with numbers rounded to `dtype`."""
+    given = ((name, getattr(case, name)) for name in ("queries", "kv_pages", "tree_kv"))
+    numbers = {name: x.astype(dtype) for name, x in given if x is not None}
+    return dataclasses.replace(case, **numbers)
 
 
 def random_tree(rng, nodes: int):
@@ -50,16 +29,16 @@ def random_tree(rng, nodes: int):
 
 def make_case(
     rng, *, B, T, G, page, lengths, K=2, H=8, scratch=0, max_pages=10
-) -> Case:
-    """A random tree per slot over a prefix scattered over shuffled pages.
+) -> Operands:
+    """A random tree per slot over a prefix scattered over shuffled pages, float64.
 
     Pages that hold no row of any slot are there too, page 0 (trash) among them.
     """
     U, P = T + scratch, B * max_pages + 3
     trees = [random_tree(rng, U) for _ in range(B)]
     table = rng.permutation(np.arange(1, P))[: B * max_pages].reshape(B, max_pages)
-    return Case(
-        q=rng.normal(size=(B, T, K * G, H)),
+    return Operands(
+        queries=rng.normal(size=(B, T, K * G, H)),
         kv_pages=rng.normal(size=(P, K, 2, page, H)),
         page_table=table.astype(np.int32),
         lengths=np.asarray(lengths, np.int32),
@@ -69,7 +48,7 @@ def make_case(
     )
 
 
-def poison(case: Case) -> Case:
+def poison(case: Operands) -> Operands:
     """NaN in every row of every page that no slot's prefix holds."""
     pages = case.kv_pages.copy()
     size = pages.shape[3]
@@ -83,13 +62,12 @@ def poison(case: Case) -> Case:
     return dataclasses.replace(case, kv_pages=pages)
 
 
-def attention(case: Case, *, scale, window=None, soft_cap=None) -> np.ndarray:
+def attention(case: Operands, *, scale, window=None, soft_cap=None) -> np.ndarray:
     """The contract, one query at a time."""
-    B, T, N, H = case.q.shape
-    K, U = case.tree_kv.shape[1], case.tree_kv.shape[3]
+    B, T, N, H, K, _, U = case.dims
     out = np.zeros((B, T, N, H))
     for b in range(B):
-        length = int(case.lengths[b]) if case.kv_pages is not None else 0
+        length = int(case.lengths[b]) if case.has_prefix else 0
         for t in range(T):
             depth = int(case.tree_depth[b, U - T + t])
             for n in range(N):
@@ -112,7 +90,7 @@ def attention(case: Case, *, scale, window=None, soft_cap=None) -> np.ndarray:
                     values.append(case.tree_kv[b, head, 1, u])
                 if not keys:
                     continue
-                query = case.q[b, t, n].astype(np.float64)
+                query = case.queries[b, t, n].astype(np.float64)
                 scores = np.asarray(keys, np.float64) @ query * scale
                 if soft_cap is not None:
                     scores = soft_cap * np.tanh(scores / soft_cap)

@@ -10,20 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tree_attention import BlockSizes, quantize_rows, tree_attention
-from tests.kernels.oracle import make_case
+from pallas_kernels.tree_attention import (
+    AttentionSpec,
+    BlockSizes,
+    quantize_rows,
+    tree_attention,
+)
+from tests.kernels.oracle import cast, make_case
 
 SIZES = BlockSizes(block_rows=32, rows=16, max_rows=64)
 KERNELS = ("tpu", "gpu")
-attend = jax.jit(
-    functools.partial(tree_attention, scale=0.1, block_sizes=SIZES, interpret=True),
-    static_argnames="implementation",
-)
+SPEC = AttentionSpec(scale=0.1)
+REFERENCE = AttentionSpec(scale=0.1, implementation="reference")
+TPU = AttentionSpec(scale=0.1, implementation="tpu")
+attend = jax.jit(tree_attention, static_argnums=1)
+
+
+def interpreted(implementation: str) -> AttentionSpec:
+    return AttentionSpec(
+        scale=0.1, implementation=implementation, block_sizes=SIZES, interpret=True
+    )
 
 
 def a_case(**changes):
     given = dict(B=1, T=5, G=2, page=16, lengths=(21,), H=128, max_pages=2)
-    return make_case(np.random.default_rng(0), **given | changes)
+    return cast(make_case(np.random.default_rng(0), **given | changes))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -33,11 +44,10 @@ def test_permuting_siblings_permutes_rows(implementation):
     case.tree_mask[0, :, 0] = True
     order = np.array([0, 3, 1, 4, 2])
     moved = dataclasses.replace(
-        case, q=case.q[:, order], tree_kv=case.tree_kv[:, :, :, order]
+        case, queries=case.queries[:, order], tree_kv=case.tree_kv[:, :, :, order]
     )
     out, other = (
-        np.asarray(attend(*c.arrays(), implementation=implementation))
-        for c in (case, moved)
+        np.asarray(attend(c, interpreted(implementation))) for c in (case, moved)
     )
     np.testing.assert_allclose(other, out[:, order], atol=2e-6)
     assert np.abs(out - out[:, order]).max() > 1e-2
@@ -47,11 +57,11 @@ def test_permuting_siblings_permutes_rows(implementation):
 def test_a_node_feels_its_ancestors_only(implementation):
     """Changing one tree row changes the rows that may see it, and no other bit."""
     case = a_case()
-    before = np.asarray(attend(*case.arrays(), implementation=implementation))
+    before = np.asarray(attend(case, interpreted(implementation)))
     for node in range(5):
         changed = dataclasses.replace(case, tree_kv=case.tree_kv.copy())
         changed.tree_kv[0, :, :, node] += 1.0
-        after = np.asarray(attend(*changed.arrays(), implementation=implementation))
+        after = np.asarray(attend(changed, interpreted(implementation)))
         felt = (before != after).any(axis=(0, 2, 3))
         np.testing.assert_array_equal(felt, case.tree_mask[0, :, node])
 
@@ -59,33 +69,36 @@ def test_a_node_feels_its_ancestors_only(implementation):
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_without_a_prefix(implementation):
     """The same as with an empty one, and its gradient is the reference's."""
-    case = a_case(lengths=(0,))
-    q, pages, table, lengths, kv, mask = case.arrays()
-    call = functools.partial(attend, implementation=implementation)
-    bare = call(q, None, None, None, kv, mask)
-    np.testing.assert_allclose(bare, call(*case.arrays()), atol=1e-6)
+    case, spec = a_case(lengths=(0,)), interpreted(implementation)
+    none = dict.fromkeys(("kv_pages", "page_table", "lengths"))
+    bare = dataclasses.replace(case, **none)
+    np.testing.assert_allclose(attend(bare, spec), attend(case, spec), atol=1e-6)
 
-    def loss(kv, run):
-        return jnp.sum(run(q, None, None, None, kv, mask)[..., 0] ** 2)
+    def loss(kv, run, spec):
+        return jnp.sum(run(dataclasses.replace(bare, tree_kv=kv), spec)[..., 0] ** 2)
 
-    plain = functools.partial(tree_attention, scale=0.1, implementation="reference")
-    ours, theirs = (jax.grad(loss)(kv, run) for run in (call, plain))
+    ours = jax.grad(loss)(case.tree_kv, attend, spec)
+    theirs = jax.grad(loss)(case.tree_kv, tree_attention, REFERENCE)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert np.abs(theirs).max() > 1e-2
     with pytest.raises(ValueError, match="Reverse-mode"):
-        jax.grad(lambda q: jnp.sum(call(q, pages, table, lengths, kv, mask)))(q)
+        jax.grad(lambda q: jnp.sum(attend(dataclasses.replace(case, queries=q), spec)))(
+            case.queries
+        )
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_kernel_does_not_run_elsewhere(implementation):
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
-        tree_attention(*a_case().arrays(), scale=0.1, implementation=implementation)
+        tree_attention(
+            a_case(), AttentionSpec(scale=0.1, implementation=implementation)
+        )
 
 
-def kernels_in(case, **options) -> set[str]:
+def kernels_in(case, spec) -> set[str]:
     """The kernels in a program, told apart by their compilers' parameters."""
-    call = functools.partial(tree_attention, scale=0.1, **options)
-    program = str(jax.make_jaxpr(call)(*case.arrays()))
+    call = functools.partial(tree_attention, spec=spec)
+    program = str(jax.make_jaxpr(call)(case))
     marks = {"tpu": "vmem_limit_bytes=", "gpu": "num_warps="}
     return {name for name, mark in marks.items() if mark in program}
 
@@ -93,15 +106,15 @@ def kernels_in(case, **options) -> set[str]:
 def test_the_platform_chooses():
     """The kernels are in the program, and other platforms' lowering leaves them out."""
     case = a_case()
-    assert kernels_in(case) == {"tpu", "gpu"}
+    assert kernels_in(case, SPEC) == {"tpu", "gpu"}
     for name in KERNELS:
-        assert kernels_in(case, implementation=name) == {name}
-    assert not kernels_in(case, implementation="reference")
-    call = jax.jit(functools.partial(tree_attention, scale=0.1))
-    text = call.lower(*case.arrays()).as_text()
+        named = AttentionSpec(scale=0.1, implementation=name)
+        assert kernels_in(case, named) == {name}
+    assert not kernels_in(case, REFERENCE)
+    text = attend.lower(case, SPEC).as_text()
     assert "while" in text and "custom_call" not in text
-    out = call(*case.arrays())
-    plain = tree_attention(*case.arrays(), scale=0.1, implementation="reference")
+    out = attend(case, SPEC)
+    plain = tree_attention(case, REFERENCE)
     np.testing.assert_allclose(out, plain, atol=1e-6)
 
 
@@ -122,33 +135,31 @@ def test_shapes_that_the_kernel_cannot_take(message):
         table = np.zeros((2, pages), np.int32)
         case = dataclasses.replace(case, page_table=table)
     with pytest.raises(ValueError, match=message):
-        tree_attention(*case.arrays(), scale=0.1, implementation="tpu")
-    assert kernels_in(case) == {"gpu"}
+        tree_attention(case, TPU)
+    assert kernels_in(case, SPEC) == {"gpu"}
 
 
 def test_types_that_the_kernel_cannot_take():
-    q, pages, table, lengths, kv, mask = a_case().arrays()
-    other = jnp.bfloat16
-    for changed, message in [
-        ((q, pages, table, lengths, kv.astype(other), mask), "tree_kv bfloat16"),
-        ((q, pages.astype(other), table, lengths, kv, mask), "kv_pages is bfloat16"),
+    case = a_case()
+    for name, message in [
+        ("tree_kv", "tree_kv bfloat16"),
+        ("kv_pages", "kv_pages is bfloat16"),
     ]:
+        changed = {name: getattr(case, name).astype(jnp.bfloat16)}
         with pytest.raises(ValueError, match=message):
-            tree_attention(*changed, scale=0.1, implementation="tpu")
+            tree_attention(dataclasses.replace(case, **changed), TPU)
 
 
 def test_memory_that_does_not_suffice():
     sizes = BlockSizes(vmem_bytes=2**20)
     with pytest.raises(ValueError, match="one block needs .* of 1048576 bytes"):
-        tree_attention(
-            *a_case().arrays(), scale=0.1, implementation="tpu", block_sizes=sizes
-        )
+        tree_attention(a_case(), dataclasses.replace(TPU, block_sizes=sizes))
 
 
 def test_scales_belong_to_int8_pages():
-    q, pages, table, lengths, kv, mask = a_case().arrays()
+    case = a_case()
+    pages = case.kv_pages
     rows, scales = quantize_rows(pages)
-    call = functools.partial(tree_attention, scale=0.1)
     for wrong, given, message in [
         (rows, None, "kv_pages is int8 and kv_scales missing"),
         (pages, scales, "kv_pages is float32 and kv_scales given"),
@@ -156,14 +167,26 @@ def test_scales_belong_to_int8_pages():
         (None, scales, "without kv_pages"),
     ]:
         with pytest.raises(ValueError, match=message):
-            call(q, wrong, table, lengths, kv, mask, kv_scales=given)
+            changed = dict(kv_pages=wrong, kv_scales=given)
+            tree_attention(dataclasses.replace(case, **changed), SPEC)
     with pytest.raises(ValueError, match="scales of 16 rows are not whole lanes"):
-        call(q, rows, table, lengths, kv, mask, kv_scales=scales, implementation="tpu")
+        changed = dict(kv_pages=rows, kv_scales=scales)
+        tree_attention(dataclasses.replace(case, **changed), TPU)
 
 
-def test_interpreting_needs_a_name():
-    with pytest.raises(ValueError, match="needs a kernel's name, not None"):
-        tree_attention(*a_case().arrays(), scale=0.1, interpret=True)
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(interpret=True), "needs a kernel's name, not None"),
+        (dict(implementation="magic"), "no implementation 'magic'.*reference"),
+        (dict(window=0), "window=0: want at least 1"),
+        (dict(soft_cap=0.0), "soft_cap=0.0: want a positive cap"),
+        (dict(heads_axis="tensor"), "heads_axis='tensor' is not an axis of the mesh"),
+    ],
+)
+def test_settings_check_themselves(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionSpec(scale=0.1, **wrong)
 
 
 @pytest.mark.parametrize(

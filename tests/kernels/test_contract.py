@@ -1,212 +1,43 @@
-"""Every implementation against float64 numpy, over one grid of calls.
-
-A call is compiled once and then given several sets of numbers: ragged lengths about
-the ends of pages, random trees and degenerate ones. Whatever no slot owns is NaN.
-"""
+"""Every implementation against the contract; kernels through interpreters."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tree_attention import (
-    BlockSizes,
-    GpuBlockSizes,
-    quantize_rows,
-    tree_attention,
-)
-from tests.kernels.oracle import Case, attention, make_case, poison
-
-IMPLEMENTATIONS = ("reference", "tpu", "gpu")
-LANES = 128
-# Three parts of the prefix where the queries of a slot and head fit one tile; blocks of
-# one page or of several.
-GPU_SIZES = GpuBlockSizes(
-    rows=16, keys=32, warps=4, stages=2, programs=12, split_rows=32
-)
+from pallas_kernels.tree_attention import GpuBlockSizes
+from tests.kernels.contract import CALLS, TreeAttentionContract, cases, check
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """Shapes and options of one compiled call."""
-
-    T: int
-    G: int
-    H: int = 128
-    K: int = 1
-    page: int = 16
-    B: int = 4
-    scratch: int = 0
-    max_pages: int = 8
-    dtype: str = "float32"
-    int8: bool = False
-    window: int | None = None
-    soft_cap: float | None = None
-    sizes: BlockSizes = BlockSizes(block_rows=48, rows=16, max_rows=64)
-
-    def options(self) -> dict:
-        return dict(window=self.window, soft_cap=self.soft_cap)
-
-    def length_sets(self):
-        """Empty, about a page, several blocks; every slot gets several of them."""
-        page, most = self.page, self.page * self.max_pages
-        sets = [
-            (0, 1, page - 1, page),
-            (page + 1, most, 0, 3 * page),
-            (most - 1, 0, 2 * page + 3, 0),
-            (0, 0, 0, 0),
-        ]
-        return [lengths[: self.B] for lengths in sets]
+class TestReference(TreeAttentionContract):
+    implementation = "reference"
 
 
-CALLS = {
-    "decoding": Call(T=1, G=4),
-    "one query": Call(T=1, G=1, H=64),
-    "tree, H=64": Call(T=7, G=2, H=64, K=2, scratch=3),
-    "cap, H=96": Call(T=5, G=3, H=96, soft_cap=1.5),
-    "H=256, page=32": Call(T=6, G=2, H=256, page=32, max_pages=5),
-    "page=256": Call(T=4, G=2, page=256, max_pages=3),
-    "window": Call(T=6, G=2, scratch=2, window=20, max_pages=12),
-    "window and cap": Call(T=6, G=2, window=70, soft_cap=2.0, max_pages=12),
-    "G=16": Call(T=9, G=16, H=64),
-    "heads": Call(
-        T=3,
-        G=2,
-        K=8,
-        sizes=BlockSizes(block_rows=32, heads=4, unroll=2, buffers=2),
-    ),
-    "chunk": Call(T=512, G=1, H=64, B=2, max_pages=5),
-    "int8": Call(T=5, G=2, K=2, int8=True, page=32, max_pages=5),
-    "int8, window": Call(T=5, G=2, H=64, int8=True, window=24),
-    "bf16": Call(T=7, G=4, K=2, dtype="bfloat16"),
-    "bf16 decoding": Call(T=1, G=4, H=64, dtype="bfloat16"),
-    "bf16 rows": Call(T=24, G=4, dtype="bfloat16", window=40),
-    "bf16 int8": Call(T=5, G=2, K=2, dtype="bfloat16", int8=True, soft_cap=3.0),
-}
-# What both kinds of waits, partial blocks, windows and scales need.
-RACED = ("heads", "window and cap", "int8, window")
+class TestTpuKernel(TreeAttentionContract):
+    implementation = "tpu"
+    interpret = True
+
+    def block_sizes(self, call):
+        return call.sizes
+
+    # What both kinds of waits, partial blocks, windows and scales need.
+    @pytest.mark.parametrize("name", ["heads", "window and cap", "int8, window"])
+    def test_copies_do_not_race(self, name, capfd):
+        """The slow interpreter checks every access against every copy in flight."""
+        call = CALLS[name]
+        case, want = list(cases(call))[1]
+        out = self.run(call, case, interpret=pltpu.InterpretParams(detect_races=True))
+        check(call, out, want)
+        assert "RACE" not in "".join(capfd.readouterr())
 
 
-@functools.cache
-def compiled(call: Call, implementation: str, interpret=True):
-    """One jitted function per call; the reference of small heads sees them unpadded."""
-    return jax.jit(
-        functools.partial(
-            tree_attention,
-            scale=call.H**-0.5,
-            implementation=implementation,
-            block_sizes=GPU_SIZES if implementation == "gpu" else call.sizes,
-            interpret=interpret if implementation != "reference" else False,
-            **call.options(),
+class TestGpuKernel(TreeAttentionContract):
+    implementation = "gpu"
+    interpret = True
+
+    def block_sizes(self, call):
+        """Three parts of the prefix where the queries of a slot and head fit one
+        tile; blocks of one page or of several."""
+        return GpuBlockSizes(
+            rows=16, keys=32, warps=4, stages=2, programs=12, split_rows=32
         )
-    )
-
-
-def run(call: Call, case: Case, implementation: str, interpret=True) -> np.ndarray:
-    """Pads pages to whole lanes as their owner does, and quantises on request."""
-    q, pages, table, lengths, tree_kv, mask = case.arrays(jnp.dtype(call.dtype))
-    depth = case.tree_depth if call.window else None
-    scales = None
-    if call.int8:
-        pages, scales = (np.asarray(x) for x in quantize_rows(case.kv_pages))
-        scales = pad(scales, LANES)
-    out = compiled(call, implementation, interpret)(
-        q,
-        pad(pages, LANES),
-        table,
-        lengths,
-        tree_kv,
-        mask,
-        tree_depth=depth,
-        kv_scales=scales,
-    )
-    assert out.dtype == q.dtype and out.shape == q.shape
-    return np.asarray(out, np.float64)
-
-
-def pad(x, to):
-    short = -x.shape[-1] % to
-    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
-
-
-def cases(call: Call):
-    """Poisoned cases of a call, and the float64 results of their rounded numbers."""
-    rng = np.random.default_rng([call.T, call.G, call.H, call.page])
-    for i, lengths in enumerate(call.length_sets()):
-        case = make_case(
-            rng,
-            B=call.B,
-            T=call.T,
-            G=call.G,
-            page=call.page,
-            lengths=lengths,
-            K=call.K,
-            H=call.H,
-            scratch=call.scratch,
-            max_pages=call.max_pages,
-        )
-        if i % 2:
-            degenerate(case)
-        case = poison(case).cast(jnp.dtype(call.dtype))
-        yield case, attention(rounded(call, case), scale=call.H**-0.5, **call.options())
-
-
-def degenerate(case: Case) -> None:
-    """A chain, a star, a lone root with padding, a random tree with padding."""
-    B, T, U = case.tree_mask.shape
-    for b in range(B):
-        mask, depth = case.tree_mask[b], case.tree_depth[b]
-        if b == 0:
-            mask[:] = np.tril(np.ones((U, U), bool))[U - T :]
-            depth[:] = np.arange(U)
-        elif b == 1:
-            mask[:] = np.eye(U, dtype=bool)[U - T :]
-            mask[:, 0] = True
-            depth[:] = np.minimum(np.arange(U), 1)
-        elif b == 2:
-            mask[1:] = False
-        else:
-            mask[T // 2 :] = False
-
-
-def rounded(call: Call, case: Case) -> Case:
-    """What an int8 cache holds."""
-    if not call.int8:
-        return case
-    rows, scales = (np.asarray(x, np.float64) for x in quantize_rows(case.kv_pages))
-    with np.errstate(invalid="ignore"):
-        return dataclasses.replace(case, kv_pages=rows * scales[..., None])
-
-
-def check(call: Call, out: np.ndarray, want: np.ndarray) -> None:
-    assert np.isfinite(out).all()
-    if call.dtype == "float32":
-        np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
-    else:
-        norm = np.linalg.norm(want)
-        assert np.linalg.norm(out - want) <= 2e-2 * norm
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_equals_the_oracle(implementation, name):
-    """Also rows that see nothing are zeros: the oracle's are."""
-    call = CALLS[name]
-    for case, want in cases(call):
-        check(call, run(call, case, implementation), want)
-
-
-@pytest.mark.parametrize("name", RACED)
-def test_copies_do_not_race(name, capfd):
-    """The slow interpreter checks every access against every copy in flight."""
-    call = CALLS[name]
-    interpret = pltpu.InterpretParams(detect_races=True)
-    case, want = list(cases(call))[1]
-    check(call, run(call, case, "tpu", interpret), want)
-    assert "RACE" not in "".join(capfd.readouterr())

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tree_attention import gpu, tree_attention
+from pallas_kernels.tree_attention import AttentionSpec, Operands, gpu, tree_attention
 from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes, default_sizes
-from tests.kernels.oracle import attention, make_case
+from pallas_kernels.tree_attention.operands import Shape
+from tests.kernels.oracle import attention, cast, make_case
 from tests.kernels.triton_modules import lower_for_cuda, triton_modules
 
 # Small blocks: tests of one tile and one block would prove little.
@@ -25,28 +26,22 @@ def split(sizes: GpuBlockSizes, tiles: int) -> GpuBlockSizes:
 
 
 def attend(case, **options):
-    """The compiled, interpreted kernel as a function of a case's arrays."""
-    return jax.jit(
-        functools.partial(
-            tree_attention,
-            tree_depth=case.tree_depth if options.get("window") else None,
-            implementation="gpu",
-            interpret=True,
-            **{"block_sizes": SIZES, "scale": case.q.shape[3] ** -0.5, **options},
-        )
-    )
+    """The compiled, interpreted kernel as a function of a case."""
+    given = {"block_sizes": SIZES, "scale": case.dims.H**-0.5, **options}
+    spec = AttentionSpec(implementation="gpu", interpret=True, **given)
+    return jax.jit(functools.partial(tree_attention, spec=spec))
 
 
 def run(case, dtype=np.float32, **options) -> np.ndarray:
-    out = attend(case, **options)(*case.arrays(dtype))
-    assert out.dtype == dtype and out.shape == case.q.shape
+    out = attend(case, **options)(cast(case, dtype))
+    assert out.dtype == dtype and out.shape == case.queries.shape
     return np.asarray(out, np.float64)
 
 
 def check(case, window=None, soft_cap=None, **options) -> np.ndarray:
     """float32 to 2e-5; returns what the kernel gave."""
     out = run(case, window=window, soft_cap=soft_cap, **options)
-    scale = case.q.shape[3] ** -0.5
+    scale = case.dims.H**-0.5
     want = attention(case, scale=scale, window=window, soft_cap=soft_cap)
     np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
     return out
@@ -94,7 +89,7 @@ def relative_error(out, want) -> float:
 def test_float16_is_close():
     """Relative norm of the error at most 2e-2, inputs rounded alike."""
     rng = np.random.default_rng(1)
-    case = ragged(rng, T=5, G=4, H=128, page=16, many=83).cast(np.float16)
+    case = cast(ragged(rng, T=5, G=4, H=128, page=16, many=83), np.float16)
     out = run(case, np.float16)
     assert relative_error(out, attention(case, scale=128**-0.5)) < 2e-2
 
@@ -123,9 +118,9 @@ def test_rows_that_are_not_used_are_not_read(keys, parts):
         table[b, -(-length // 16) :] = 10**6
     sizes = dataclasses.replace(SIZES, keys=keys)
     call = attend(case, block_sizes=sizes if parts == 1 else split(sizes, 6))
-    clean = call(*case.arrays())
+    clean = call(cast(case))
     dirty = dataclasses.replace(case, kv_pages=pages, page_table=table)
-    np.testing.assert_array_equal(call(*dirty.arrays()), clean)
+    np.testing.assert_array_equal(call(cast(dirty)), clean)
     assert np.isfinite(clean).all()
 
 
@@ -133,14 +128,14 @@ def test_pages_before_every_window_are_not_read():
     rng = np.random.default_rng(4)
     case = make_case(rng, B=2, T=3, G=2, page=16, lengths=(150, 20), K=1, H=64)
     call = attend(case, window=20)
-    clean = call(*case.arrays())
+    clean = call(cast(case))
     # The least deep node stands at 150 and sees 131 and on: block 8 of 16 rows.
     pages = case.kv_pages.copy()
     pages[case.page_table[0, :8]] = np.nan
     dirty = dataclasses.replace(case, kv_pages=pages)
-    np.testing.assert_array_equal(call(*dirty.arrays()), clean)
+    np.testing.assert_array_equal(call(cast(dirty)), clean)
     pages[case.page_table[0, 8]] = np.nan
-    assert np.isnan(call(*dirty.arrays())).any()
+    assert np.isnan(call(cast(dirty))).any()
 
 
 def test_a_chunk_of_prefill_equals_the_reference():
@@ -150,58 +145,60 @@ def test_a_chunk_of_prefill_equals_the_reference():
     case.tree_mask[0] = np.tril(np.ones((512, 512), bool))
     sizes = GpuBlockSizes(rows=128, keys=64, programs=1)
     out = run(case, block_sizes=sizes)
-    want = jax.jit(
-        functools.partial(tree_attention, scale=0.125, implementation="reference")
+    spec = AttentionSpec(scale=0.125, implementation="reference")
+    want = jax.jit(tree_attention, static_argnums=1)(cast(case), spec)
+    np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
+
+
+def abstract(*, T, E=0, int8=False, **shape) -> Operands:
+    """Abstract operands at the shape of Llama 3 8B unless told otherwise."""
+    shape = Shape(prefix=8192, **shape)
+    operands, array = shape.operands(T), jax.ShapeDtypeStruct
+    B, _, _, H, K, _, _ = operands.dims
+    pages, scales = operands.kv_pages, None
+    if int8:
+        scales = array(pages.shape[:4], jnp.float32)
+        pages = array(pages.shape, jnp.int8)
+    return dataclasses.replace(
+        operands,
+        kv_pages=pages,
+        kv_scales=scales,
+        tree_kv=array((B, K, 2, T + E, H), shape.dtype),
+        tree_mask=array((B, T, T + E), jnp.bool_),
+        tree_depth=array((B, T + E), jnp.int32),
     )
-    np.testing.assert_allclose(out, want(*case.arrays()), atol=2e-5, rtol=2e-5)
-
-
-def abstract(*, B=8, T, K=8, G=4, H=128, page=128, E=0, dtype=jnp.bfloat16, **options):
-    """Arguments as shapes, at the shape of Llama 3 8B unless told otherwise."""
-    max_pages = 8192 // page
-    P = B * max_pages + 1
-    pages = jnp.int8 if options.get("quantised") else dtype
-    shape = jax.ShapeDtypeStruct
-    args = {
-        "q": shape((B, T, K * G, H), dtype),
-        "kv_pages": shape((P, K, 2, page, H), pages),
-        "page_table": shape((B, max_pages), jnp.int32),
-        "lengths": shape((B,), jnp.int32),
-        "tree_kv": shape((B, K, 2, T + E, H), dtype),
-        "tree_mask": shape((B, T, T + E), jnp.bool_),
-    }
-    if options.get("window"):
-        args["tree_depth"] = shape((B, T + E), jnp.int32)
-    if options.get("quantised"):
-        args["kv_scales"] = shape((P, K, 2, page), jnp.float32)
-    return args
 
 
 LOWERED = [
     *({"T": T} for T in (1, 16, 64, 128)),
-    {"T": 512, "B": 1},
-    {"T": 5, "E": 3, "H": 96, "G": 3, "page": 16},
-    {"T": 16, "H": 64, "G": 1, "page": 256, "window": 1024},
-    {"T": 16, "H": 256, "G": 16, "page": 48, "soft_cap": 30.0},
-    {"T": 1, "quantised": True},
-    {"T": 64, "quantised": True, "page": 16, "window": 1024},
-    {"T": 16, "H": 256, "dtype": jnp.float32},
-    {"T": 16, "dtype": jnp.float16},
+    {"T": 512, "slots": 1},
+    {"T": 5, "E": 3, "head_dim": 96, "group": 3, "page": 16},
+    {"T": 16, "head_dim": 64, "group": 1, "page": 256, "window": 1024},
+    {"T": 16, "head_dim": 256, "group": 16, "page": 48, "soft_cap": 30.0},
+    {"T": 1, "int8": True},
+    {"T": 64, "int8": True, "page": 16, "window": 1024},
+    {"T": 16, "head_dim": 256, "dtype": "float32"},
+    {"T": 16, "dtype": "float16"},
 ]
 
 
 @pytest.mark.parametrize("shape", LOWERED, ids=ids)
 def test_lowers_for_cuda(shape):
     """At full size, chosen by the platform; Triton's verifier is content."""
-    options = {k: shape.get(k) for k in ("window", "soft_cap")}
-    attention = functools.partial(tree_attention, scale=0.1, **options)
-    (text,) = triton_modules(lower_for_cuda(attention, **abstract(**shape)))
+    shape = dict(shape)
+    spec = AttentionSpec(
+        scale=0.1,
+        window=shape.pop("window", None),
+        soft_cap=shape.pop("soft_cap", None),
+    )
+    attention = functools.partial(tree_attention, spec=spec)
+    (text,) = triton_modules(lower_for_cuda(attention, abstract(**shape)))
     products = [line for line in text.splitlines() if "tt.dot " in line]
     # Two products in each loop: whole blocks, partial ones, the tree.
-    assert len(products) == (8 if options["window"] else 6)
-    full = shape.get("dtype") == jnp.float32
-    assert all(("tf32" not in line) for line in products) or not full
-    width = "f32" if full else {jnp.float16: "f16"}.get(shape.get("dtype"), "bf16")
+    assert len(products) == (8 if spec.window else 6)
+    dtype = shape.get("dtype", "bfloat16")
+    assert all(("tf32" not in line) for line in products) or dtype != "float32"
+    width = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
     assert all(f"x{width}> *" in line for line in products)
 
 
@@ -232,25 +229,30 @@ def test_sizes_check_themselves(field, value):
 
 def refusal(**changes) -> str:
     """Why a call that fits the contract cannot run, by shapes alone."""
-    args = abstract(T=1) | changes
-    call = functools.partial(tree_attention, scale=0.1, implementation="gpu")
+    operands = dataclasses.replace(abstract(T=1), **changes)
+    named, chosen = (
+        functools.partial(
+            tree_attention, spec=AttentionSpec(scale=0.1, implementation=name)
+        )
+        for name in ("gpu", None)
+    )
     with pytest.raises(ValueError, match="the GPU kernel cannot run: ") as caught:
-        jax.eval_shape(call, **args)
+        jax.eval_shape(named, operands)
     # Without a name the reference takes it.
-    jax.eval_shape(functools.partial(tree_attention, scale=0.1), **args)
+    jax.eval_shape(chosen, operands)
     return str(caught.value)
 
 
 def test_what_the_kernel_cannot_take_has_a_reason(monkeypatch):
     shape = jax.ShapeDtypeStruct
     wide = {
-        "q": shape((8, 1, 32, 512), jnp.bfloat16),
+        "queries": shape((8, 1, 32, 512), jnp.bfloat16),
         "kv_pages": shape((9, 8, 2, 16, 512), jnp.bfloat16),
         "tree_kv": shape((8, 8, 2, 1, 512), jnp.bfloat16),
     }
     assert "heads 512 wide" in refusal(**wide)
     other = shape((8, 8, 2, 1, 128), jnp.float32)
-    assert "tree_kv float32 is not of the type of q" in refusal(tree_kv=other)
+    assert "tree_kv float32 is not of the type of queries" in refusal(tree_kv=other)
     other = shape((9, 8, 2, 16, 128), jnp.float32)
     assert "kv_pages is float32, want bfloat16" in refusal(kv_pages=other)
     large = {

@@ -10,19 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tree_attention import reference, tree_attention
-from tests.kernels.oracle import attention, make_case, random_tree
+from pallas_kernels.tree_attention import (
+    AttentionSpec,
+    Operands,
+    reference,
+    tree_attention,
+)
+from tests.kernels.oracle import attention, cast, make_case, random_tree
 
 SCALE = 8**-0.5
-OPTIONS = ("scale", "window", "soft_cap", "implementation")
-attend = jax.jit(tree_attention, static_argnames=OPTIONS)
+SPEC = AttentionSpec(scale=SCALE)
+attend = jax.jit(tree_attention, static_argnums=1)
 
 
 def run(case, dtype=np.float32, **options) -> np.ndarray:
     """The shipped operation, compiled."""
-    depth = case.tree_depth if options.get("window") else None
-    out = attend(*case.arrays(dtype), scale=SCALE, tree_depth=depth, **options)
-    assert out.dtype == dtype and out.shape == case.q.shape
+    out = attend(cast(case, dtype), AttentionSpec(scale=SCALE, **options))
+    assert out.dtype == dtype and out.shape == case.queries.shape
     return np.asarray(out, np.float64)
 
 
@@ -70,7 +74,7 @@ def test_windows_over_several_blocks_equal_the_oracle(window):
     for lengths in [(150, 149), (3, 130), (0, 128), (64, 72), (127, 191), ends]:
         sizes = dict(B=2, T=5, G=2, page=8, max_pages=24, scratch=3)
         case = make_case(rng, lengths=lengths, **sizes)
-        case.tree_depth -= case.tree_depth[:, 3:].min(axis=1, keepdims=True)
+        case.tree_depth[...] -= case.tree_depth[:, 3:].min(axis=1, keepdims=True)
         check(case, window=window)
 
 
@@ -107,7 +111,8 @@ def test_a_window_changes_the_result_by_depth():
     case.tree_mask[0] = np.eye(4, dtype=bool)
     case.tree_mask[0, 1:, 0] = True
     case.tree_depth[0] = [0, 1, 1, 1]
-    case.q[0, 3], case.tree_kv[0, :, :, 3] = case.q[0, 1], case.tree_kv[0, :, :, 1]
+    case.queries[0, 3] = case.queries[0, 1]
+    case.tree_kv[0, :, :, 3] = case.tree_kv[0, :, :, 1]
     out = run(case, window=3)
     np.testing.assert_allclose(out[0, 1], out[0, 3], atol=1e-6)
     assert np.abs(out - run(case)).max() > 1e-2
@@ -117,7 +122,8 @@ def test_a_window_changes_the_result_by_depth():
 def test_bfloat16_is_close(T, G):
     """Relative norm of the error at most 2e-2, inputs rounded alike."""
     rng = np.random.default_rng(T)
-    case = make_case(rng, B=2, T=T, G=G, page=16, lengths=(5, 83)).cast(jnp.bfloat16)
+    case = make_case(rng, B=2, T=T, G=G, page=16, lengths=(5, 83))
+    case = cast(case, jnp.bfloat16)
     want = attention(case, scale=SCALE)
     error = np.linalg.norm(run(case, jnp.bfloat16) - want) / np.linalg.norm(want)
     assert error < 2e-2
@@ -152,9 +158,9 @@ def test_rows_that_are_not_used_may_hold_anything(most, monkeypatch):
     pages, rows = np.nonzero(free)
     poisoned[pages, :, :, rows] = np.nan
     # A new function: the constant is read when it is traced.
-    call = jax.jit(functools.partial(tree_attention, scale=SCALE))
-    clean = call(*case.arrays())
-    dirty = call(*dataclasses.replace(case, kv_pages=poisoned).arrays())
+    call = jax.jit(functools.partial(tree_attention, spec=SPEC))
+    clean = call(cast(case))
+    dirty = call(cast(dataclasses.replace(case, kv_pages=poisoned)))
     np.testing.assert_array_equal(clean, dirty)
     np.testing.assert_allclose(
         clean, attention(case, scale=SCALE), atol=2e-5, rtol=2e-5
@@ -177,15 +183,15 @@ def test_a_chain_is_causal_attention():
         pages = np.zeros((3, K, 2, page, H), np.float32)
         for at in range(start):
             pages[1 + at // page, :, :, at % page] = kv[0, :, :, at]
-        out = attend(
-            q[:, start:],
-            pages,
-            np.array([[1, 2]], np.int32),
-            np.array([start], np.int32),
-            kv[:, :, :, start:],
-            np.tril(np.ones((1, S - start, S - start), bool)),
-            scale=SCALE,
+        operands = Operands(
+            queries=q[:, start:],
+            kv_pages=pages,
+            page_table=np.array([[1, 2]], np.int32),
+            lengths=np.array([start], np.int32),
+            tree_kv=kv[:, :, :, start:],
+            tree_mask=np.tril(np.ones((1, S - start, S - start), bool)),
         )
+        out = attend(operands, SPEC)
         np.testing.assert_allclose(out[0], want[start:], atol=2e-5, rtol=2e-5)
 
 
@@ -195,7 +201,7 @@ def test_permuting_nodes_permutes_rows():
     order = np.array([0, 3, 1, 4, 2])
     moved = dataclasses.replace(
         case,
-        q=case.q[:, order],
+        queries=case.queries[:, order],
         tree_kv=case.tree_kv[:, :, :, order],
         tree_mask=case.tree_mask[:, order][:, :, order],
     )
@@ -214,7 +220,8 @@ def test_only_ancestors_have_a_gradient():
     @jax.jit
     @jax.grad
     def gradient(kv, node):
-        out = tree_attention(q, None, None, None, kv, ancestors[None], scale=SCALE)
+        operands = Operands(queries=q, tree_kv=kv, tree_mask=ancestors[None])
+        out = tree_attention(operands, SPEC)
         return jnp.sum(out[0, node] * jnp.arange(1.0, 9.0))
 
     for node in range(6):
@@ -234,7 +241,7 @@ def test_the_gather_equals_the_slices(B, page, monkeypatch):
     assert B * (reference.BLOCK_ROWS // page) <= reference.MAX_SLICES
     sliced = run(case)
     monkeypatch.setattr(reference, "MAX_SLICES", 0)
-    gathered = jax.jit(functools.partial(tree_attention, scale=SCALE))(*case.arrays())
+    gathered = jax.jit(functools.partial(tree_attention, spec=SPEC))(cast(case))
     np.testing.assert_array_equal(gathered, sliced)
 
 
@@ -247,7 +254,7 @@ def test_a_large_batch_takes_the_gather():
 
 
 WRONG = {
-    "q": (np.zeros((2, 5, 8)), r"q is \(2, 5, 8\)"),
+    "queries": (np.zeros((2, 5, 8)), r"queries are \(2, 5, 8\)"),
     "tree_kv": (np.zeros((2, 2, 2, 4, 8)), r"tree_kv \(2, 2, 2, 4, 8\)"),
     "tree_kv ": (np.zeros((2, 3, 2, 5, 8)), r"tree_kv \(2, 3, 2, 5, 8\)"),
     "tree_kv  ": (np.zeros((2, 2, 5, 8)), r"tree_kv \(2, 2, 5, 8\)"),
@@ -267,21 +274,21 @@ def test_the_message_names_the_offending_shape(name):
     rng = np.random.default_rng(8)
     case = make_case(rng, B=2, T=5, G=2, page=8, lengths=(1, 2))
     case = dataclasses.replace(case, **{name.strip(): value})
-    given = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
     with pytest.raises(ValueError, match=message):
-        tree_attention(**given, scale=SCALE, window=4)
+        tree_attention(case, AttentionSpec(scale=SCALE, window=4))
 
 
 def test_a_window_needs_depths():
     case = make_case(np.random.default_rng(9), B=1, T=2, G=1, page=8, lengths=(1,))
     with pytest.raises(ValueError, match="window=4 needs tree_depth"):
-        tree_attention(*case.arrays(), scale=SCALE, window=4)
+        tree_attention(
+            dataclasses.replace(case, tree_depth=None),
+            AttentionSpec(scale=SCALE, window=4),
+        )
 
 
-def test_implementations_are_named():
-    """A known name runs; another one is an error that says which there are."""
+def test_the_reference_is_the_default_here():
     case = make_case(np.random.default_rng(9), B=1, T=2, G=1, page=8, lengths=(1,))
-    named = tree_attention(*case.arrays(), scale=SCALE, implementation="reference")
-    np.testing.assert_array_equal(named, tree_attention(*case.arrays(), scale=SCALE))
-    with pytest.raises(ValueError, match="no implementation 'magic'.*reference"):
-        tree_attention(*case.arrays(), scale=SCALE, implementation="magic")
+    named = AttentionSpec(scale=SCALE, implementation="reference")
+    out, default = (tree_attention(cast(case), spec) for spec in (named, SPEC))
+    np.testing.assert_array_equal(out, default)

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import aot
-from pallas_kernels.tree_attention import estimate, tree_attention
+from pallas_kernels.tree_attention import AttentionSpec, estimate, tree_attention
+from pallas_kernels.tree_attention.operands import Shape
 from pallas_kernels.tree_attention.sizes import LANES, choose
 from treespec_jax import sharding
 from treespec_jax.config import EngineConfig, ModelConfig, check_int
@@ -215,26 +216,24 @@ def compile_kernel(job: Job, nodes: int) -> KernelResult:
     Raises:
       UserError: what cannot be compiled, or no compiler.
     """
-    c, dtype = job.target, jnp.dtype(job.dtype)
-    B, T, K, H = job.batch, nodes, c.num_kv_heads, c.head_dim
-    pages, width = -(-job.context // job.page_size), -(-H // LANES) * LANES
-    shape = jax.ShapeDtypeStruct
-    arrays = (
-        shape((B, T, c.num_heads, H), dtype),
-        shape((B * pages + 1, K, 2, job.page_size, width), dtype),
-        shape((B, pages), jnp.int32),
-        shape((B,), jnp.int32),
-        shape((B, K, 2, T, H), dtype),
-        shape((B, T, T), jnp.bool_),
-    )
-    sizes = choose(job.kind.kind, T * c.queries_per_kv, K)
-    attend = functools.partial(
-        tree_attention, scale=H**-0.5, implementation="tpu", block_sizes=sizes
-    )
-    report = _compile(job, attend, *arrays, kernels=True).report
+    c = job.target
+    K, G, H = c.num_kv_heads, c.queries_per_kv, c.head_dim
+    operands = Shape(
+        slots=job.batch,
+        prefix=job.context,
+        kv_heads=K,
+        group=G,
+        head_dim=H,
+        page=job.page_size,
+        dtype=job.dtype,
+    ).operands(nodes, width=-(-H // LANES) * LANES)
+    sizes = choose(job.kind.kind, nodes * G, K)
+    spec = AttentionSpec(scale=H**-0.5, implementation="tpu", block_sizes=sizes)
+    attend = functools.partial(tree_attention, spec=spec)
+    report = _compile(job, attend, operands, kernels=True).report
     kernel = report.kernel("tree_attention")
-    cost = estimate.prefix_cost(kernel, job.kind, arrays, sizes)
-    moved = estimate.call_bytes(cost, arrays, sizes, job.context)
+    cost = estimate.prefix_cost(kernel, job.kind, operands, spec)
+    moved = estimate.call_bytes(cost, operands, spec, job.context)
     return KernelResult(report, kernel, cost, moved)
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.tree_attention import (
+    AttentionSpec,
+    Operands,
     dequantize_rows,
     quantize_rows,
     tree_attention,
@@ -135,23 +137,26 @@ class Attention(nnx.Module):
         tree_kv = kv_BK2TH
         if scratch is not None:
             tree_kv = jnp.concatenate([scratch, kv_BK2TH], axis=3)
-        place = view.pages.placement if view is not None else Placement()
-        out_BTNH = tree_attention(
-            q_BTNH,
-            pages,
-            view.page_table if view is not None else None,
-            view.lengths if view is not None else None,
-            tree_kv,
-            tree_mask_BTU,
+        placement = view.pages.placement if view is not None else Placement()
+        operands = Operands(
+            queries=q_BTNH,
+            kv_pages=pages,
+            page_table=view.page_table if view is not None else None,
+            lengths=view.lengths if view is not None else None,
+            tree_kv=tree_kv,
+            tree_mask=tree_mask_BTU,
+            tree_depth=None if self.window is None else depth_BU,
+            kv_scales=scales,
+        )
+        spec = AttentionSpec(
             scale=cfg.attention_scale or H**-0.5,
             window=self.window,
             soft_cap=cfg.attention_soft_cap,
-            tree_depth=None if self.window is None else depth_BU,
-            kv_scales=scales,
-            mesh=place.mesh,
-            heads_axis=place.axis,
-            device_kind=place.device_kind,
+            device_kind=placement.device_kind,
+            mesh=placement.mesh,
+            heads_axis=placement.axis,
         )
+        out_BTNH = tree_attention(operands, spec)
         out_ER = out_BTNH.transpose(2, 3, 0, 1).reshape(K * G * H, B * T)
         return linear(self.out[...], out_ER), kv_BK2TH
 
