@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from treespec_jax.checkpoints import load
+from treespec_jax.commands.prompts import STORIES
+from treespec_jax.commands.settings import BUNDLED
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine.llm import LLM
-from treespec_jax.experiments.prompts import STORIES
-from treespec_jax.experiments.settings import BUNDLED
 
 PARAMS = SamplingParams(max_tokens=64, ignore_eos=True)
 # More than a page and more than a chunk; a short one.

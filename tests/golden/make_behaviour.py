@@ -43,15 +43,11 @@ def cases() -> list[Case]:
     for tree in ("chain:3", "regular:3x2x1", "dynamic:7@4"):
         found.append(Case({"rule": "exact", "tree": tree}, tree != "chain:3"))
     found.append(Case({"rule": "exact", "tree": "regular:3x2x1", "proposal": "best"}))
-    found.append(
-        Case({"rule": "exact", "tree": "allotted:7@4", "proposal": "sampled"})
-    )
+    found.append(Case({"rule": "exact", "tree": "allotted:7@4", "proposal": "sampled"}))
     for tree in SHAPES:
         found.append(Case({"rule": "token", "tree": tree}, tree == "regular:3x2x1"))
     found.append(
-        Case(
-            {"rule": "token", "tree": "regular:3x2x1", "proposal": "with_replacement"}
-        )
+        Case({"rule": "token", "tree": "regular:3x2x1", "proposal": "with_replacement"})
     )
     found.append(Case({"rule": "block", "tree": "chain:3"}))
     for tree in SHAPES:
@@ -107,7 +103,7 @@ def batches(penalised: bool) -> Iterator[tuple[str, list]]:
 def run(case: Case, pair, batch: int) -> dict[str, list[list[int]]]:
     """Token ids by name of the batch."""
     from treespec_jax import LLM
-    from treespec_jax.experiments.prompts import STORIES
+    from treespec_jax.commands.prompts import STORIES
 
     prompts = ["the", *STORIES[:3], " ".join(STORIES)]
     target, draft = pair

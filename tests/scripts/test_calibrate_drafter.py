@@ -40,7 +40,9 @@ def test_calibration(run_script, files, tmp_path):
         assert len(bins) == 10 and sum(row["nodes"] for row in bins) > 0
     assert sum(kept["accepted_by_rank"]) == kept["families"]
     assert f"tau {kept['tau']:.3f} (was {DEFAULT_TAU:g})" in result.out
-    assert "estimated chance" in result.out and "by rank among siblings" in result.out
+    assert (
+        "estimated probability" in result.out and "by rank among siblings" in result.out
+    )
 
     def tau(**more):
         llm = LLM(

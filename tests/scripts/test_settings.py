@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from treespec_jax.acceptance.policy import Sampling
+from treespec_jax.commands import prompts, runtime, settings
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.errors import UserError
-from treespec_jax.experiments import costs, output, prompts, runtime, settings, table
+from treespec_jax.measurement import output, step_cost, tables, timing
 from treespec_jax.trees import shapes
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
@@ -40,10 +41,10 @@ def test_defaults_survive_a_round_trip():
 
 def test_overrides_win_and_none_is_not_given():
     built = settings.build(
-        {"tree": "chain:2", "sampling": {"top_k": 3, "seed": 4}},
-        {"tree": None, "sampling.seed": 5, "engine.max_batch": 2},
+        {"speculative": {"tree": "chain:2"}, "sampling": {"top_k": 3, "seed": 4}},
+        {"speculative.tree": None, "sampling.seed": 5, "engine.max_batch": 2},
     )
-    assert built.tree == "chain:2"
+    assert built.speculative.tree == "chain:2"
     assert (built.sampling.top_k, built.sampling.seed) == (3, 5)
     assert built.engine.max_batch == 2 and built.engine.max_len is None
 
@@ -55,10 +56,13 @@ def test_overrides_win_and_none_is_not_given():
         ({"sampling": {"leaf": 1}}, "leaf"),
         ({"sampling": 3}, "sampling"),
         ({"engine": {"prefill_chunks": 16}}, "engine"),
-        ({"tree": 5}, "tree"),
-        ({"tau": 0}, "tau"),
-        ({"tree": "chain:9", "engine": {"max_len": 8}}, "max_len=8"),
-        ({"benchmark": {"repeat": 0}}, "repeat"),
+        ({"speculative": {"tree": 5}}, "tree"),
+        ({"speculative": {"tau": 0}}, "tau"),
+        (
+            {"speculative": {"tree": "chain:9"}, "engine": {"max_len": 8}},
+            "max_len=8",
+        ),
+        ({"benchmark": {"rounds": 0}}, "rounds"),
         ({"benchmark": {"shapes": ()}}, "--shapes"),
         ({"benchmark": {"shapes": ("chain:0",)}}, "chain:0"),
     ],
@@ -81,8 +85,9 @@ def test_bundled_pair_is_the_default(monkeypatch, tmp_path):
         (tmp_path / name).mkdir()
     found = settings.Experiment().with_paths(needs_drafter=True)
     assert found.target == str(tmp_path / "target")
-    assert found.draft == str(tmp_path / "draft")
-    assert settings.Experiment().with_paths(needs_drafter=False).draft == ""
+    assert found.speculative.model == str(tmp_path / "draft")
+    plain = settings.Experiment().with_paths(needs_drafter=False)
+    assert plain.speculative.model is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +128,7 @@ def test_timed_passes_are_those_of_the_drafter(name):
         ),
         context,
     )
-    assert widths == costs.level_widths(shape, vocab)
+    assert widths == step_cost.level_widths(shape, vocab)
 
 
 def test_in_turn_rotates_and_keeps_pairs():
@@ -136,7 +141,7 @@ def test_in_turn_rotates_and_keeps_pairs():
 
         return run
 
-    seconds = costs.in_turn({n: program(n) for n in "abc"}, rounds=3)
+    seconds = timing.in_turn({n: program(n) for n in "abc"}, rounds=3)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert seconds == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
 
@@ -168,10 +173,10 @@ def test_built_in_prompts_are_short_lower_case_stories():
 
 def test_tables_line_up():
     rows = [("shape", "tok/s"), ("none", "1"), ("chain:3", "20.5")]
-    lengths = {len(line) for line in table.markdown(rows).splitlines()}
+    lengths = {len(line) for line in tables.markdown(rows).splitlines()}
     assert len(lengths) == 1
-    assert table.aligned(rows).splitlines()[1] == "none         1"
-    assert table.percents([0.5, 0.254]) == "50 25 %"
+    assert tables.aligned(rows).splitlines()[1] == "none         1"
+    assert tables.percents([0.5, 0.254]) == "50 25 %"
 
 
 def test_cache_folder_follows_the_user(monkeypatch, tmp_path):

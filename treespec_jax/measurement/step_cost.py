@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.engine import step as stepping
-from treespec_jax.engine.engine import Engine, Request
+from treespec_jax.engine.engine import Engine, Request, prefill_plan
+from treespec_jax.measurement.timing import in_turn, paired, spread, timed
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.trees.shapes import StaticShape, TreeShape
@@ -53,19 +55,27 @@ class StepCost:
     rest_share: float
 
 
-def in_turn(
-    programs: Mapping[str, Callable[[], float]], rounds: int
-) -> dict[str, list[float]]:
-    """Runs programs in turn and in rotated order; each returns its seconds."""
-    names = list(programs)
-    seconds = {name: [] for name in names}
-    for program in programs.values():
-        program()
-    for turn in range(rounds):
-        at = turn % len(names)
-        for name in names[at:] + names[:at]:
-            seconds[name].append(programs[name]())
-    return seconds
+def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
+    """Compiles all that these prompts will run, on prompts just long enough for it."""
+    config = llm.engine.config
+    sizes = {
+        size
+        for prompt in prompts
+        for _, size, _ in prefill_plan(len(prompt) - 1, config.prefill_chunks)
+    }
+    for size in sorted(sizes):
+        length = min(size + 1, config.max_len - 1)
+        # Greedy or not is one program.
+        params = SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True)
+        llm.generate([[0] * length], params)
+
+
+def middle_of(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
+    """The first half of a text, as long as a dispatch still fits behind it."""
+    config = llm.engine.config
+    room = config.max_len - 1 - config.steps_per_dispatch * (llm.drafter.depth + 1)
+    text = [*prompt, *emitted[: len(emitted) // 2]]
+    return text[: max(1, room)]
 
 
 def step_cost(
@@ -90,8 +100,8 @@ def step_cost(
     steps = config.steps_per_dispatch
     emitted = []
     # No text may end before the dispatch does.
-    most = steps * (engine.drafter.depth + 1)
-    params = dataclasses.replace(params, max_tokens=most, ignore_eos=True)
+    longest = steps * (engine.drafter.depth + 1)
+    params = dataclasses.replace(params, max_tokens=longest, ignore_eos=True)
 
     def whole():
         requests = [Request(list(prefix), params) for _ in range(config.max_batch)]
@@ -118,10 +128,8 @@ def step_cost(
         programs["draft"] = draft_passes(engine.drafter, config, length, steps)
     seconds = in_turn(programs, rounds)
     draft = seconds.get("draft", [0.0] * rounds)
-    target_shares = [
-        t / s for t, s in zip(seconds["target"], seconds["step"], strict=True)
-    ]
-    draft_shares = [d / s for d, s in zip(draft, seconds["step"], strict=True)]
+    target_shares = paired(seconds["target"], seconds["step"])
+    draft_shares = paired(draft, seconds["step"])
     rest = [1 - t - d for t, d in zip(target_shares, draft_shares, strict=True)]
     return StepCost(
         step=statistics.median(seconds["step"]),
@@ -135,8 +143,8 @@ def step_cost(
 
 def cost_curve(
     target: Transformer, config: EngineConfig, length: int, rounds: int
-) -> dict[int, list[float]]:
-    """Seconds of the target's pass over T nodes and the choice after each, by T."""
+) -> list[dict[str, Any]]:
+    """Cost of the target's pass over T nodes and the argmax of each, for some T."""
     programs = {
         str(nodes): target_passes(
             target,
@@ -148,7 +156,15 @@ def cost_curve(
         )
         for nodes in CURVE_NODES
     }
-    return {int(n): s for n, s in in_turn(programs, rounds).items()}
+    seconds = in_turn(programs, rounds)
+    return [
+        {
+            "nodes": int(nodes),
+            "seconds": statistics.median(values),
+            "ratio": spread(paired(values, seconds["1"])),
+        }
+        for nodes, values in seconds.items()
+    ]
 
 
 def target_passes(
@@ -197,7 +213,9 @@ def target_passes(
 
         return lax.fori_loop(0, steps, body, tree.tokens)
 
-    return _timed(passes, (flat.leaves, pages, table, lengths, tree), steps)
+    return timed(
+        passes, flat.leaves, pages, table, lengths, tree, np.int32(steps), passes=steps
+    )
 
 
 def draft_passes(
@@ -223,8 +241,8 @@ def draft_passes(
                 tokens_B = _next_tokens(logits_VB, turn)
                 scratch, held = None, 0
                 for depth, width in enumerate(widths, 1):
-                    own = np.eye(width, dtype=bool)
-                    mask = np.concatenate([np.ones((width, held), bool), own], axis=1)
+                    mask = np.ones((width, held + width), bool)
+                    mask[:, held:] = np.eye(width, dtype=bool)
                     logits_VR, scratch = expand(
                         jnp.broadcast_to(tokens_B[:, None], (B, width)),
                         depth,
@@ -260,7 +278,9 @@ def draft_passes(
         sampling=None,
         noise=None,
     )
-    return _timed(jax.jit(passes), (flat.leaves, state, context), steps)
+    return timed(
+        jax.jit(passes), flat.leaves, state, context, np.int32(steps), passes=steps
+    )
 
 
 def level_widths(shape: TreeShape, vocab: int) -> list[int]:
@@ -305,14 +325,3 @@ def _next_tokens(logits_VR, turn):
     row = turn % logits_VR.shape[0]
     score_R = lax.dynamic_index_in_dim(logits_VR, row, axis=0, keepdims=False)
     return 1 + (score_R > 1e30).astype(jnp.int32)
-
-
-def _timed(passes, args, steps: int) -> Callable[[], float]:
-    steps_ = np.int32(steps)
-
-    def run():
-        began = time.perf_counter()
-        jax.block_until_ready(passes(*args, steps_))
-        return (time.perf_counter() - began) / steps
-
-    return run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +22,8 @@ from treespec_jax.drafting.draft_model import DraftModel
 from treespec_jax.drafting.none import NoDrafter
 from treespec_jax.engine.engine import Engine
 from treespec_jax.errors import UserError
-from treespec_jax.experiments import output
-from treespec_jax.experiments.table import markdown
+from treespec_jax.measurement.study import Study
+from treespec_jax.measurement.tables import markdown
 from treespec_jax.models import presets
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
@@ -238,41 +237,42 @@ def compile_kernel(job: Job, nodes: int) -> KernelResult:
     return KernelResult(report, kernel, cost, moved)
 
 
-def run(job: Job, kernel: bool = True, step: bool = True, folder: str = "") -> None:
-    """Compiles, prints tables and, if `folder` is named, writes report.json and .md.
+def study(job: Job, kernel: bool = True, step: bool = True) -> Study:
+    """Compiles the kernel, the step or both.
 
-    Raises:
-      UserError: what cannot be compiled or written.
+    Its run raises UserError: what cannot be compiled, or no compiler.
     """
-    if folder:
-        with output.folder(folder) as path:
-            report, text = _report(job, kernel, step)
-            (path / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-            (path / "report.md").write_text(text + "\n")
-    else:
-        _, text = _report(job, kernel, step)
-    print(text)
+    kernels: dict[int, KernelResult] = {}
+    steps: list[aot.Report] = []
 
+    def measure() -> dict[str, Any]:
+        try:
+            aot.prepare(dump=kernel)
+        except aot.CompilerUnavailable as error:
+            raise UserError(str(error)) from None
+        names = ("jax", "libtpu")
+        results = {
+            "source": "compiler's estimates",
+            "job": dataclasses.asdict(job),
+            "versions": {name: importlib.metadata.version(name) for name in names},
+        }
+        if kernel:
+            kernels.update((nodes, compile_kernel(job, nodes)) for nodes in job.nodes)
+            results["kernel"] = {n: row.to_dict() for n, row in kernels.items()}
+        if step:
+            steps.append(compile_step(job).report)
+            results["step"] = steps[0].to_dict()
+        return results
 
-def _report(job: Job, kernel: bool, step: bool) -> tuple[dict[str, Any], str]:
-    try:
-        aot.prepare(dump=kernel)
-    except aot.CompilerUnavailable as error:
-        raise UserError(str(error)) from None
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    report = {"source": "compiler's estimates", "job": dataclasses.asdict(job)}
-    report["versions"] = versions
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    text = [f"Compiler's estimates, not measurements: {job.kind.kind}, {named}.", ""]
-    if kernel:
-        rows = {nodes: compile_kernel(job, nodes) for nodes in job.nodes}
-        report["kernel"] = {nodes: row.to_dict() for nodes, row in rows.items()}
-        text += [kernel_table(job, rows), ""]
-    if step:
-        result = compile_step(job).report
-        report["step"] = result.to_dict()
-        text += [step_table(job, result), ""]
-    return report, "\n".join(text)
+    def table(results: dict[str, Any]) -> str:
+        named = ", ".join(f"{n} {v}" for n, v in results["versions"].items())
+        parts = [f"Compiler's estimates, not measurements: {job.kind.kind}, {named}."]
+        if kernels:
+            parts.append(kernel_table(job, kernels))
+        parts += [step_table(job, report) for report in steps]
+        return "\n\n".join(parts)
+
+    return Study(measure, table)
 
 
 def kernel_table(job: Job, results: dict[int, KernelResult]) -> str:

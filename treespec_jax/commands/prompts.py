@@ -111,6 +111,11 @@ def options(given: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
+def read_or_stories(file: str | None) -> list[str]:
+    """The prompts of a file, see `read`; the built-in ones if none is named."""
+    return read(file) if file else list(STORIES)
+
+
 def read(file: str) -> list[str]:
     """One prompt a line; in a .jsonl file, an object with "prompt" a line.
 

@@ -1,18 +1,56 @@
-"""Fits a drafter's tau to a target and keeps it beside the drafter."""
+"""Fits tau, a drafter's temperature of its own estimates; keeps it beside its weights.
+
+Read as the default from then on wherever the drafter is used.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from absl.flags import DEFINE_string
+
 from treespec_jax.checkpoints import calibration as files
+from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
+from treespec_jax.commands.settings import Experiment
 from treespec_jax.errors import UserError
-from treespec_jax.experiments import models, prompts, runtime
-from treespec_jax.experiments.output import say
-from treespec_jax.experiments.settings import Experiment
-from treespec_jax.experiments.table import markdown
+from treespec_jax.measurement.tables import markdown
 from treespec_jax.trees import shapes
 from treespec_jax.tuning import calibration
+
+
+def define() -> SimpleNamespace:
+    """Defines the flags."""
+    return SimpleNamespace(
+        settings=setting_flags.define(
+            "sampling",
+            "speculative",
+            "engine",
+            # The tree must branch.
+            defaults={"speculative.tree": "regular:8x1", "sampling.temperature": 1.0},
+            without=("sampling.ignore_eos", "engine.record"),
+        ),
+        prompts_file=flags.define_prompts_file(),
+        output=DEFINE_string(
+            "output",
+            "",
+            "file to write instead of calibration.json in the drafter's folder",
+        ),
+        compilation_cache=flags.define_compilation_cache(),
+    )
+
+
+def main(given: SimpleNamespace) -> None:
+    """Runs the command."""
+    settings = given.settings.experiment().with_paths(needs_drafter=True)
+    check_tree(settings.speculative.tree)
+    engine = dataclasses.replace(settings.engine, record=True)
+    settings = dataclasses.replace(settings, engine=engine)
+
+    runtime.set_up(given.compilation_cache.value)
+    run(settings, given.prompts_file.value, given.output.value)
 
 
 def check_tree(tree: str) -> None:
@@ -25,23 +63,22 @@ def check_tree(tree: str) -> None:
         )
 
 
-def run(settings: Experiment, prompts_file: str, output: str) -> None:
+def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
     """Decodes the prompts, prints reliability before and after, writes the tau.
 
     Raises:
       UserError: nowhere to write, an unreadable prompt or checkpoint, or texts in which
         the drafter was never right.
     """
-    file = files.place(settings.draft, output)
-    texts = prompts.read(prompts_file) if prompts_file else list(prompts.STORIES)
-    models.check(settings, texts, [settings.tree])
-    pair = models.load_pair(settings)
-    llm = models.make_llm(settings, pair, settings.tree, record=True)
-    for note in llm.notes:
-        say(f"note: {note}")
-    params = models.seeded(settings.sampling, len(texts))
-    generation = llm.generate(texts, params)
-    records = [record for one in generation for record in one.records]
+    from treespec_jax.measurement import rounds, versions
+
+    file = files.place(settings.speculative.model, output)
+    texts = prompts.read_or_stories(prompts_file)
+    loading.check(settings, texts, [settings.speculative.tree])
+    pair = loading.load_pair(settings)
+    llm = loading.make_llms({"": settings}, pair)[""]
+    params = rounds.seeded(settings.sampling, len(texts))
+    records = [record for one in llm.generate(texts, params) for record in one.records]
     before = llm.drafter.tau
     try:
         tau, families = calibration.fit_tau(records, before)
@@ -51,7 +88,7 @@ def run(settings: Experiment, prompts_file: str, output: str) -> None:
             "another drafter"
         ) from None
     after = calibration.retempered(records, before, tau)
-    tables = [calibration.reliability(own) for own in (records, after)]
+    tables = [calibration.reliability(trees) for trees in (records, after)]
     values = {
         "tau": tau,
         "temperature": settings.sampling.temperature,
@@ -62,7 +99,7 @@ def run(settings: Experiment, prompts_file: str, output: str) -> None:
         "reliability_before": tables[0],
         "reliability_after": tables[1],
         "accepted_by_rank": calibration.accepted_by_rank(records),
-        "versions": runtime.versions(),
+        "versions": versions.versions(),
     }
     files.write(file, values)
     print(table(records, after, before, tau))
@@ -71,7 +108,7 @@ def run(settings: Experiment, prompts_file: str, output: str) -> None:
 
 def table(records, after, before: float, tau: float) -> str:
     """Reliability under both, and ranks, as Markdown."""
-    rows = [("estimated chance",)]
+    rows = [("estimated probability",)]
     columns = [calibration.reliability(x) for x in (records, after)]
     for value in (before, tau):
         rows[0] += (f"nodes, tau={value:.3g}", "estimated", "realised")
