@@ -31,14 +31,7 @@ _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The console command `treespec`: a subcommand for every script.
-
-    Args:
-      argv: the command line; None: that of the process.
-
-    Raises:
-      SystemExit: always.
-    """
+    """The console command `treespec`: runs `argv`, else the process's command line."""
     program, *rest = sys.argv if argv is None else argv
     if not rest or rest[0] in _HELP:
         width = max(map(len, commands.COMMANDS))
@@ -55,23 +48,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs one of `commands.COMMANDS` as `run` does.
-
-    Args:
-      name: of the command.
-      argv: program and flags; None: the command line of the process.
-
-    Raises:
-      SystemExit: always.
-    """
+    """Runs one of `commands.COMMANDS` as `run` does."""
     argv = list(sys.argv if argv is None else argv)
     with _one_line_errors():
         module = importlib.import_module(f"{commands.__name__}.{name}")
-        given = module.define()
+        module.define()
         if any(argument in _HELP for argument in argv[1:]):
             print(_help(module))
             sys.exit(0)
-    run(lambda _: module.main(given), argv)
+    run(lambda _: module.main(flags.FLAGS), argv)
 
 
 def run(

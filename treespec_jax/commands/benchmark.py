@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
+
+from absl.flags import FlagValues
 
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
@@ -23,25 +24,22 @@ from treespec_jax.trees import shapes
 _COST_ROUNDS = 7
 
 
-def define() -> SimpleNamespace:
+_SETTINGS = setting_flags.SettingFlags(
+    more=("benchmark",),
+    defaults={"engine.max_batch": 1},
+    without=("speculative.tree", "sampling.ignore_eos"),
+)
+
+
+def define() -> None:
     """Defines the flags."""
-    return SimpleNamespace(
-        settings=setting_flags.define(
-            "sampling",
-            "speculative",
-            "engine",
-            "benchmark",
-            defaults={"engine.max_batch": 1},
-            without=("speculative.tree", "sampling.ignore_eos"),
-        ),
-        output=flags.define_output(),
-        compilation_cache=flags.define_compilation_cache(),
-    )
+    _SETTINGS.define()
+    flags.define("output", "compilation_cache")
 
 
-def main(given: SimpleNamespace) -> None:
+def main(given: FlagValues) -> None:
     """Runs the command."""
-    settings = given.settings.experiment()
+    settings = _SETTINGS.experiment()
     variants = {name: settings.with_tree(name) for name in settings.benchmark.shapes}
     for name, variant in variants.items():
         if variant.plain and name != "none":
@@ -51,12 +49,12 @@ def main(given: SimpleNamespace) -> None:
     texts = prompts.read_or_stories(settings.benchmark.prompts_file)
 
     # Heavy imports only now, so that a bad flag answers at once.
-    runtime.set_up(given.compilation_cache.value)
+    runtime.set_up(given.compilation_cache)
     from treespec_jax.measurement import plots, shape_table
 
     measured = functools.partial(measure, settings, texts)
     study = Study(measured, shape_table.table, plots.save_shapes)
-    carry_out(study, given.output.value)
+    carry_out(study, given.output)
 
 
 def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:

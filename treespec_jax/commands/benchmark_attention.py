@@ -13,10 +13,9 @@ Small enough for a CPU:
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string
+from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string, FlagValues
 
 from treespec_jax.commands import flags, runtime
 from treespec_jax.errors import UserError
@@ -24,53 +23,38 @@ from treespec_jax.measurement import tables
 from treespec_jax.measurement.output import say
 from treespec_jax.measurement.study import Study, carry_out
 
+# Settings that have a flag of the same name.
+_MODEL = ("prefix", "heads", "kv_heads", "head_dim", "dtype", "implementation")
+_TIMING = ("rounds", "calls", "matrix", "seed")
 
-def define() -> SimpleNamespace:
+
+def define() -> None:
     """Defines the flags."""
-    return SimpleNamespace(
-        max_batch=DEFINE_integer("max_batch", 8, "texts decoded together"),
-        prefix=DEFINE_integer("prefix", 8192, "tokens of prefix of each text"),
-        nodes=DEFINE_list("nodes", ["1", "16", "32", "64"], "sizes of trees"),
-        heads=DEFINE_integer("heads", 32, "query heads"),
-        kv_heads=DEFINE_integer("kv_heads", 8, "key/value heads"),
-        head_dim=DEFINE_integer("head_dim", 128, "width of a head"),
-        page_size=flags.define_page_size(),
-        dtype=DEFINE_string("dtype", "bfloat16", "bfloat16, float16 or float32"),
-        implementation=DEFINE_string(
-            "implementation", None, "of tree attention; default: by platform"
-        ),
-        rounds=DEFINE_integer("rounds", 7, "measurements of each, in turn"),
-        calls=DEFINE_integer("calls", 20, "calls per measurement"),
-        copy_mib=DEFINE_integer("copy_mib", 1024, "MiB whose copy gives the bandwidth"),
-        matrix=DEFINE_integer("matrix", 8192, "rows of the matrices of the product"),
-        seed=DEFINE_integer("seed", 0, "of the random inputs"),
-        output=flags.define_output(),
-        compilation_cache=flags.define_compilation_cache(),
-    )
+    DEFINE_list("nodes", ["1", "16", "32", "64"], "sizes of trees")
+    DEFINE_integer("heads", 32, "query heads")
+    DEFINE_string("dtype", "bfloat16", "bfloat16, float16 or float32")
+    DEFINE_string("implementation", None, "of tree attention; default: by platform")
+    DEFINE_integer("rounds", 7, "measurements of each, in turn")
+    DEFINE_integer("calls", 20, "calls per measurement")
+    DEFINE_integer("copy_mib", 1024, "MiB whose copy gives the bandwidth")
+    DEFINE_integer("matrix", 8192, "rows of the matrices of the product")
+    DEFINE_integer("seed", 0, "of the random inputs")
+    flags.define("max_batch", "page_size", "kv_heads", "head_dim", prefix=8192)
+    flags.define("output", "compilation_cache")
 
 
-def main(given: SimpleNamespace) -> None:
+def main(given: FlagValues) -> None:
     """Runs the command."""
-    nodes = flags.numbers("nodes", given.nodes.value)
-    runtime.set_up(given.compilation_cache.value)
+    runtime.set_up(given.compilation_cache)
     from pallas_kernels.tree_attention import benchmark
 
     try:
         settings = benchmark.Settings(
-            slots=given.max_batch.value,
-            prefix=given.prefix.value,
-            nodes=nodes,
-            heads=given.heads.value,
-            kv_heads=given.kv_heads.value,
-            head_dim=given.head_dim.value,
-            page=given.page_size.value,
-            dtype=given.dtype.value,
-            implementation=given.implementation.value,
-            rounds=given.rounds.value,
-            calls=given.calls.value,
-            copy_bytes=given.copy_mib.value << 20,
-            matrix=given.matrix.value,
-            seed=given.seed.value,
+            slots=given.max_batch,
+            nodes=flags.numbers("nodes", given.nodes),
+            page=given.page_size,
+            copy_bytes=given.copy_mib << 20,
+            **{name: given[name].value for name in (*_MODEL, *_TIMING)},
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -90,7 +74,7 @@ def main(given: SimpleNamespace) -> None:
         rows = list(benchmark.rows(report))
         return f"{summary(report)}\n\n{tables.markdown(rows)}"
 
-    carry_out(Study(measure, table), given.output.value, must_write=False)
+    carry_out(Study(measure, table), given.output, must_write=False)
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -7,50 +7,47 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-from absl.flags import DEFINE_string
+from absl.flags import DEFINE_string, FlagValues
 
 from treespec_jax.checkpoints import calibration as files
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.tables import markdown
+from treespec_jax.measurement import tables
 from treespec_jax.trees import shapes
 from treespec_jax.tuning import calibration
 
+_SETTINGS = setting_flags.SettingFlags(
+    # The tree must branch.
+    defaults={"speculative.tree": "regular:8x1", "sampling.temperature": 1.0},
+    without=("speculative.method", "sampling.ignore_eos", "engine.record"),
+)
 
-def define() -> SimpleNamespace:
+
+def define() -> None:
     """Defines the flags."""
-    return SimpleNamespace(
-        settings=setting_flags.define(
-            "sampling",
-            "speculative",
-            "engine",
-            # The tree must branch.
-            defaults={"speculative.tree": "regular:8x1", "sampling.temperature": 1.0},
-            without=("sampling.ignore_eos", "engine.record"),
-        ),
-        prompts_file=flags.define_prompts_file(),
-        output=DEFINE_string(
-            "output",
-            "",
-            "file to write instead of calibration.json in the drafter's folder",
-        ),
-        compilation_cache=flags.define_compilation_cache(),
+    _SETTINGS.define()
+    DEFINE_string(
+        "output",
+        "",
+        "file to write instead of calibration.json in the drafter's folder",
     )
+    flags.define("prompts_file", "compilation_cache")
 
 
-def main(given: SimpleNamespace) -> None:
+def main(given: FlagValues) -> None:
     """Runs the command."""
-    settings = given.settings.experiment().with_paths(needs_drafter=True)
-    check_tree(settings.speculative.tree)
+    settings = _SETTINGS.experiment()
+    tree = settings.speculative.tree
+    check_tree(tree)
+    settings = settings.with_tree(tree, method="draft_model").with_paths()
     engine = dataclasses.replace(settings.engine, record=True)
     settings = dataclasses.replace(settings, engine=engine)
 
-    runtime.set_up(given.compilation_cache.value)
-    run(settings, given.prompts_file.value, given.output.value)
+    # Heavy imports only now, so that a bad flag answers at once.
+    runtime.set_up(given.compilation_cache)
+    run(settings, given.prompts_file, given.output)
 
 
 def check_tree(tree: str) -> None:
@@ -88,48 +85,22 @@ def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
             "another drafter"
         ) from None
     after = calibration.retempered(records, before, tau)
-    tables = [calibration.reliability(trees) for trees in (records, after)]
+    ranks = calibration.accepted_by_rank(records)
+    found = {"before": rounds.reliability(records), "after": rounds.reliability(after)}
     values = {
         "tau": tau,
         "temperature": settings.sampling.temperature,
         "families": families,
         "target": Path(settings.target).name,
-        "error_before": calibration.error(tables[0]),
-        "error_after": calibration.error(tables[1]),
-        "reliability_before": tables[0],
-        "reliability_after": tables[1],
-        "accepted_by_rank": calibration.accepted_by_rank(records),
+        "accepted_by_rank": ranks,
         "versions": versions.versions(),
     }
+    for name, figures in found.items():
+        values[f"error_{name}"] = figures["mean_gap"]
+        values[f"reliability_{name}"] = figures["bins"]
     files.write(file, values)
-    print(table(records, after, before, tau))
+    named = {f"before, tau={before:.3g}": "before", f"after, tau={tau:.3g}": "after"}
+    print(*tables.reliability({k: found[v] for k, v in named.items()}), sep="\n")
+    shares = tables.percents([count / max(1, sum(ranks)) for count in ranks])
+    print(f"Accepted nodes by rank among siblings: {shares}")
     print(f"\ntau {tau:.3f} (was {before:g}), of {families} families; wrote {file}")
-
-
-def table(records, after, before: float, tau: float) -> str:
-    """Reliability under both, and ranks, as Markdown."""
-    rows = [("estimated probability",)]
-    columns = [calibration.reliability(x) for x in (records, after)]
-    for value in (before, tau):
-        rows[0] += (f"nodes, tau={value:.3g}", "estimated", "realised")
-    for pair in zip(*columns, strict=True):
-        row = (f"{pair[0]['low']:.1f}–{pair[0]['high']:.1f}",)
-        for one in pair:
-            row += (str(one["nodes"]), _percent(one, "estimated"))
-            row += (_percent(one, "realised"),)
-        rows.append(row)
-    gaps = [f"{100 * calibration.error(x):.1f} %" for x in columns]
-    ranks = calibration.accepted_by_rank(records)
-    shares = [f"{100 * count / max(1, sum(ranks)):.0f}" for count in ranks]
-    return "\n".join(
-        [
-            markdown(rows),
-            "",
-            f"mean gap between estimate and outcome: {gaps[0]} before, {gaps[1]} after",
-            f"accepted nodes by rank among siblings: {' '.join(shares)} %",
-        ]
-    )
-
-
-def _percent(row: dict[str, Any], name: str) -> str:
-    return f"{100 * row[name]:.0f} %" if row["nodes"] else "-"

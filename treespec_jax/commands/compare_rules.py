@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
+
+from absl.flags import FlagValues
 
 from treespec_jax.acceptance import facts
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
@@ -23,32 +24,29 @@ Combination = tuple[str, str]
 PLAIN: Combination = ("exact", "none")
 
 
-def define() -> SimpleNamespace:
+_SETTINGS = setting_flags.SettingFlags(
+    more=("comparison",),
+    # A machine by itself is measured, and in minutes.
+    defaults={"engine.max_batch": 1, "sampling.max_tokens": 32},
+    without=(
+        "speculative.tree",
+        "speculative.rule",
+        "speculative.draws",
+        "sampling.temperature",
+        "sampling.ignore_eos",
+    ),
+)
+
+
+def define() -> None:
     """Defines the flags."""
-    return SimpleNamespace(
-        settings=setting_flags.define(
-            "sampling",
-            "speculative",
-            "engine",
-            "comparison",
-            # A machine by itself is measured, and in minutes.
-            defaults={"engine.max_batch": 1, "sampling.max_tokens": 32},
-            without=(
-                "speculative.tree",
-                "speculative.rule",
-                "speculative.draws",
-                "sampling.temperature",
-                "sampling.ignore_eos",
-            ),
-        ),
-        output=flags.define_output(),
-        compilation_cache=flags.define_compilation_cache(),
-    )
+    _SETTINGS.define()
+    flags.define("output", "compilation_cache")
 
 
-def main(given: SimpleNamespace) -> None:
+def main(given: FlagValues) -> None:
     """Runs the command."""
-    settings = given.settings.experiment()
+    settings = _SETTINGS.experiment()
     possible, refused = combinations(settings)
     if not possible:
         raise UserError(f"no rule takes any of the trees: {refused[0]['reason']}")
@@ -62,14 +60,14 @@ def main(given: SimpleNamespace) -> None:
     ids = loading.check(settings, texts, settings.comparison.shapes)
 
     # Heavy imports only now, so that a bad flag answers at once.
-    runtime.set_up(given.compilation_cache.value)
+    runtime.set_up(given.compilation_cache)
     from treespec_jax.measurement import plots, rule_table
 
     def measured() -> dict[str, Any]:
         figures = measure(settings, possible, ids)
         return figures | {"prompts": texts, "refused": refused}
 
-    carry_out(Study(measured, rule_table.table, plots.save_rules), given.output.value)
+    carry_out(Study(measured, rule_table.table, plots.save_rules), given.output)
 
 
 def combinations(

@@ -12,36 +12,27 @@ from __future__ import annotations
 
 import os
 import sys
-from types import SimpleNamespace
 
-from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_string
-
-from treespec_jax.commands import flags
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_string, FlagValues
 
 
-def define() -> SimpleNamespace:
+def define() -> None:
     """Defines the flags."""
-    return SimpleNamespace(
-        input=DEFINE_string("input", None, "checkpoint to read", required=True),
-        output=flags.define_output(None, required=True),
-        dtype=DEFINE_enum(
-            "dtype",
-            None,
-            ["float32", "bfloat16", "float16"],
-            "of the parameters in the output; default: as in the input",
-        ),
-        tokenizer=DEFINE_string(
-            "tokenizer", None, "tokenizer file; default: the one found with the input"
-        ),
-        restart=DEFINE_bool(
-            "restart",
-            False,
-            "start over instead of going on where a run stopped",
-        ),
+    DEFINE_string("input", None, "checkpoint to read", required=True)
+    DEFINE_string("output", None, "folder to write to", required=True)
+    DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "of the parameters in the output; default: as in the input",
     )
+    DEFINE_string(
+        "tokenizer", None, "tokenizer file; default: the one found with the input"
+    )
+    DEFINE_bool("restart", False, "start over instead of going on where a run stopped")
 
 
-def main(given: SimpleNamespace) -> None:
+def main(given: FlagValues) -> None:
     """Runs the command."""
     # Weights go from file to file; an accelerator would only lend its memory.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -56,13 +47,13 @@ def main(given: SimpleNamespace) -> None:
                 yield group
                 shown.update(group.nbytes)
 
-    output, restart = given.output.value, given.restart.value
+    output, restart = given.output, given.restart
     checkpoints.check_output(output)
-    about = checkpoints.describe(given.input.value, given.tokenizer.value)
+    about = checkpoints.describe(given.input, given.tokenizer)
     for note in about.notes:
         print(f"note: {note}", file=sys.stderr)
     done = checkpoints.convert(
-        about, output, given.dtype.value, restart=restart, progress=bar
+        about, output, given.dtype, restart=restart, progress=bar
     )
     if done.resumed:
         print(f"{done.resumed:,} bytes were there from an earlier run", file=sys.stderr)

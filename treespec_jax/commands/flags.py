@@ -1,8 +1,10 @@
-"""Flags that several commands have, whatever their settings."""
+"""Flags that several commands have beside those of settings: one name per thing."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -11,29 +13,33 @@ from treespec_jax.errors import UserError
 # --help shows the flags below as those of the command that defines them.
 flags.disclaim_key_flags()
 
+_positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
+# How to define a flag, its default and its help.
+_SHARED = {
+    "output": (flags.DEFINE_string, "", "folder to write to"),
+    "prompts_file": (
+        flags.DEFINE_string,
+        None,
+        "a prompt a line, or .jsonl with a prompt (or messages) in each",
+    ),
+    "compilation_cache": (
+        flags.DEFINE_string,
+        None,
+        "its folder; default: in the user's cache folder; '' is none",
+    ),
+    "max_batch": (_positive, 8, "texts decoded together"),
+    "page_size": (_positive, 128, "cache rows per page"),
+    "prefix": (_positive, 2048, "tokens of prefix of each text"),
+    "kv_heads": (_positive, 8, "key/value heads"),
+    "head_dim": (_positive, 128, "width of a head"),
+}
 
-def define_output(default: str | None = "", required: bool = False):
-    """Defines --output, a folder."""
-    return flags.DEFINE_string(
-        "output", default, "folder to write to", required=required
-    )
 
-
-def define_prompts_file():
-    """Defines --prompts_file for a command whose settings have no such field."""
-    words = "a prompt a line, or .jsonl with a prompt (or messages) in each"
-    return flags.DEFINE_string("prompts_file", None, words)
-
-
-def define_compilation_cache():
-    """Defines --compilation_cache, as `runtime.set_up` takes it."""
-    words = "its folder; default: in the user's cache folder; '' is none"
-    return flags.DEFINE_string("compilation_cache", None, words)
-
-
-def define_page_size(default: int = 128):
-    """Defines --page_size for a command without engine settings."""
-    return flags.DEFINE_integer("page_size", default, "cache rows per page")
+def define(*names: str, **defaults: Any) -> None:
+    """Defines some of the flags above, or those named here with another default."""
+    for name in (*names, *defaults):
+        how, default, words = _SHARED[name]
+        how(name, defaults.get(name, default), words)
 
 
 def numbers(name: str, texts: Sequence[str], kind: type = int) -> tuple:

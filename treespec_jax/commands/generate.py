@@ -14,13 +14,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
-from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string
+from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string, FlagValues
 
 from treespec_jax import commands
-from treespec_jax.acceptance import facts
 from treespec_jax.commands import (
     dialogue,
     flags,
@@ -41,46 +39,44 @@ _SECONDS = ("prefill_seconds", "decode_seconds")
 _ROUNDS = 2
 
 
-def define() -> SimpleNamespace:
+_SETTINGS = setting_flags.SettingFlags()
+
+
+def define() -> None:
     """Defines the flags."""
-    return SimpleNamespace(
-        settings=setting_flags.define("sampling", "speculative", "engine"),
-        prompt=DEFINE_string("prompt", None, "the text to continue"),
-        prompts_file=flags.define_prompts_file(),
-        chat=DEFINE_bool("chat", False, "answer prompts; without any, talk on stdin"),
-        system=DEFINE_string("system", None, "system message, with --chat"),
-        chat_option=DEFINE_multi_string(
-            "chat_option", None, "NAME=JSON for the chat template to see; repeatable"
-        ),
-        compare=DEFINE_bool("compare", False, "decode plainly too and compare"),
-        json=DEFINE_bool("json", False, "print one JSON object instead of text"),
-        compilation_cache=flags.define_compilation_cache(),
+    _SETTINGS.define()
+    DEFINE_string("prompt", None, "the text to continue")
+    DEFINE_bool("chat", False, "answer prompts; without any, talk on stdin")
+    DEFINE_string("system", None, "system message, with --chat")
+    DEFINE_multi_string(
+        "chat_option", None, "NAME=JSON for the chat template to see; repeatable"
     )
+    DEFINE_bool("compare", False, "decode plainly too and compare")
+    DEFINE_bool("json", False, "print one JSON object instead of text")
+    flags.define("prompts_file", "compilation_cache")
 
 
-def main(given: SimpleNamespace) -> None:
+def main(given: FlagValues) -> None:
     """Runs the command."""
     texts, opening = prompts.gather(
-        given.chat.value,
-        given.prompt.value,
-        given.prompts_file.value,
-        given.system.value,
+        given.chat, given.prompt, given.prompts_file, given.system
     )
     job = Job(
-        given.settings.experiment().with_paths(),
+        _without_idle_slots(_SETTINGS.experiment().with_paths(), len(texts)),
         texts,
-        opening=opening,
-        options=prompts.options(given.chat_option.value),
-        compare=given.compare.value,
-        as_json=given.json.value,
-        compilation_cache=given.compilation_cache.value,
+        opening,
+        prompts.options(given.chat_option),
+        not given.json,
     )
-    run(job)
+    # Before jax starts and weights are read, so that a mistake is answered at once.
+    encoded = job.check()
+    runtime.set_up(given.compilation_cache)
+    run(job, encoded, given.compare)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One call of scripts/generate.py.
+    """What to generate.
 
     Attributes:
       settings: with their paths looked up.
@@ -88,32 +84,29 @@ class Job:
       opening: messages in front of a conversation to hold on stdin, if there are no
         prompts.
       options: further values for the chat template to see.
-      compare: also decode plainly and compare.
-      as_json: print one JSON object instead of text.
-      compilation_cache: see `runtime.set_up`.
+      shown: print texts and tables rather than one JSON object.
     """
 
     settings: Experiment
     prompts: Sequence[Prompt]
-    opening: list[dict[str, Any]] | None = None
-    options: dict[str, Any] | None = None
-    compare: bool = False
-    as_json: bool = False
-    compilation_cache: str | None = None
+    opening: list[dict[str, Any]] | None
+    options: dict[str, Any]
+    shown: bool
+
+    def check(self) -> list[list[int]]:
+        """Token ids of the prompts, see `loading.check`."""
+        texts = self.prompts or [[*self.opening, *_GREETING]]
+        trees = [] if self.settings.plain else [self.settings.speculative.tree]
+        return loading.check(self.settings, texts, trees, self.options)
 
 
-def run(job: Job) -> None:
+def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
     """Loads, compiles, generates and prints.
 
     Raises:
-      UserError: a checkpoint that cannot be read, a pair that does not fit together, or
-        a prompt that does not fit max_len.
+      UserError: a checkpoint that cannot be read, or a pair that does not fit together.
     """
-    settings, params = _without_idle_slots(job), job.settings.sampling
-    # Before jax starts and weights are read, so that a mistake is answered at once.
-    texts = list(job.prompts) or [[*job.opening, *_GREETING]]
-    encoded = loading.check(settings, texts, [settings.speculative.tree], job.options)
-    runtime.set_up(job.compilation_cache)
+    settings, params = job.settings, job.settings.sampling
     from treespec_jax.measurement import rounds, step_cost, versions
 
     began = time.perf_counter()
@@ -132,11 +125,11 @@ def run(job: Job) -> None:
         timing["first_token_seconds"] = first - commands.STARTED
     reliability = rounds.reliability([r for c in completions for r in c.records])
     comparison = None
-    if job.compare and answered:
+    if compare and answered:
         plain = loading.make_llm(settings.with_tree("none"), pair)
         step_cost.warm_up(plain, encoded)
         comparison = _compare(job, llm, plain, answered, completions)
-    if job.as_json:
+    if not job.shown:
         report = {
             "settings": loading.in_force(settings, llm),
             "completions": [_completion(c) for c in completions],
@@ -160,7 +153,7 @@ def _completions(job: Job, llm, params):
     from treespec_jax.measurement import rounds
 
     def stream(prompt: Prompt):
-        return _stream(llm, prompt, params, not job.as_json, job.options)
+        return _stream(llm, prompt, params, job.shown, job.options)
 
     if not job.prompts:
         answered, completions = dialogue.hold(lambda said: stream(said)[0], job.opening)
@@ -171,18 +164,17 @@ def _completions(job: Job, llm, params):
         completion, first = stream(job.prompts[0])
         return job.prompts, [completion], completion.stats, first
     generation, seconds = rounds.decode(llm, job.prompts, params, job.options)
-    if not job.as_json:
+    if job.shown:
         _print_texts(generation)
     stats = dataclasses.replace(generation.stats, decode_seconds=seconds)
     return job.prompts, list(generation), stats, None
 
 
-def _without_idle_slots(job: Job) -> Experiment:
+def _without_idle_slots(settings: Experiment, prompts: int) -> Experiment:
     """A slot costs its rows in every pass, whether or not it holds a text."""
-    engine = job.settings.engine
-    slots = min(engine.max_batch, max(1, len(job.prompts)))
-    engine = dataclasses.replace(engine, max_batch=slots)
-    return dataclasses.replace(job.settings, engine=engine)
+    slots = min(settings.engine.max_batch, max(1, prompts))
+    engine = dataclasses.replace(settings.engine, max_batch=slots)
+    return dataclasses.replace(settings, engine=engine)
 
 
 def _stream(llm, prompt: Prompt, params, shown: bool, options):
@@ -286,14 +278,10 @@ def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
 
 
 def _comparison_lines(comparison: dict[str, Any], settings: Experiment) -> str:
-    spec = settings.speculative
+    verdict = tables.verdict(settings.as_dict())
     if comparison["identical"]:
         verdict = "tokens are identical to plain decoding"
-    elif spec.cascade or (spec.rule != "exact" and settings.sampling.temperature > 0):
-        lossless = facts.label(spec.rule, spec.cascade) == "lossless"
-        same = "same distribution (lossless)" if lossless else "LOSSY"
-        verdict = f"tokens differ from plain decoding: {same}"
-    else:
+    elif verdict is None:
         d = comparison["first_difference"]
         verdict = (
             f"tokens are DIFFERENT from plain decoding: prompt {d['prompt']}, token "

@@ -10,37 +10,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list, FlagValues
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def define() -> SimpleNamespace:
+def define() -> None:
     """Defines the flags."""
-    return SimpleNamespace(
-        model=DEFINE_list(
-            "model",
-            None,
-            "names of models, or paths of checkpoints; default: all names",
-        ),
-        dtype=DEFINE_enum(
-            "dtype", "bfloat16", list(_DTYPES), "of the parameters and of the cache"
-        ),
-        json=DEFINE_bool("json", False, "print JSON, in parameters, bytes and tokens"),
+    DEFINE_list(
+        "model", None, "names of models, or paths of checkpoints; default: all names"
     )
+    DEFINE_enum(
+        "dtype", "bfloat16", list(_DTYPES), "of the parameters and of the cache"
+    )
+    DEFINE_bool("json", False, "print JSON, in parameters, bytes and tokens")
 
 
-def main(given: SimpleNamespace) -> None:
+def main(given: FlagValues) -> None:
     """Runs the command."""
     from treespec_jax.measurement.tables import aligned
     from treespec_jax.models import presets
 
-    dtype, names = given.dtype.value, given.model.value or presets.names()
+    dtype, names = given.dtype, given.model or presets.names()
     models = [describe(name, _DTYPES[dtype]) for name in names]
-    if given.json.value:
+    if given.json:
         print(json.dumps({"dtype": dtype, "models": models}, indent=2))
         return
     head = ["name", "family", "parameters", f"{dtype} GB", "cache kB", "tokens"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from treespec_jax import limits
 from treespec_jax.commands.prompts import Prompt
-from treespec_jax.commands.settings import SECTIONS, Experiment
+from treespec_jax.commands.settings import MODEL, SECTIONS, Experiment
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
 
@@ -126,10 +126,9 @@ def in_force(settings: Experiment, llm, *sections: str) -> dict[str, Any]:
     Args:
       settings: as given.
       llm: made of them.
-      *sections: those besides `sampling`, `speculative` and `engine`.
+      *sections: those besides MODEL.
     """
-    used = ("sampling", "speculative", "engine", *sections)
-    unused = [name for name in SECTIONS if name not in used]
+    unused = set(SECTIONS) - {*MODEL, *sections}
     values = {k: v for k, v in settings.as_dict().items() if k not in unused}
     values["dtype"] = llm.dtype
     values["engine"] |= dataclasses.asdict(llm.engine.config)

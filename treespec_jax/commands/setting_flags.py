@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -90,24 +90,35 @@ _NAMES = {"speculative.model": "draft"}
 _REPEATABLE = ("sampling.stop",)
 
 
+@dataclasses.dataclass(frozen=True)
 class SettingFlags:
-    """The flags of some settings, and --config.
+    """--config, and a flag for every setting that decides how a model runs.
 
-    Args:
-      holders: flags by dotted name of their setting.
-      config: the flag of the configuration file.
-      defaults: by dotted name, in force where neither a flag nor a file is given.
+    These are the settings outside of sections (`target`, `dtype`, …) and those of the
+    sections `settings.MODEL`. A flag that is not given changes nothing.
+
+    Attributes:
+      more: names of further sections.
+      defaults: of one command, by dotted name, in force without a --config.
+      without: dotted names of settings that the command chooses by itself.
     """
 
-    def __init__(
-        self,
-        holders: Mapping[str, tuple[Setting, flags.FlagHolder]],
-        config: flags.FlagHolder,
-        defaults: Mapping[str, Any],
-    ):
-        self._holders = holders
-        self._config = config
-        self._defaults = defaults
+    more: Sequence[str] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    without: Collection[str] = ()
+
+    def __iter__(self) -> Iterator[Setting]:
+        for section in ("", *settings.MODEL, *self.more):
+            for setting in settings.fields_of(section):
+                if setting.dotted not in self.without:
+                    default = self.defaults.get(setting.dotted, setting.default)
+                    yield dataclasses.replace(setting, default=default)
+
+    def define(self) -> None:
+        """Defines the flags."""
+        config_file.define()
+        for setting in self:
+            _define(setting)
 
     def experiment(self) -> settings.Experiment:
         """The settings in force, once the command line is parsed.
@@ -115,57 +126,34 @@ class SettingFlags:
         Raises:
           UserError: an unknown key or a bad value, named.
         """
-        given = {} if self._config.value is not None else dict(self._defaults)
-        for name, (setting, holder) in self._holders.items():
-            if holder.value is not None:
-                given[name] = _parsed(setting, holder.name, holder.value)
-        return settings.build(self._config.value, given)
+        config = flags.FLAGS.config
+        given = {} if config is not None else dict(self.defaults)
+        for setting in self:
+            value = flags.FLAGS[name_of(setting)].value
+            if value is not None:
+                given[setting.dotted] = _parsed(setting, value)
+        return settings.build(config, given)
 
 
-def define(
-    *sections: str,
-    defaults: Mapping[str, Any] | None = None,
-    without: Collection[str] = (),
-) -> SettingFlags:
-    """Defines --config and a flag for every setting of some sections.
-
-    The settings outside of sections (`target`, `dtype`, …) are always among them. A
-    flag that is not given changes nothing.
-
-    Args:
-      sections: names out of `settings.SECTIONS`.
-      defaults: of this command, by dotted name, in force without a --config.
-      without: dotted names of settings that this command chooses by itself.
-    """
-    defaults = defaults or {}
-    holders = {}
-    config = config_file.define()
-    for section in ("", *sections):
-        for setting in settings.fields_of(section):
-            if setting.dotted not in without:
-                default = defaults.get(setting.dotted, setting.default)
-                setting = dataclasses.replace(setting, default=default)
-                holders[setting.dotted] = setting, _define(setting)
-    return SettingFlags(holders, config, defaults)
+def name_of(setting: Setting) -> str:
+    """The name of a setting's flag."""
+    return _NAMES.get(setting.dotted, setting.name)
 
 
-def _define(setting: Setting) -> flags.FlagHolder:
+def _define(setting: Setting) -> None:
     """Defines the flag of a setting by the type of its field."""
-    name = _NAMES.get(setting.dotted, setting.name)
-    words = HELP[setting.section][setting.name]
+    name, words = name_of(setting), HELP[setting.section][setting.name]
     if setting.default not in (None, "", ()):
         words += f"; default: {_shown(setting.default)}"
-    if setting.dotted in _REPEATABLE or _is_mapping(setting.kind):
-        return flags.DEFINE_multi_string(name, None, words)
-    if typing.get_origin(setting.kind) is tuple:
-        return flags.DEFINE_list(name, None, words)
     define = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         str: flags.DEFINE_string,
-    }[setting.kind]
-    return define(name, None, words)
+    }.get(setting.kind, flags.DEFINE_list)
+    if setting.dotted in _REPEATABLE or _is_mapping(setting.kind):
+        define = flags.DEFINE_multi_string
+    define(name, None, words)
 
 
 def _shown(default: Any) -> str:
@@ -184,8 +172,9 @@ def _is_mapping(kind: Any) -> bool:
     )
 
 
-def _parsed(setting: Setting, name: str, value: Any) -> Any:
+def _parsed(setting: Setting, value: Any) -> Any:
     """The setting's value of what absl parsed."""
+    name = name_of(setting)
     if _is_mapping(setting.kind):
         return tuple(_pair(name, text) for text in value)
     if typing.get_origin(setting.kind) is tuple:

@@ -242,6 +242,8 @@ SECTIONS: dict[str, type] = {
     for field in dataclasses.fields(Experiment)
     if dataclasses.is_dataclass(field.default)
 }
+# Sections of every command that runs a model.
+MODEL = ("sampling", "speculative", "engine")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,41 +11,37 @@ Stopped in any way, the same command goes on where it was.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
-from absl.flags import DEFINE_integer, DEFINE_multi_string, DEFINE_string
+from absl.flags import DEFINE_integer, DEFINE_multi_string, DEFINE_string, FlagValues
 
 from treespec_jax.commands import config_file, flags
 
 _TINY = Path(__file__).with_name("train_tiny.py")
 
 
-def define() -> SimpleNamespace:
+def define() -> None:
     """Defines the flags."""
-    return SimpleNamespace(
-        config=config_file.define(str(_TINY)),
-        text=DEFINE_multi_string(
-            "text",
-            [],
-            "text to train on, in place of the configuration's sources: PATH, "
-            "PATH*WEIGHT, or NAME=PATH to clean it as the configuration cleans the "
-            "source of that name",
-        ),
-        vocabulary=DEFINE_string(
-            "vocabulary",
-            None,
-            "sentencepiece .model or checkpoint folder; default: one is trained",
-        ),
-        teacher=DEFINE_string("teacher", None, "checkpoint to distil from"),
-        output=flags.define_output(None),
-        steps=DEFINE_integer("steps", None, "optimiser steps of the schedule"),
+    config_file.define(str(_TINY))
+    DEFINE_multi_string(
+        "text",
+        [],
+        "text to train on, in place of the configuration's sources: PATH, "
+        "PATH*WEIGHT, or NAME=PATH to clean it as the configuration cleans the "
+        "source of that name",
     )
+    DEFINE_string(
+        "vocabulary",
+        None,
+        "sentencepiece .model or checkpoint folder; default: one is trained",
+    )
+    DEFINE_string("teacher", None, "checkpoint to distil from")
+    flags.define(output=None)
+    DEFINE_integer("steps", None, "optimiser steps of the schedule")
 
 
-def main(given: SimpleNamespace) -> None:
+def main(given: FlagValues) -> None:
     """Runs the command."""
     from treespec_jax.training import command
 
-    holders = dict(vars(given))
-    config = holders.pop("config").value
-    command.train(config, **{name: holder.value for name, holder in holders.items()})
+    names = ("text", "vocabulary", "teacher", "output", "steps")
+    command.train(given.config, **{name: given[name].value for name in names})

@@ -34,11 +34,7 @@ def classes(names: Sequence[str] | None) -> tuple[int, ...]:
 
 
 def run(
-    call: Shape,
-    topologies: Sequence[str],
-    rows: Sequence[int],
-    work: Path,
-    write: bool,
+    call: Shape, topologies: Sequence[str], rows: Sequence[int], work: Path, write: bool
 ) -> None:
     """Tries all candidates of all classes, for each topology or on this device.
 

@@ -54,26 +54,21 @@ def table(results: dict[str, Any]) -> str:
             *tables.reliability({n: f["reliability"] for n, f in shapes.items()}),
             "Plain decoding, all of its step included, reads weights at "
             f"{100 * whole:.0f} % of the bandwidth.",
-            _verdict(settings, shapes),
+            _verdict(results),
             "",
             tables.markdown(_curve_rows(results["cost_curve"])),
         ]
     )
 
 
-def _verdict(settings: dict[str, Any], shapes: dict[str, Any]) -> str:
+def _verdict(results: dict[str, Any]) -> str:
     """How the texts compare with those of plain decoding."""
-    speculative = settings["speculative"]
-    rule, cascade = speculative["rule"], speculative["cascade"]
-    if cascade or (rule != "exact" and settings["sampling"]["temperature"]):
-        lossless = facts.label(rule, cascade) == "lossless"
-        distribution = "same distribution" if lossless else "LOSSY"
-        return f"Texts differ from those of plain decoding: {distribution}."
-    unlike = {n: f["texts_unlike_plain"] for n, f in shapes.items()}
-    if any(unlike.values()):
-        named = ", ".join(f"{n}: {count}" for n, count in unlike.items() if count)
-        return f"TEXTS THAT DIFFER FROM PLAIN DECODING: {named}"
-    return "All shapes emitted the tokens of plain decoding."
+    unlike = {n: f["texts_unlike_plain"] for n, f in results["shapes"].items()}
+    named = ", ".join(f"{name}: {count}" for name, count in unlike.items() if count)
+    if not named:
+        return "All shapes emitted the tokens of plain decoding."
+    differ = f"TEXTS THAT DIFFER FROM PLAIN DECODING: {named}"
+    return tables.verdict(results["settings"]) or differ
 
 
 def _row(name: str, figures: dict[str, Any]) -> tuple[str, ...]:

@@ -58,6 +58,19 @@ def conditions(results: Mapping[str, Any], rounds: int) -> str:
     )
 
 
+def verdict(settings: Mapping[str, Any]) -> str | None:
+    """How texts compare with plain decoding, where they may differ; else None."""
+    # Not above, so that tables without it start without numpy.
+    from treespec_jax.acceptance import facts
+
+    spec = settings["speculative"]
+    sampled = spec["rule"] != "exact" and settings["sampling"]["temperature"] > 0
+    if not sampled and not spec["cascade"]:
+        return None
+    lossless = facts.label(spec["rule"], spec["cascade"]) == "lossless"
+    return f"Different text, {'same distribution (lossless)' if lossless else 'LOSSY'}."
+
+
 def reliability(by_name: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     """A Markdown table of what `rounds.reliability` gave; none without records."""
     known = {name: figures for name, figures in by_name.items() if figures}
