@@ -15,7 +15,7 @@ from treespec_jax.commands import prompts, runtime, settings
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.errors import UserError
-from treespec_jax.measurement import output, step_cost, tables, timing
+from treespec_jax.measurement import output, step_cost, study, tables, timing
 from treespec_jax.trees import shapes
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
@@ -158,6 +158,27 @@ def test_output_is_whole_or_absent(tmp_path):
         assert [p.name for p in final.iterdir()] == ["whole"]
         assert (final / "whole").read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
+
+
+def test_a_study_measures_once_and_writes_all(tmp_path, capsys):
+    calls = []
+    made = study.Study(
+        lambda: {"calls": calls.append(1) or len(calls)},
+        lambda results: f"{results['calls']} call",
+        lambda results, path: path.write_bytes(b"png"),
+    )
+    with pytest.raises(UserError, match="--output"):
+        study.carry_out(made, "")
+    assert calls == []
+    study.carry_out(made, str(tmp_path / "results"))
+    study.carry_out(made, "", must_write=False)
+    assert calls == [1] and made.results() == {"calls": 1}
+    assert (tmp_path / "results" / "results.md").read_text() == "1 call\n"
+    assert json.loads((tmp_path / "results" / "results.json").read_text()) == {
+        "calls": 1
+    }
+    assert (tmp_path / "results" / "results.png").read_bytes() == b"png"
+    assert capsys.readouterr().out.count("1 call") == 2
 
 
 @pytest.mark.parametrize("path", ["", "/dev/null", "/dev/null/results"])

@@ -60,15 +60,9 @@ class Study:
 
 
 def carry_out(study: Study, folder: str, must_write: bool = True) -> None:
-    """Runs a study, writes it to a folder and prints its table.
+    """Runs a study, writes it to a folder (see `Study.write`) and prints its table.
 
-    Args:
-      study: what to measure.
-      folder: where to write to; may be empty unless `must_write`.
-      must_write: whether an empty `folder` is a mistake.
-
-    Raises:
-      UserError: see `Study.write`.
+    Without `must_write` the folder may be empty: then nothing is written.
     """
     if folder or must_write:
         study.write(folder)
