@@ -47,15 +47,12 @@ def define() -> None:
 def main(given: FlagValues) -> None:
     """Runs the command."""
     settings = _SETTINGS.experiment()
+    if settings.speculative.method == "none":
+        raise UserError("method 'none' grows no trees to compare; leave it out")
+    settings = settings.with_paths(settings.speculative.method == "draft_model")
     possible, refused = combinations(settings)
     if not possible:
         raise UserError(f"no rule takes any of the trees: {refused[0]['reason']}")
-    if any(variant.plain for variant in possible.values()):
-        raise UserError("method 'none' grows no trees to compare; leave it out")
-    settings = settings.with_paths(
-        any(variant.needs_drafter for variant in possible.values())
-    )
-    possible, refused = combinations(settings)
     texts = prompts.read_or_stories(settings.comparison.prompts_file)
     ids = loading.check(settings, texts, settings.comparison.shapes)
 

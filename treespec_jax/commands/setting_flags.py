@@ -37,7 +37,7 @@ HELP: dict[str, dict[str, str]] = {
         "stop": "text that ends the output; repeatable; default: none",
         "ignore_eos": "go on past the end of text",
         "logprobs": "log p of every token, with --json",
-        "repetition_penalty": "> 1 puts off tokens of the prompt and the output",
+        "repetition_penalty": "> 1 makes tokens of prompt and output less likely",
         "presence_penalty": "taken off the logits of tokens that were emitted",
         "frequency_penalty": "taken off once per time that a token was emitted",
         "logit_bias": "TOKEN=NUMBER, added to the logit of a token id; repeatable; "
@@ -88,6 +88,13 @@ HELP: dict[str, dict[str, str]] = {
 _NAMES = {"speculative.model": "draft"}
 # Its texts may hold commas.
 _REPEATABLE = ("sampling.stop",)
+_DEFINE = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_list,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +152,9 @@ def _define(setting: Setting) -> None:
     name, words = name_of(setting), HELP[setting.section][setting.name]
     if setting.default not in (None, "", ()):
         words += f"; default: {_shown(setting.default)}"
-    define = {
-        bool: flags.DEFINE_bool,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        str: flags.DEFINE_string,
-    }.get(setting.kind, flags.DEFINE_list)
-    if setting.dotted in _REPEATABLE or _is_mapping(setting.kind):
-        define = flags.DEFINE_multi_string
+    define = flags.DEFINE_multi_string
+    if setting.dotted not in _REPEATABLE and not _is_mapping(setting.kind):
+        define = _DEFINE[typing.get_origin(setting.kind) or setting.kind]
     define(name, None, words)
 
 
@@ -167,8 +169,9 @@ def _shown(default: Any) -> str:
 
 def _is_mapping(kind: Any) -> bool:
     """Whether a field holds pairs."""
-    return typing.get_origin(kind) is tuple and (
-        typing.get_origin(typing.get_args(kind)[0]) is tuple
+    origin, items = typing.get_origin(kind), typing.get_args(kind)
+    return origin is Mapping or (
+        origin is tuple and typing.get_origin(items[0]) is tuple
     )
 
 

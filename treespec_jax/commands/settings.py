@@ -43,9 +43,8 @@ class EngineSettings(EngineConfig):
     record: bool = False
 
     def __post_init__(self):
-        values = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(EngineConfig)
-        }
+        names = [field.name for field in dataclasses.fields(EngineConfig)]
+        values = {name: getattr(self, name) for name in names}
         check_bool("record", self.record)
         if self.max_len is None:
             del values["max_len"]
@@ -274,11 +273,9 @@ def fields_of(section: str) -> tuple[Setting, ...]:
     cls = SECTIONS[section] if section else Experiment
     hints, default = typing.get_type_hints(cls), cls()
     return tuple(
-        Setting(
-            section, field.name, _kind(hints[field.name]), getattr(default, field.name)
-        )
-        for field in dataclasses.fields(cls)
-        if field.name not in SECTIONS
+        Setting(section, name, _kind(hints[name]), getattr(default, name))
+        for name in (field.name for field in dataclasses.fields(cls))
+        if section or name not in SECTIONS
     )
 
 

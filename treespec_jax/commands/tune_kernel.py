@@ -5,9 +5,9 @@ For example:
   tune_kernel --topology=v5e:2x2,v6e:2x2 --work=runs/tune          (no TPU needed)
   tune_kernel --measure --work=runs/tune --save                    (on a TPU)
 
-It goes on where it stopped: trials are kept in --work. With --save the sizes that beat
-the default replace those of the same device kinds and classes in
-pallas_kernels/tree_attention/tpu_sizes.json.
+The same command goes on where it stopped: --work holds the finished trials. With
+--save the sizes that beat the default replace those of the same device kinds and
+classes in pallas_kernels/tree_attention/tpu_sizes.json.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def abstract_model(
         return model
     mesh = sharding.make_mesh({sharding.TENSOR: len(devices)}, devices)
 
-    def place(axes, shape):
+    def sharding_for(axes, shape):
         if len(devices) == 1:
             return SingleDeviceSharding(devices[0])
         return sharding.sharding_of(axes, shape, mesh)
@@ -154,7 +154,7 @@ def abstract_model(
             jax.ShapeDtypeStruct(
                 leaf.shape,
                 leaf.dtype,
-                sharding=place(variable.logical_axes, leaf.shape),
+                sharding=sharding_for(variable.logical_axes, leaf.shape),
             )
             for leaf, variable in zip(flat.leaves, variables, strict=True)
         )

@@ -14,10 +14,10 @@ def save_shapes(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _speeds(left, results["shapes"])
-    left.set_title(shape_table.title(results["settings"]), fontsize="medium")
-    _curve(right, results["cost_curve"])
+    speeds, costs = figure.subplots(1, 2)
+    _speeds(speeds, results["shapes"])
+    speeds.set_title(shape_table.title(results["settings"]), fontsize="medium")
+    _curve(costs, results["cost_curve"])
     figure.savefig(path, dpi=120)
 
 
