@@ -3,11 +3,11 @@
 Give the models by flag: --target=PATH --draft=PATH.
 """
 
-from treespec_jax.experiments.settings import default_config
+from treespec_jax.commands.settings import default_config
 
 
 def get_config():
     config = default_config()
-    config.tree = "chain:3"
+    config.speculative.tree = "chain:3"
     config.sampling.temperature = 0.0
     return config

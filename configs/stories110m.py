@@ -4,13 +4,13 @@ Give the models by flag: --target=PATH --draft=PATH --tokenizer=PATH.
 docs/performance.md has the commands that make them.
 """
 
-from treespec_jax.experiments.settings import default_config
+from treespec_jax.commands.settings import default_config
 
 
 def get_config():
     config = default_config()
     config.dtype = "float32"
-    config.tree = "chain:3"
+    config.speculative.tree = "chain:3"
     config.sampling.max_tokens = 128
     config.engine.max_batch = 1
     config.engine.max_len = 256
@@ -22,5 +22,5 @@ def get_config():
         "dynamic:7@4",
         "dynamic:15@5",
     )
-    config.benchmark.repeat = 3
+    config.benchmark.rounds = 3
     return config

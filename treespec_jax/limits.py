@@ -52,16 +52,19 @@ def check_speculation(config: SpeculativeConfig) -> TreeShape:
             f"{', '.join(METHODS)}"
         )
     shape = shapes.parse("none" if config.method == "none" else config.tree)
-    lacking = METHODS[config.method].has_model and config.model in (None, "")
-    if shape.depth and lacking:
-        raise UserError(
-            f"speculative method {config.method!r} needs a model; give its path"
-        )
     if shape.depth or config.cascade:
         compatibility.choose_proposal(
             config.rule, config.proposal, shape, config.cascade
         )
     return shape if shape.depth else ROOT_ONLY
+
+
+def check_drafter(config: SpeculativeConfig) -> None:
+    """Raises UserError if the method needs a model and none is named."""
+    if METHODS[config.method].has_model and config.model in (None, ""):
+        raise UserError(
+            f"speculative method {config.method!r} needs a model; give its path"
+        )
 
 
 def check_tree(depth: int, max_len: int) -> None:

@@ -85,8 +85,9 @@ class LLM:
         shape = limits.check_speculation(config)
         target, draft = _described(model), None
         if shape.depth:
+            limits.check_drafter(config)
             speculation.find(config)
-            if config.model not in (None, ""):
+            if config.model is not None:
                 draft = _described(config.model)
         left_out = [*target.notes, *(draft.notes if draft is not None else ())]
         self.notes = (*left_out, *check_pair(target, draft))

@@ -6,6 +6,9 @@ copies it, block by block, ahead of the products.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -56,6 +59,7 @@ class Plan:
         return jnp.stack(rows).astype(jnp.int32)
 
 
+@dataclasses.dataclass
 class Ring:
     """The ring of page buffers and the cursor that fills it ahead of its readers.
 
@@ -64,15 +68,17 @@ class Ring:
     and consumed.
     """
 
-    SLOT, STEP, BLOCK, COPIED, USED = range(5)
+    static: Any
+    table: Any
+    plan: Any
+    pages: Any
+    scales: Any
+    buffer: Any
+    scale_buffer: Any
+    sem: Any
+    state: Any
 
-    def __init__(
-        self, static, table, plan, pages, scales, buffer, scale_buffer, sem, state
-    ):
-        self.static, self.table, self.plan = static, table, plan
-        self.pages, self.scales = pages, scales
-        self.buffer, self.scale_buffer = buffer, scale_buffer
-        self.sem, self.state = sem, state
+    SLOT, STEP, BLOCK, COPIED, USED = range(5)
 
     def blocks(self, slot):
         return self.plan[Plan.FULL, slot] + self.plan[Plan.PARTIAL, slot]

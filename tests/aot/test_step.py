@@ -15,11 +15,11 @@ from pallas_kernels.tree_attention import api
 from pallas_kernels.tree_attention.sizes import LANES
 from tests.conftest import TINY
 from treespec_jax.errors import UserError
-from treespec_jax.experiments import tpu_report
+from treespec_jax.measurement import compilation
 from treespec_jax.models import presets
 from treespec_jax.models.transformer import parameter_count
 
-JOB = tpu_report.Job(tree="chain:3")
+JOB = compilation.Job(tree="chain:3")
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_step_of_a_1b_model_on_four_v5e(tpu_compiler):
     Each runs the kernel on its own heads, in every pass over a layer, and writes its
     own part of the caches where it lies.
     """
-    result = tpu_report.compile_step(dataclasses.replace(JOB, devices=4))
+    result = compilation.compile_step(dataclasses.replace(JOB, devices=4))
     report, text = result.report, result.text
     assert report.num_devices == 4
     models = JOB.target, JOB.drafter
@@ -61,20 +61,20 @@ def test_step_of_a_1b_model_on_four_v5e(tpu_compiler):
     assert 1 < report.traffic.total / report.least_bytes < 1.6
 
 
-def tiny_job(monkeypatch, target=None, **changes) -> tpu_report.Job:
+def tiny_job(monkeypatch, target=None, **changes) -> compilation.Job:
     target = target or dataclasses.replace(TINY, vocab_size=256)
     drafter = dataclasses.replace(target, num_layers=1)
     monkeypatch.setattr(presets, "get", lambda name: target)
-    monkeypatch.setattr(tpu_report, "small_drafter", lambda config: drafter)
+    monkeypatch.setattr(compilation, "small_drafter", lambda config: drafter)
     fields = dict(tree="regular:2x1", batch=2, context=64, page_size=16)
-    return tpu_report.Job(model="tiny", **{**fields, **changes})
+    return compilation.Job(model="tiny", **{**fields, **changes})
 
 
 @pytest.mark.parametrize("tree", ["none", "regular:2x1", "dynamic:7@3"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_step_lowers_for_cuda(monkeypatch, tree, dtype):
     """All that needs no GPU: the program that its compiler would get."""
-    engine = tpu_report.abstract_engine(tiny_job(monkeypatch, tree=tree, dtype=dtype))
+    engine = compilation.abstract_engine(tiny_job(monkeypatch, tree=tree, dtype=dtype))
     function, arguments = engine.program()
     traced = jax.jit(function, donate_argnums=1).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -91,7 +91,7 @@ def test_step_on_one_v5e(tpu_compiler, monkeypatch):
     for name in ("choose", "default_sizes"):
         own = getattr(api, name)
         monkeypatch.setattr(api, name, recorder(kinds, own))
-    result = tpu_report.compile_step(job)
+    result = compilation.compile_step(job)
     assert result.report.num_devices == 1
     assert result.report.instances == {"tree_attention": 3}
     assert "all-reduce" not in result.text
@@ -111,7 +111,7 @@ def recorder(kinds, own):
 
 def test_abstract_engines_hold_no_weights(monkeypatch):
     """A model of any size costs nothing to describe."""
-    engine = tpu_report.abstract_engine(dataclasses.replace(JOB, model="llama-3-8b"))
+    engine = compilation.abstract_engine(dataclasses.replace(JOB, model="llama-3-8b"))
     _, (leaves, state, _) = engine.program()
     leaves = jax.tree.leaves((leaves, state))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -121,5 +121,5 @@ def test_abstract_engines_hold_no_weights(monkeypatch):
 
 def test_more_devices_than_the_topology_has(tpu_compiler, monkeypatch):
     with pytest.raises(UserError, match="devices=8 is more than the 4 of v5e:2x2"):
-        tpu_report.compile_step(tiny_job(monkeypatch, devices=8))
+        compilation.compile_step(tiny_job(monkeypatch, devices=8))
     assert len(aot.topology_devices("v5e:2x2")) == 4

@@ -11,8 +11,8 @@ import pytest
 import treespec_jax
 from tests.oracles import Ties
 from treespec_jax.checkpoints import load
+from treespec_jax.commands.prompts import STORIES
 from treespec_jax.config import SamplingParams
-from treespec_jax.experiments.prompts import STORIES
 from treespec_jax.llm import LLM
 
 BUNDLED = Path(treespec_jax.__file__).parent / "bundled"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.kernels.triton_modules import lower_for_cuda, triton_modules
-from treespec_jax.experiments.tpu_report import Job, abstract_engine
+from treespec_jax.measurement.compilation import Job, abstract_engine
 
 
 @pytest.mark.parametrize("tree", ["none", "dynamic:15@4"])

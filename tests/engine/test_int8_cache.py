@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from treespec_jax.checkpoints import load
+from treespec_jax.commands.prompts import STORIES
+from treespec_jax.commands.settings import BUNDLED
 from treespec_jax.config import SamplingParams
-from treespec_jax.experiments.prompts import STORIES
-from treespec_jax.experiments.settings import BUNDLED
 from treespec_jax.llm import LLM
 
 PARAMS = SamplingParams(max_tokens=64, ignore_eos=True)

@@ -103,7 +103,7 @@ def batches(penalised: bool) -> Iterator[tuple[str, list]]:
 def run(case: Case, pair, batch: int) -> dict[str, list[list[int]]]:
     """Token ids by name of the batch."""
     from treespec_jax import LLM
-    from treespec_jax.experiments.prompts import STORIES
+    from treespec_jax.commands.prompts import STORIES
 
     prompts = ["the", *STORIES[:3], " ".join(STORIES)]
     target, draft = pair

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import jax
 import pytest
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from tests.conftest import TINY
+from tests.scripts.support import SCRIPTS
+from treespec_jax import cli, commands
 from treespec_jax.checkpoints import LoadedModel, load_tokenizer, save
 from treespec_jax.models.transformer import Transformer
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
@@ -96,19 +97,21 @@ class Result:
 
 @pytest.fixture
 def run_script(capsys, monkeypatch, compilation_cache):
-    """Runs a script in this process with flags of its own."""
-    app.define_help_flags()
+    """Runs a script, or a subcommand of `treespec`, in this process."""
 
     def run(name: str, *args: str) -> Result:
         known = set(flags.FLAGS)
         argv = [name, *args]
-        if '"compilation_cache"' in (SCRIPTS / name).read_text():
+        source = Path(commands.__file__).with_name(f"{Path(name).stem}.py")
+        if source.exists() and "compilation_cache" in source.read_text():
             argv.insert(1, f"--compilation_cache={compilation_cache}")
         monkeypatch.setattr(sys, "argv", argv)
         capsys.readouterr()
         try:
             with pytest.raises(SystemExit) as caught:
-                runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+                if name.endswith(".py"):
+                    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+                cli.main(["treespec", *argv])
         finally:
             for flag in set(flags.FLAGS) - known:
                 delattr(flags.FLAGS, flag)

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from treespec_jax.experiments import bandwidth, costs
+from treespec_jax.measurement import bandwidth, step_cost
 
 
 @pytest.fixture
 def pair(files, monkeypatch):
     """Flags of the tiny pair; little memory is read, and few lengths are timed."""
     monkeypatch.setattr(bandwidth, "BYTES", 4 << 20)
-    monkeypatch.setattr(costs, "CURVE_NODES", (1, 2))
+    monkeypatch.setattr(step_cost, "CURVE_NODES", (1, 2))
     return [f"--target={files.target}", f"--draft={files.draft}", "--max_len=64"]
 
 
@@ -24,10 +24,10 @@ def test_benchmark(run_script, pair, tmp_path):
     result = run_script(
         "benchmark.py",
         *pair,
-        f"--prompts={tmp_path / 'p.txt'}",
+        f"--prompts_file={tmp_path / 'p.txt'}",
         "--shapes=dynamic:3@2",
         "--max_tokens=10",
-        "--repeat=1",
+        "--rounds=1",
         "--record",
         f"--output={folder}",
     )
@@ -50,7 +50,7 @@ def test_benchmark(run_script, pair, tmp_path):
         assert step["step"] > 0 and step["target"] > 0
         assert figures["bandwidth_share"] > 0
     plain, dynamic = report["shapes"].values()
-    assert plain["tokens_per_step"] == 1 and plain["step"]["draft_share"] == 0
+    assert plain["tokens_per_step"]["max"] == 1 and plain["step"]["draft_share"] == 0
     assert plain["ratio_to_plain"]["median"] == 1
     assert plain["reliability"] is None and "mean gap" in table
     assert 0 <= dynamic["reliability"]["mean_gap"] <= 1
@@ -76,9 +76,9 @@ def test_mistakes(refuses, pair, files, tmp_path):
     check("taken", f"--output={taken}")
     check("taken", f"--output={taken / 'results'}")
     check("regular:0", out, "--shapes=none,regular:0")
-    check("repeat", out, "--repeat=0")
+    check("rounds", out, "--rounds=0")
     check("max_tokens", out, "--max_tokens=0")
-    check("none.txt", out, f"--prompts={tmp_path / 'none.txt'}")
+    check("none.txt", out, f"--prompts_file={tmp_path / 'none.txt'}")
     check("shaps", out, "--shaps=none")
     check("vocabular", out, f"--draft={files.foreign}", "--shapes=chain:1")
     check("/no/such", out, "--target=/no/such")

@@ -7,8 +7,8 @@ import json
 import pytest
 
 TINY = [
-    "--slots=2", "--prefix=20", "--nodes=1,3", "--heads=4", "--kv_heads=2",
-    "--head_dim=16", "--page=8", "--dtype=float32", "--copy_mib=1", "--matrix=32",
+    "--max_batch=2", "--prefix=20", "--nodes=1,3", "--heads=4", "--kv_heads=2",
+    "--head_dim=16", "--page_size=8", "--dtype=float32", "--copy_mib=1", "--matrix=32",
     "--rounds=2", "--calls=2",
 ]  # fmt: skip
 
@@ -18,9 +18,9 @@ def test_benchmark_attention(run_script, tmp_path):
     folder = tmp_path / "results"
     result = run_script("benchmark_attention.py", *TINY, f"--output={folder}")
     assert result.code == 0, result.err
-    table = (folder / "attention.md").read_text()
+    table = (folder / "results.md").read_text()
     assert table.strip() in result.out and "2 texts × 20 tokens" in table
-    report = json.loads((folder / "attention.json").read_text())
+    report = json.loads((folder / "results.json").read_text())
     assert report["ceilings"]["copy_bytes_per_s"] > 0
     assert report["ceilings"]["matmul_flop_per_s"] > 0
     assert {"jax", "device_kind"} <= set(report["versions"])

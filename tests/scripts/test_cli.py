@@ -100,10 +100,11 @@ def test_default_configuration_and_scripts_in_turn(tmp_path):
 import sys
 from absl import flags
 from treespec_jax import cli
+from treespec_jax.commands import config_file
 
 def script(default, *argv):
     sys.argv = ["program", *argv]
-    config = cli.define_config(default)
+    config = config_file.define(default)
     try:
         cli.run(lambda _: print(config.value.to_dict()))
     except SystemExit as end:
@@ -128,7 +129,7 @@ script(None, "--config={tmp_path / "two.py"}", "--config.width=5")
     ]
 
 
-@pytest.mark.parametrize("override", [[], ["--config.tree=none"]])
+@pytest.mark.parametrize("override", [[], ["--config.speculative.tree=none"]])
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -152,16 +153,19 @@ def test_bad_configuration_files(refuses, tmp_path, source, expected, override):
 def test_overrides_that_do_not_fit(refuses, tmp_path):
     path = tmp_path / "settings.py"
     path.write_text(
-        "from treespec_jax.experiments.settings import default_config as get_config\n"
+        "from treespec_jax.commands.settings import default_config as get_config\n"
     )
     given = ["generate.py", "--prompt=a", f"--config={path}"]
-    refuses('Did you mean "tree"', *given, "--config.trea=none")
+    refuses('Did you mean "tree"', *given, "--config.speculative.trea=none")
     refuses("few", *given, "--config.sampling.max_tokens=few")
-    refuses("--config=FILE", "generate.py", "--prompt=a", "--config.tree=none")
+    refuses(
+        "--config=FILE", "generate.py", "--prompt=a", "--config.speculative.tree=none"
+    )
     path.write_text(
         path.read_text()
         + "def get_config(base=get_config):\n"
-        + "    config = base()\n    config.trea = 'none'\n    return config\n"
+        + "    config = base()\n"
+        + "    config.speculative.trea = 'none'\n    return config\n"
     )
     refuses('Key "trea" does not exist', *given)
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from treespec_jax.commands import compare_rules
+from treespec_jax.commands.settings import Experiment, RuleComparison
 from treespec_jax.errors import UserError
-from treespec_jax.experiments import compare_rules
-from treespec_jax.experiments.settings import RuleComparison
 
 
 @pytest.mark.slow
@@ -25,7 +25,7 @@ def test_comparison(run_script, files, tmp_path):
         "--temperatures=0,1",
         "--max_tokens=6",
         "--max_len=32",
-        "--repeat=2",
+        "--rounds=2",
         "--record",
         f"--output={folder}",
     )
@@ -65,7 +65,7 @@ def test_comparison(run_script, files, tmp_path):
 
 def test_what_is_refused_is_said_with_its_reason():
     possible, refused = compare_rules.combinations(
-        RuleComparison(shapes=("chain:2", "dynamic:4@2"))
+        Experiment(comparison=RuleComparison(shapes=("chain:2", "dynamic:4@2")))
     )
     assert ("block", "chain:2") in possible and ("token", "dynamic:4@2") in possible
     (only,) = refused
@@ -86,7 +86,7 @@ def test_mistakes(refuses, files, tmp_path):
     check("regular:0", out, "--shapes=regular:0")
     check("--temperatures", out, "--temperatures=hot")
     check("temperature", out, "--temperatures=-1")
-    check("repeat", out, "--repeat=0")
+    check("rounds", out, "--rounds=0")
     check("--rules", out, "--rules=")
     check("chains only", out, "--rules=block", "--shapes=regular:2")
     check("none.txt", out, f"--prompts_file={tmp_path / 'none.txt'}")

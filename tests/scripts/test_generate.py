@@ -10,15 +10,15 @@ import sys
 
 import pytest
 
-from tests.scripts.conftest import SCRIPTS
-from treespec_jax.experiments import runtime
+from tests.scripts.support import SCRIPTS
+from treespec_jax.commands import runtime
 
 CONFIG = """
-from treespec_jax.experiments.settings import default_config
+from treespec_jax.commands.settings import default_config
 
 def get_config():
     config = default_config()
-    config.tree = "none"
+    config.speculative.tree = "none"
     config.sampling.max_tokens = 5
     config.sampling.top_k = 7
     config.sampling.seed = 1
@@ -73,7 +73,7 @@ def test_json(generate):
     assert len(completion["token_ids"]) == len(completion["logprobs"]) == 6
     assert completion["finish_reason"] == "length"
     assert all(p <= 0 for p in completion["logprobs"])
-    assert report["settings"]["tree"] == "chain:2"
+    assert report["settings"]["speculative"]["tree"] == "chain:2"
     assert report["settings"]["dtype"] == "float32"
     assert report["settings"]["engine"]["max_len"] == 64
     assert report["settings"]["engine"]["max_batch"] == 1
@@ -137,7 +137,7 @@ def test_flag_wins_over_override_wins_over_file(generate, tmp_path):
     ).out
     report = json.loads(out)
     settings = report["settings"]
-    assert settings["tree"] == "none"
+    assert settings["speculative"]["tree"] == "none"
     assert settings["sampling"]["max_tokens"] == 5 == report["stats"]["tokens"]
     assert settings["sampling"]["seed"] == 2
     assert settings["sampling"]["top_k"] == 9
@@ -237,7 +237,7 @@ def test_tokenizer_by_flag_and_stop(run_script, files):
         ("--draft=/no/such/folder", "/no/such/folder"),
         ("--tokenizer=/no/such/file", "/no/such/file"),
         ("--config=/no/such/config.py", "/no/such/config.py"),
-        ("--config.tree=none", "config.tree"),
+        ("--config.speculative.tree=none", "config.speculative.tree"),
         ("stray", "stray"),
     ],
 )
@@ -249,7 +249,7 @@ def test_bad_flags(refuses, files, flag, expected):
 @pytest.mark.parametrize(
     ("lines", "override", "expected"),
     [
-        ("config.tree = 'bush:3'", "", "bush:3"),
+        ("config.speculative.tree = 'bush:3'", "", "bush:3"),
         ("config.forest = 1", "", "forest"),
         ("config.sampling.warmth = 1", "", "warmth"),
         ("config.sampling.top_p = 3.0", "", "top_p"),
@@ -262,7 +262,7 @@ def test_bad_flags(refuses, files, flag, expected):
     ],
 )
 def test_bad_configuration(refuses, files, tmp_path, lines, override, expected):
-    source = CONFIG.replace('config.tree = "none"', lines or "pass")
+    source = CONFIG.replace('config.speculative.tree = "none"', lines or "pass")
     (tmp_path / "config.py").write_text(source)
     if lines == "config = 3":
         (tmp_path / "config.py").write_text("def get_config():\n    return 3\n")
@@ -319,7 +319,8 @@ def test_mistakes_are_found_before_jax_starts(refuses, files, monkeypatch):
         "max_len is 16", "generate.py", *plain, "--max_len=16", f"--prompt={'a' * 40}"
     )
     refuses("positions", "generate.py", *plain, "--max_len=4000")
-    refuses("chain:300", "generate.py", *pair, "--tree=chain:300", "--max_len=300")
+    deep = ["--tree=chain:300", "--max_len=300"]
+    refuses("depth 300 does not fit max_len=300", "generate.py", *pair, *deep)
     refuses("depth 300", "generate.py", *pair, "--tree=chain:300")
     refuses("token 259", "generate.py", *pair, f"--draft={files.foreign}")
     refuses("--tokenizer", "generate.py", *plain, f"--target={files.bare}")

@@ -7,16 +7,16 @@ import json
 
 import pytest
 
-from treespec_jax.experiments import rule_costs
+from treespec_jax.measurement import rule_cost
 
 
 @pytest.mark.slow
 def test_measurement(run_script, tmp_path, monkeypatch):
     tiny = dict(vocab_size=256, embed_dim=16, mlp_dim=16, num_heads=2, num_kv_heads=1)
-    target = dataclasses.replace(rule_costs._TARGET, head_dim=8, **tiny)
-    monkeypatch.setattr(rule_costs, "_TARGET", target)
-    cases = [c for c in rule_costs.CASES if c.rule in ("terminal", "typical")]
-    monkeypatch.setattr(rule_costs, "CASES", tuple(cases))
+    target = dataclasses.replace(rule_cost._TARGET, head_dim=8, **tiny)
+    monkeypatch.setattr(rule_cost, "_TARGET", target)
+    cases = [c for c in rule_cost.CASES if c.rule in ("terminal", "typical")]
+    monkeypatch.setattr(rule_cost, "CASES", tuple(cases))
     folder = tmp_path / "results"
     result = run_script("measure_rules.py", "--rounds=1", f"--output={folder}")
     assert result.code == 0, result.err

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from pallas_kernels import machine
-from tests.scripts.conftest import SCRIPTS
+from tests.scripts.support import SCRIPTS
 from treespec_jax import cli
 
 

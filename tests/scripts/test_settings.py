@@ -7,15 +7,11 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from treespec_jax.drafting import growth
-from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.commands import prompts, runtime, settings
 from treespec_jax.errors import UserError
-from treespec_jax.experiments import costs, output, prompts, runtime, settings, table
-from treespec_jax.sampling.policy import Sampling
-from treespec_jax.trees import shapes
+from treespec_jax.measurement import output, study, tables, timing
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 
@@ -40,10 +36,10 @@ def test_defaults_survive_a_round_trip():
 
 def test_overrides_win_and_none_is_not_given():
     built = settings.build(
-        {"tree": "chain:2", "sampling": {"top_k": 3, "seed": 4}},
-        {"tree": None, "sampling.seed": 5, "engine.max_batch": 2},
+        {"speculative": {"tree": "chain:2"}, "sampling": {"top_k": 3, "seed": 4}},
+        {"speculative.tree": None, "sampling.seed": 5, "engine.max_batch": 2},
     )
-    assert built.tree == "chain:2"
+    assert built.speculative.tree == "chain:2"
     assert (built.sampling.top_k, built.sampling.seed) == (3, 5)
     assert built.engine.max_batch == 2 and built.engine.max_len is None
 
@@ -55,10 +51,13 @@ def test_overrides_win_and_none_is_not_given():
         ({"sampling": {"leaf": 1}}, "leaf"),
         ({"sampling": 3}, "sampling"),
         ({"engine": {"prefill_chunks": 16}}, "engine"),
-        ({"tree": 5}, "tree"),
-        ({"tau": 0}, "tau"),
-        ({"tree": "chain:9", "engine": {"max_len": 8}}, "max_len=8"),
-        ({"benchmark": {"repeat": 0}}, "repeat"),
+        ({"speculative": {"tree": 5}}, "tree"),
+        ({"speculative": {"tau": 0}}, "tau"),
+        (
+            {"speculative": {"tree": "chain:9"}, "engine": {"max_len": 8}},
+            "max_len=8",
+        ),
+        ({"benchmark": {"rounds": 0}}, "rounds"),
         ({"benchmark": {"shapes": ()}}, "--shapes"),
         ({"benchmark": {"shapes": ("chain:0",)}}, "chain:0"),
     ],
@@ -81,49 +80,9 @@ def test_bundled_pair_is_the_default(monkeypatch, tmp_path):
         (tmp_path / name).mkdir()
     found = settings.Experiment().with_paths(needs_drafter=True)
     assert found.target == str(tmp_path / "target")
-    assert found.draft == str(tmp_path / "draft")
-    assert settings.Experiment().with_paths(needs_drafter=False).draft == ""
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["none", "chain:1", "chain:4", "regular:3x2x1", "dynamic:5@3", "dynamic:1@1"],
-)
-def test_timed_passes_are_those_of_the_drafter(name):
-    """The benchmark's share of drafting counts the rows that drafting really runs."""
-    shape, vocab = shapes.parse(name), 11
-    widths = []
-
-    def expand(tokens_BW, depth, mask_BWU, scratch):
-        widths.append(tokens_BW.shape[1])
-        assert depth == len(widths)
-        assert mask_BWU.shape[2] == sum(widths)
-        scores = jnp.arange(vocab, dtype=jnp.float32)[:, None]
-        return scores + jnp.zeros((vocab, tokens_BW.size)), ()
-
-    zero = jnp.zeros(1, jnp.int32)
-    context = DraftContext(
-        active=jnp.ones(1, bool),
-        root=zero,
-        lengths=zero,
-        page_table=jnp.zeros((1, 1), jnp.int32),
-        sampling=Sampling(
-            temperature=jnp.zeros(1),
-            top_k=zero,
-            top_p=jnp.ones(1),
-            min_p=jnp.zeros(1),
-            seed=jnp.zeros(1, jnp.uint32),
-        ),
-        noise=jnp.zeros((shape.depth, vocab, 1)),
-    )
-    # Traced only: that is where passes are laid out.
-    jax.eval_shape(
-        lambda context: growth.grow(
-            shape, context, jnp.zeros((vocab, 1)), expand, tau=0.5
-        ),
-        context,
-    )
-    assert widths == costs.level_widths(shape, vocab)
+    assert found.speculative.model == str(tmp_path / "draft")
+    plain = settings.Experiment().with_paths(needs_drafter=False)
+    assert plain.speculative.model is None
 
 
 def test_in_turn_rotates_and_keeps_pairs():
@@ -136,7 +95,7 @@ def test_in_turn_rotates_and_keeps_pairs():
 
         return run
 
-    seconds = costs.in_turn({n: program(n) for n in "abc"}, rounds=3)
+    seconds = timing.in_turn({n: program(n) for n in "abc"}, rounds=3)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert seconds == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
 
@@ -155,6 +114,27 @@ def test_output_is_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
 
 
+def test_a_study_measures_once_and_writes_all(tmp_path, capsys):
+    calls = []
+    made = study.Study(
+        lambda: {"calls": calls.append(1) or len(calls)},
+        lambda results: f"{results['calls']} call",
+        lambda results, path: path.write_bytes(b"png"),
+    )
+    with pytest.raises(UserError, match="--output"):
+        study.carry_out(made, "")
+    assert calls == []
+    study.carry_out(made, str(tmp_path / "results"))
+    study.carry_out(made, "", must_write=False)
+    assert calls == [1] and made.results() == {"calls": 1}
+    assert (tmp_path / "results" / "results.md").read_text() == "1 call\n"
+    assert json.loads((tmp_path / "results" / "results.json").read_text()) == {
+        "calls": 1
+    }
+    assert (tmp_path / "results" / "results.png").read_bytes() == b"png"
+    assert capsys.readouterr().out.count("1 call") == 2
+
+
 @pytest.mark.parametrize("path", ["", "/dev/null", "/dev/null/results"])
 def test_unwritable_output(path):
     with pytest.raises(UserError, match="output"), output.folder(path):
@@ -168,10 +148,10 @@ def test_built_in_prompts_are_short_lower_case_stories():
 
 def test_tables_line_up():
     rows = [("shape", "tok/s"), ("none", "1"), ("chain:3", "20.5")]
-    lengths = {len(line) for line in table.markdown(rows).splitlines()}
+    lengths = {len(line) for line in tables.markdown(rows).splitlines()}
     assert len(lengths) == 1
-    assert table.aligned(rows).splitlines()[1] == "none         1"
-    assert table.percents([0.5, 0.254]) == "50 25 %"
+    assert tables.aligned(rows).splitlines()[1] == "none         1"
+    assert tables.percents([0.5, 0.254]) == "50 25 %"
 
 
 def test_cache_folder_follows_the_user(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ def small_space(monkeypatch):
 def test_search_and_resume(
     tpu_compiler, small_space, run_script, tmp_path, monkeypatch
 ):
-    given = ["--rows=16", "--kv_heads=2", "--slots=2", f"--work={tmp_path}"]
+    given = ["--rows=16", "--kv_heads=2", "--max_batch=2", f"--work={tmp_path}"]
     first = run_script("tune_kernel.py", *given)
     assert first.code == 0, first
     assert "TPU v5 lite: cost is compiler's estimate" in first.out

@@ -124,6 +124,12 @@ class Engine:
             self.decode_seconds += spent - (self.prefill_seconds - prefilled)
         return touched
 
+    def drain(self) -> None:
+        """Waits for dispatches under way, and enters what they emitted."""
+        while self._flights:
+            plan, outbox = self._flights.popleft()
+            self._scheduler.file(plan, fetch(outbox))
+
     def _launch(self, plan: Plan | None) -> None:
         if plan is not None:
             outbox = self._executor.dispatch(plan, self.speculation.shape)

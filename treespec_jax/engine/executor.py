@@ -142,12 +142,7 @@ class Executor:
         def run(leaves, state, control):
             self.compilations["dispatch"] += 1
             done = stepping.dispatch(
-                *self._bind(leaves),
-                shape,
-                state,
-                control,
-                steps=self.config.steps_per_dispatch,
-                record=self.config.record,
+                *self._bind(leaves), shape, state, control, self.config
             )
             return placement.pin(done, self._placement.mesh)
 

@@ -15,6 +15,7 @@ from jax import lax
 from treespec_jax.acceptance.protocol import Verdict
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import Chunk, run_chunk
+from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Committed, DraftContext
 from treespec_jax.engine.state import (
     Control,
@@ -301,18 +302,16 @@ def dispatch(
     shape: TreeShape,
     state: DecodeState,
     control: Control,
-    *,
-    steps: int,
-    record: bool = False,
+    config: EngineConfig,
 ) -> tuple[DecodeState, Outbox]:
-    """Runs up to `steps` steps, fewer when every slot is done; may record trees."""
+    """Runs steps until every slot is done, as many as a dispatch has at most."""
     penalties = None
     if control.text is not None:
         penalties = control.text.tables(target.config.vocab_size)
 
     def run(state, penalties) -> StepResult:
         result = step(target, speculation, shape, state, control, penalties)
-        if record:
+        if config.record:
             return result
         emission = dataclasses.replace(result.emission, trees=None)
         return StepResult(result.state, emission)
@@ -335,13 +334,13 @@ def dispatch(
         )
         return result.state, penalties, Outbox(emissions, outbox.steps + 1)
 
-    outbox = _empty_outbox((steps, state.root.shape[0]), shape, record)
+    outbox = _empty_outbox(config, shape)
     state, _, outbox = lax.while_loop(unfinished, body, (state, penalties, outbox))
     return state, outbox
 
 
-def _empty_outbox(lead: tuple[int, int], shape: TreeShape, record: bool) -> Outbox:
-    """Zeros; `lead` are the steps and B."""
+def _empty_outbox(config: EngineConfig, shape: TreeShape) -> Outbox:
+    lead = config.steps_per_dispatch, config.max_batch
     nodes, width = shape.num_nodes, shape.depth + 1
     trees = Trees(
         parents=jnp.zeros((*lead, nodes), jnp.int32),
@@ -353,7 +352,7 @@ def _empty_outbox(lead: tuple[int, int], shape: TreeShape, record: bool) -> Outb
         counts=jnp.zeros(lead, jnp.int32),
         logprobs=jnp.zeros((*lead, width), jnp.float32),
         ranks=jnp.zeros((*lead, width - 1), jnp.int32),
-        trees=trees if record else None,
+        trees=trees if config.record else None,
     )
     return Outbox(emission, jnp.zeros((), jnp.int32))
 

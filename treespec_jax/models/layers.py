@@ -6,6 +6,7 @@ values, shardings and random parameters all derive from that declaration.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -70,6 +71,21 @@ class RMSNorm(nnx.Module):
         return (x * inverse * scale_D1).astype(x_xDR.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What attention knows of the rows of a pass, R = B·T.
+
+    Attributes:
+      cos_sin: rotary angles of the new rows, float32 [H/2, R] each.
+      mask: bool [B, T, U], which of the U tree rows each new row sees.
+      depth: int32 [B, U], depth of the tree rows; None without a window.
+    """
+
+    cos_sin: tuple[jax.Array, jax.Array]
+    mask: jax.Array
+    depth: jax.Array | None
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over a paged prefix and a token tree.
 
@@ -112,10 +128,10 @@ class Attention(nnx.Module):
             (N * H * 2 * config.num_layers) ** -0.5,
         )
 
-    def __call__(self, x_DR, cos_sin, tree_mask_BTU, depth_BU, pages, view, scratch):
+    def __call__(self, x_DR, rows: Rows, pages, view: CacheView | None, scratch):
         """Returns the [D, R] output and this call's own rows [B, K, 2, T, H]."""
         cfg = self.config
-        B, T, _ = tree_mask_BTU.shape
+        B, T, _ = rows.mask.shape
         K, G, H = cfg.num_kv_heads, cfg.queries_per_kv, cfg.head_dim
         qkv_KxHR = linear(self.qkv[...], x_DR)
         if cfg.qkv_bias:
@@ -124,7 +140,7 @@ class Attention(nnx.Module):
         if cfg.qk_norm:
             normed = self.q_norm(qk_KxHR[:, :G]), self.k_norm(qk_KxHR[:, G:])
             qk_KxHR = jnp.concatenate(normed, axis=1)
-        qk_KxHR = apply_rotary(qk_KxHR, cos_sin)
+        qk_KxHR = apply_rotary(qk_KxHR, rows.cos_sin)
         q_BTNH = qk_KxHR[:, :G].reshape(K * G, H, B, T).transpose(2, 3, 0, 1)
         kv_K2HR = jnp.stack([qk_KxHR[:, G], qkv_KxHR[:, G + 1]], axis=1)
         kv_BK2TH = kv_K2HR.reshape(K, 2, H, B, T).transpose(3, 0, 1, 4, 2)
@@ -144,8 +160,8 @@ class Attention(nnx.Module):
             page_table=view.page_table if view is not None else None,
             lengths=view.lengths if view is not None else None,
             tree_kv=tree_kv,
-            tree_mask=tree_mask_BTU,
-            tree_depth=None if self.window is None else depth_BU,
+            tree_mask=rows.mask,
+            tree_depth=None if self.window is None else rows.depth,
             kv_scales=scales,
         )
         spec = AttentionSpec(
@@ -199,25 +215,10 @@ class Block(nnx.Module):
             self.attention_post_norm = norm()
             self.mlp_post_norm = norm()
 
-    def __call__(
-        self,
-        x_DR,
-        cos_sin,
-        tree_mask_BTU,
-        depth_BU,
-        pages,
-        view: CacheView | None,
-        scratch,
-    ):
+    def __call__(self, x_DR, rows: Rows, pages, view: CacheView | None, scratch):
         with jax.named_scope("attention"):
             out_DR, kv = self.attention(
-                self.attention_norm(x_DR),
-                cos_sin,
-                tree_mask_BTU,
-                depth_BU,
-                pages,
-                view,
-                scratch,
+                self.attention_norm(x_DR), rows, pages, view, scratch
             )
             if self.post_norms:
                 out_DR = self.attention_post_norm(out_DR)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from treespec_jax.config import ModelConfig
-from treespec_jax.models.layers import Block, RMSNorm, param
+from treespec_jax.models.layers import Block, RMSNorm, Rows, param
 from treespec_jax.models.linear import linear
 from treespec_jax.models.rotary import rotary_angles
 from treespec_jax.models.views import CacheView
@@ -103,14 +103,14 @@ class Transformer(nnx.Module):
                 local_cos_sin = rotary_angles(
                     cfg.local_rotary, cfg.head_dim, positions_R
                 )
+        rows = Rows(cos_sin, tree_mask_BTU, depth_BU)
+        local_rows = Rows(local_cos_sin, tree_mask_BTU, depth_BU)
         new, outputs = [], {}
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
                 x_DR, kv = layer(
                     x_DR,
-                    local_cos_sin if i in cfg.local_layers else cos_sin,
-                    tree_mask_BTU,
-                    depth_BU,
+                    local_rows if i in cfg.local_layers else rows,
                     cache.pages[i] if cache is not None else None,
                     cache,
                     scratch[i] if scratch is not None else None,

@@ -91,7 +91,9 @@ def train(config: TrainConfig) -> Result:
     _check_same(notes["identity"], identity, folder)
     if newest.notes():
         state = newest.restore(state)
-    state = _advance(config, state, flat, teacher, optimizer, rows, newest, best, notes)
+    step = make_step(flat, optimizer, teacher, config.distill.weight)
+    parts = _Parts(flat, teacher, rows, newest, best, notes)
+    state = _advance(config, state, step, parts)
 
     done = int(state.step)
     if done < config.optimizer.steps:
@@ -126,26 +128,44 @@ def train(config: TrainConfig) -> Result:
     )
 
 
-def _advance(
-    config, state, flat, teacher, optimizer, rows, newest, best, notes
-) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a run reads and writes.
+
+    Attributes:
+      flat: the model.
+      teacher: or None.
+      rows: of text.
+      newest: store of the latest state.
+      best: store of the best parameters.
+      notes: kept beside the latest state.
+    """
+
+    flat: FlatModule
+    teacher: FlatModule | None
+    rows: data.Rows
+    newest: Store
+    best: Store
+    notes: dict[str, Any]
+
+
+def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
     """Runs steps until the schedule, the step limit or a signal ends them."""
-    run, cfg = config.run, config.data
+    run, cfg, rows, best = config.run, config.data, parts.rows, parts.best
     folder = pathlib.Path(run.output)
-    step_fn = make_step(flat, optimizer, teacher, config.distill.weight)
-    held_out_loss = measure.make_held_out_loss(flat)
+    held_out_loss = measure.make_held_out_loss(parts.flat)
     # Spread over all sources and documents, in a fixed choice.
     spread = np.linspace(0, len(rows.held_out) - 1, run.eval_rows)
     held_rows = rows.held_out[np.unique(spread.astype(int))]
     batches = data.Batches(rows, cfg.batch_rows, cfg.seed)
-    teacher_leaves = teacher.leaves if teacher is not None else ()
+    teacher_leaves = parts.teacher.leaves if parts.teacher is not None else ()
     rate = learning_rate(config.optimizer)
-    table: list[list] = notes["curve"]
+    table: list[list] = parts.notes["curve"]
     start, total = int(state.step), config.optimizer.steps
     last = min(total, start + run.stop_after) if run.stop_after else total
 
     def save(step: int) -> None:
-        newest.save(step, state, notes)
+        parts.newest.save(step, state, parts.notes)
         curve.write_csv(folder / "loss.csv", table)
 
     bar = tqdm.tqdm(

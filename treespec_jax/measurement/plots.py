@@ -1,38 +1,30 @@
-"""The benchmark's picture."""
+"""Plots of the benchmark and of the comparison of rules."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.acceptance import compatibility
+from treespec_jax.measurement import shape_table
 
 
-def save(results: dict[str, Any], path: Path) -> None:
+def save_shapes(results: dict[str, Any], path: Path) -> None:
     """Writes a PNG: speed by shape, and the cost of verifying more nodes."""
     # Without pyplot: no global state, and no display is looked for.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _speeds(left, results["shapes"])
-    settings = results["settings"]
-    kept = settings["engine"].get("cache_dtype", "")
-    label = compatibility.label(settings["rule"], settings["cascade"], kept)
-    cascade = f", cascade {settings['cascade']}" if settings["cascade"] else ""
-    left.set_title(f"rule {settings['rule']}{cascade} ({label})", fontsize="medium")
-    _curve(right, results["cost_curve"])
+    speeds, costs = figure.subplots(1, 2)
+    _speeds(speeds, results["shapes"])
+    speeds.set_title(shape_table.title(results["settings"]), fontsize="medium")
+    _curve(costs, results["cost_curve"])
     figure.savefig(path, dpi=120)
 
 
 def _speeds(axes, shapes: dict[str, Any]) -> None:
     names = list(shapes)
     speeds = [shapes[name]["tokens_per_second"] for name in names]
-    middle = [s["median"] for s in speeds]
-    error = [
-        [s["median"] - s["min"] for s in speeds],
-        [s["max"] - s["median"] for s in speeds],
-    ]
+    middle, error = _bars(speeds)
     colours = ["0.6" if name == "none" else "tab:blue" for name in names]
     axes.barh(names, middle, xerr=error, color=colours, capsize=3)
     for row, name in enumerate(names):
@@ -61,41 +53,43 @@ def save_rules(results: dict[str, Any], path: Path) -> None:
     """Writes a PNG: tokens per step and per second by shape and rule."""
     from matplotlib.figure import Figure
 
-    figures = results["figures"]
     temperatures = results["comparison"]["temperatures"]
-    shapes, rules = (
-        list(dict.fromkeys(f[name] for f in figures if f["shape"] != "none"))
-        for name in ("shape", "rule")
-    )
-    width = 0.8 / len(rules)
     figure = Figure(figsize=(4.5 * len(temperatures), 7), layout="constrained")
     grid = figure.subplots(2, len(temperatures), squeeze=False, sharey="row")
     for row, (what, label) in enumerate(
         [("tokens_per_step", "tokens per step"), ("tokens_per_second", "tok/s")]
     ):
         for axes, temperature in zip(grid[row], temperatures, strict=True):
-            for number, rule in enumerate(rules):
-                found = {
-                    f["shape"]: f[what]
-                    for f in figures
-                    if f["rule"] == rule and f["temperature"] == temperature
-                }
-                own = [s for s in shapes if s in found]
-                middle = [found[s]["median"] for s in own]
-                low = [found[s]["median"] - found[s]["min"] for s in own]
-                high = [found[s]["max"] - found[s]["median"] for s in own]
-                at = [shapes.index(s) + width * (number - len(rules) / 2) for s in own]
-                lossy = "" if compatibility.RULES[rule].lossless else " (lossy)"
-                label_of = rule + lossy
-                axes.bar(at, middle, width, yerr=[low, high], label=label_of)
-            plain = next(
-                f[what]["median"]
-                for f in figures
-                if f["shape"] == "none" and f["temperature"] == temperature
-            )
-            axes.axhline(plain, color="0.5", linestyle=":", label="plain decoding")
-            axes.set_xticks(range(len(shapes)), shapes)
+            figures = results["figures"]
+            _rules(axes, [f for f in figures if f["temperature"] == temperature], what)
             axes.set_title(f"temperature {temperature:g}")
             axes.set_ylabel(label)
     grid[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def _rules(axes, figures: list[dict[str, Any]], what: str) -> None:
+    """A group of bars per shape, a bar per rule, and a line for plain decoding."""
+    drafted = [f for f in figures if f["shape"] != "none"]
+    shapes, rules = (
+        list(dict.fromkeys(f[name] for f in drafted)) for name in ("shape", "rule")
+    )
+    width = 0.8 / len(rules)
+    for number, rule in enumerate(rules):
+        bars = [f for f in drafted if f["rule"] == rule]
+        shift = width * (number - len(rules) / 2)
+        positions = [shapes.index(f["shape"]) + shift for f in bars]
+        middle, error = _bars([f[what] for f in bars])
+        label = rule if all(f["lossless"] for f in bars) else f"{rule} (lossy)"
+        axes.bar(positions, middle, width, yerr=error, label=label)
+    plain = next(f[what]["median"] for f in figures if f["shape"] == "none")
+    axes.axhline(plain, color="0.5", linestyle=":", label="plain decoding")
+    axes.set_xticks(range(len(shapes)), shapes)
+
+
+def _bars(spreads: list[dict[str, float]]):
+    """Medians, and how far the extremes are below and above them."""
+    middle = [s["median"] for s in spreads]
+    below = [s["median"] - s["min"] for s in spreads]
+    above = [s["max"] - s["median"] for s in spreads]
+    return middle, [below, above]

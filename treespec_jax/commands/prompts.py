@@ -27,58 +27,36 @@ STORIES = (
 Prompt = str | list[dict[str, Any]]
 
 
-def choose(prompt: str | None, file: str | None) -> list[str]:
-    """Prompts of --prompt or --prompts_file.
-
-    Raises:
-      UserError: both or neither given, or an unreadable file.
-    """
-    if (prompt is None) == (file is None):
-        given = "neither" if prompt is None else "both"
-        raise UserError(f"give --prompt or --prompts_file, got {given}")
-    if file is not None:
-        return read(file)
-    return [prompt]
-
-
 def gather(
-    talk: bool, prompt: str | None, file: str | None, system: str | None
+    chat: bool, prompt: str | None, file: str | None, system: str | None
 ) -> tuple[list[Prompt], list[dict[str, Any]] | None]:
-    """What the flags of scripts/generate.py ask for.
+    """What the flags --chat, --prompt, --prompts_file and --system ask for.
+
+    With `chat` a line of the file is what the user says; in a .jsonl file an object
+    holds a "prompt" of that kind, or all "messages".
 
     Returns:
       prompts, and None; or no prompts, and the opening of a conversation to hold.
 
     Raises:
-      UserError: see `choose` and `conversations`; or --system without --chat.
+      UserError: both or neither of `prompt` and `file`, an unreadable file, an empty
+        prompt, malformed messages, or `system` without `chat`.
     """
-    if not talk:
-        if system is not None:
-            raise UserError("--system needs --chat; add it")
-        return choose(prompt, file), None
-    if prompt is None and file is None:
+    if system is not None and not chat:
+        raise UserError("--system needs --chat; add it")
+    if chat and prompt is None and file is None:
         return [], opening(system)
-    return conversations(prompt, file, system), None
-
-
-def conversations(
-    prompt: str | None, file: str | None, system: str | None
-) -> list[list[dict[str, Any]]]:
-    """Conversations of --prompt or --prompts_file, after the words of --system.
-
-    A line of the file is what the user says; in a .jsonl file an object holds a
-    "prompt" of that kind, or all "messages".
-
-    Raises:
-      UserError: as for `choose`, an empty prompt, or malformed messages.
-    """
-    if prompt is not None or file is None:
-        said = [_said_by_user(text) for text in choose(prompt, file)]
-    elif Path(file).suffix == ".jsonl":
-        said = [_json_messages(file, *line) for line in _lines(file)]
+    if (prompt is None) == (file is None):
+        given = "neither" if prompt is None else "both"
+        raise UserError(f"give --prompt or --prompts_file, got {given}")
+    if chat and file is not None and Path(file).suffix == ".jsonl":
+        messages = [_json_messages(file, *line) for line in _lines(file)]
     else:
-        said = [_said_by_user(text) for text in read(file)]
-    return [opening(system) + messages for messages in said]
+        texts = [prompt] if file is None else read(file)
+        if not chat:
+            return texts, None
+        messages = [_said_by_user(text) for text in texts]
+    return [opening(system) + said for said in messages], None
 
 
 def opening(system: str | None) -> list[dict[str, Any]]:
@@ -109,6 +87,11 @@ def options(given: Sequence[str] | None) -> dict[str, Any]:
                 "example"
             )
     return found
+
+
+def read_or_stories(file: str | None) -> list[str]:
+    """The prompts of a file, see `read`; the built-in ones if none is named."""
+    return read(file) if file else list(STORIES)
 
 
 def read(file: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +17,12 @@ from pallas_kernels import aot
 from pallas_kernels.tree_attention import AttentionSpec, estimate, tree_attention
 from pallas_kernels.tree_attention.operands import Shape
 from pallas_kernels.tree_attention.sizes import LANES, choose
-from treespec_jax import sharding
-from treespec_jax.config import EngineConfig, ModelConfig, check_int
-from treespec_jax.drafting.draft_model import DraftModel
-from treespec_jax.drafting.none import NoDrafter
+from treespec_jax import sharding, speculation
+from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig, check_int
 from treespec_jax.engine.engine import Engine
 from treespec_jax.errors import UserError
-from treespec_jax.experiments import output
-from treespec_jax.experiments.table import markdown
+from treespec_jax.measurement.study import Study
+from treespec_jax.measurement.tables import markdown
 from treespec_jax.models import presets
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
@@ -142,7 +139,7 @@ def abstract_model(
         return model
     mesh = sharding.make_mesh({sharding.TENSOR: len(devices)}, devices)
 
-    def place(axes, shape):
+    def sharding_for(axes, shape):
         if len(devices) == 1:
             return SingleDeviceSharding(devices[0])
         return sharding.sharding_of(axes, shape, mesh)
@@ -156,7 +153,7 @@ def abstract_model(
             jax.ShapeDtypeStruct(
                 leaf.shape,
                 leaf.dtype,
-                sharding=place(variable.logical_axes, leaf.shape),
+                sharding=sharding_for(variable.logical_axes, leaf.shape),
             )
             for leaf, variable in zip(flat.leaves, variables, strict=True)
         )
@@ -173,15 +170,18 @@ def abstract_engine(job: Job, devices: Sequence[jax.Device] = ()) -> Engine:
     Raises:
       UserError: a preset, tree or size that does not fit.
     """
-    drafter = NoDrafter()
-    shape = shapes.parse(job.tree)
-    if job.tree != "none":
-        model = abstract_model(job.drafter, job.dtype, devices)
-        drafter = DraftModel(model, shape, job.tau)
     config = EngineConfig(
-        max_batch=job.batch, max_len=job.context, page_size=job.page_size
+        max_batch=job.batch,
+        max_len=job.context,
+        page_size=job.page_size,
+        cache_dtype=job.dtype,
     )
-    return Engine(abstract_model(job.target, job.dtype, devices), drafter, config)
+    made = speculation.make(
+        SpeculativeConfig(tree=job.tree),
+        abstract_model(job.drafter, job.dtype, devices),
+        job.tau,
+    )
+    return Engine(abstract_model(job.target, job.dtype, devices), config, made)
 
 
 def compile_step(job: Job) -> aot.Compilation:
@@ -237,41 +237,42 @@ def compile_kernel(job: Job, nodes: int) -> KernelResult:
     return KernelResult(report, kernel, cost, moved)
 
 
-def run(job: Job, kernel: bool = True, step: bool = True, folder: str = "") -> None:
-    """Compiles, prints tables and, if `folder` is named, writes report.json and .md.
+def study(job: Job, kernel: bool = True, step: bool = True) -> Study:
+    """Compiles the kernel, the step or both.
 
-    Raises:
-      UserError: what cannot be compiled or written.
+    Its run raises UserError: what cannot be compiled, or no compiler.
     """
-    if folder:
-        with output.folder(folder) as path:
-            report, text = _report(job, kernel, step)
-            (path / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-            (path / "report.md").write_text(text + "\n")
-    else:
-        _, text = _report(job, kernel, step)
-    print(text)
+    kernels: dict[int, KernelResult] = {}
+    steps: list[aot.Report] = []
 
+    def measure() -> dict[str, Any]:
+        try:
+            aot.prepare(dump=kernel)
+        except aot.CompilerUnavailable as error:
+            raise UserError(str(error)) from None
+        names = ("jax", "libtpu")
+        results = {
+            "source": "compiler's estimates",
+            "job": dataclasses.asdict(job),
+            "versions": {name: importlib.metadata.version(name) for name in names},
+        }
+        if kernel:
+            kernels.update((nodes, compile_kernel(job, nodes)) for nodes in job.nodes)
+            results["kernel"] = {n: row.to_dict() for n, row in kernels.items()}
+        if step:
+            steps.append(compile_step(job).report)
+            results["step"] = steps[0].to_dict()
+        return results
 
-def _report(job: Job, kernel: bool, step: bool) -> tuple[dict[str, Any], str]:
-    try:
-        aot.prepare(dump=kernel)
-    except aot.CompilerUnavailable as error:
-        raise UserError(str(error)) from None
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    report = {"source": "compiler's estimates", "job": dataclasses.asdict(job)}
-    report["versions"] = versions
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    text = [f"Compiler's estimates, not measurements: {job.kind.kind}, {named}.", ""]
-    if kernel:
-        rows = {nodes: compile_kernel(job, nodes) for nodes in job.nodes}
-        report["kernel"] = {nodes: row.to_dict() for nodes, row in rows.items()}
-        text += [kernel_table(job, rows), ""]
-    if step:
-        result = compile_step(job).report
-        report["step"] = result.to_dict()
-        text += [step_table(job, result), ""]
-    return report, "\n".join(text)
+    def table(results: dict[str, Any]) -> str:
+        named = ", ".join(f"{n} {v}" for n, v in results["versions"].items())
+        parts = [f"Compiler's estimates, not measurements: {job.kind.kind}, {named}."]
+        if kernels:
+            parts.append(kernel_table(job, kernels))
+        parts += [step_table(job, report) for report in steps]
+        return "\n\n".join(parts)
+
+    return Study(measure, table)
 
 
 def kernel_table(job: Job, results: dict[int, KernelResult]) -> str:

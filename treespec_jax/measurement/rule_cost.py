@@ -1,10 +1,9 @@
-"""What a rule costs beside the verification that it judges."""
+"""What an acceptance rule costs beside the verification that it judges."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -17,12 +16,13 @@ from treespec_jax.acceptance import compatibility, rules
 from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
-from treespec_jax.experiments import costs, table
-from treespec_jax.experiments.benchmark import spread
+from treespec_jax.measurement import step_cost, tables
+from treespec_jax.measurement.timing import in_turn, spread, timed
+from treespec_jax.measurement.versions import versions
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.sampling import streams
 from treespec_jax.sampling.noise import Noise
 from treespec_jax.sampling.policy import Sampling
+from treespec_jax.sampling.randomness import Given, Randomness
 from treespec_jax.trees import shapes
 from treespec_jax.trees.shapes import StaticShape
 
@@ -84,7 +84,7 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
         seed=jnp.ones(1, jnp.uint32),
     )
     rng = np.random.default_rng(0)
-    # Zipf's distribution, as texts have it; the likeliest token has a probability of 0.4.
+    # Zipf's distribution, as texts have it; the likeliest token has 0.4.
     falling_V = -1.5 * np.log1p(np.arange(vocab, dtype=np.float32))
     target = np.stack([rng.permutation(falling_V) for _ in range(64)], axis=1)
     logits_VR = jnp.asarray(target)
@@ -95,7 +95,7 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
         model = Transformer(config, rngs=nnx.Rngs(0))
         sizes = EngineConfig(max_batch=1, max_len=1024)
         chain = shapes.parse("chain:63")
-        programs[str(depth)] = costs.target_passes(model, chain, sizes, _PREFIX, 2)
+        programs[str(depth)] = step_cost.target_passes(model, chain, sizes, _PREFIX, 2)
     for case in CASES:
         decide, grow = _programs(case)
         for kind, draft_VR in ("usual", about_VR), ("most", logits_VR):
@@ -103,9 +103,9 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
             args = tree, noise, logits_VR, sampling
             name = f"{case.rule} {case.tree} {kind}"
             accepted[name] = int(decide(*args)) / STEPS
-            programs[name] = _timed(decide, *args)
-        programs[f"{case.rule} {case.tree} draw"] = _timed(grow, about_VR, sampling)
-    seconds = {k: np.array(v) for k, v in costs.in_turn(programs, rounds).items()}
+            programs[name] = timed(decide, *args)
+        programs[f"{case.rule} {case.tree} draw"] = timed(grow, about_VR, sampling)
+    seconds = {k: np.array(v) for k, v in in_turn(programs, rounds).items()}
     one, more = (seconds[str(depth)] for depth in STACKS)
     layer = (more - one) / (STACKS[1] - STACKS[0])
     whole = one + (LAYERS - 1) * layer
@@ -117,11 +117,11 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
             "draw_seconds": statistics.median(seconds[f"{name} draw"]),
         }
         for kind in "usual", "most":
-            own = seconds[f"{name} {kind}"] / STEPS
+            per_step = seconds[f"{name} {kind}"] / STEPS
             figures[name][kind] = {
                 "accepted": accepted[f"{name} {kind}"],
-                "seconds": spread(own.tolist()),
-                "share": spread((own / whole).tolist()),
+                "seconds": spread(per_step.tolist()),
+                "share": spread((per_step / whole).tolist()),
             }
     return {
         "nodes": 64,
@@ -134,42 +134,43 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
         "one_layer_and_head_seconds": spread(one.tolist()),
         "verification_seconds": spread(whole.tolist()),
         "rules": figures,
+        "versions": versions(),
     }
 
 
 def _programs(case: Case):
-    """Jitted functions that judge a tree STEPS times, and that draw one."""
+    """Jitted functions that judge a tree STEPS times, and that propose one."""
     shape = shapes.parse(case.tree)
     assert isinstance(shape, StaticShape) and shape.num_nodes == 64
     proposal = compatibility.choose_proposal(case.rule, "", shape)
-    spec = SpeculativeConfig(rule=case.rule, tree=case.tree)
-    rule, vocab, depth = rules.make(spec), _TARGET.vocab_size, shape.depth
-    at_B = jnp.full(1, _PREFIX, jnp.int32)
+    rule = rules.make(SpeculativeConfig(rule=case.rule))
+    vocab, depth = _TARGET.vocab_size, shape.depth
+    root_B = jnp.full(1, _PREFIX, jnp.int32)
 
     @jax.jit
     def grow(draft_VR, sampling):
-        uniforms = streams.of_proposal(sampling.seed, at_B, 64)
-        noise = None
-        if proposal == "shared":
-            noise = Noise(sampling.seed, at_B + 1, vocab).kept(depth, False).rows
+        """A tree, and the noise that was made for it."""
+        randomness = Randomness(sampling, root_B, 64, depth, vocab)
         context = DraftContext(
+            target=None,
+            vocab=vocab,
             active=jnp.ones(1, bool),
             root=jnp.ones(1, jnp.int32),
-            lengths=at_B,
+            lengths=root_B,
             page_table=jnp.zeros((1, 1), jnp.int32),
             sampling=sampling,
-            noise=noise,
-            uniforms=uniforms,
+            randomness=randomness,
+            proposal=proposal,
         )
         used = 1
 
-        def expand(tokens_BW, depth, mask_BWU, scratch):
+        def expand(level, scratch):
             nonlocal used
-            first, used = used, used + tokens_BW.shape[1]
+            first, used = used, used + level.tokens.shape[1]
             return draft_VR[:, first:used], scratch
 
-        tree = growth.grow(shape, context, draft_VR[:, :1], expand, 0.7, proposal)
-        return tree, noise
+        tree = growth.grow(shape, context, draft_VR[:, :1], expand, 0.7)
+        return tree, randomness.noise()
 
     @jax.jit
     def decide(tree, noise, logits_VR, sampling):
@@ -184,9 +185,9 @@ def _programs(case: Case):
                 ((tree, noise, logits_VR, sampling), (turn, carry))
             )
             tree_, noise_, logits_, sampling_ = now
-            randomness = rule.randomness(sampling_, at_B + turn, 64, depth, vocab)
-            if case.rule == "exact":
-                randomness = dataclasses.replace(randomness, rows=noise_)
+            fresh = Randomness(sampling_, root_B + turn, 64, depth, vocab)
+            shared = Noise(sampling_.seed, root_B + turn + 1, vocab, noise_.rows)
+            randomness = Given(shared, decision=fresh.verdict())
             verdict = rule.decide(tree_, logits_, sampling_, randomness, depth)
             accepted, last = carry
             return accepted + jnp.sum(verdict.count), last + jnp.sum(verdict.emitted)
@@ -196,40 +197,24 @@ def _programs(case: Case):
     return decide, grow
 
 
-def _timed(program, *args):
-    def run():
-        began = time.perf_counter()
-        jax.block_until_ready(program(*args))
-        return time.perf_counter() - began
-
-    return run
-
-
 def report(results: dict[str, Any]) -> str:
     """A Markdown table."""
     head = ("rule", "", "tree", "accepted", "ms", "of verification")
     rows = [(*head, "most accepted", "of verification", "drawing, ms")]
-    for name, own in results["rules"].items():
+    for name, figures in results["rules"].items():
         rule, tree = name.split()
         row = [rule, compatibility.RULES[rule].label, f"`{tree}`"]
         for kind in "usual", "most":
-            row.append(f"{own[kind]['accepted']:.1f}")
+            row.append(f"{figures[kind]['accepted']:.1f}")
             if kind == "usual":
-                row.append(_range(own[kind]["seconds"], 1e3, ".1f"))
-            row.append(_range(own[kind]["share"], 100, ".1f") + " %")
-        rows.append((*row, f"{1e3 * own['draw_seconds']:.0f}"))
+                row.append(tables.spread(figures[kind]["seconds"], ".1f", 1e3))
+            row.append(tables.spread(figures[kind]["share"], ".1f", 100) + " %")
+        rows.append((*row, f"{1e3 * figures['draw_seconds']:.0f}"))
+    verification = tables.spread(results["verification_seconds"], ".0f", 1e3)
     return (
         f"T = {results['nodes']}, V = {results['vocab']}, batch {results['batch']}, "
         f"temperature {results['temperature']:g}, top-p {results['top_p']:g}, "
         f"{results['rounds']} rounds, medians (min–max); verification by "
-        "Llama-3.2-1B's shape takes "
-        f"{_range(results['verification_seconds'], 1e3, '.0f')} ms ({LAYERS} layers, "
-        f"extrapolated from {STACKS[0]} and {STACKS[1]})\n\n" + table.markdown(rows)
+        f"Llama-3.2-1B's shape takes {verification} ms ({LAYERS} layers, extrapolated "
+        f"from {STACKS[0]} and {STACKS[1]})\n\n" + tables.markdown(rows)
     )
-
-
-def _range(values: dict[str, float], scale: float, form: str) -> str:
-    middle, low, high = (
-        format(scale * values[k], form) for k in ("median", "min", "max")
-    )
-    return f"{middle} ({low}–{high})"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from treespec_jax.errors import UserError
 
@@ -52,16 +50,6 @@ def can_plot() -> bool:
     if not found:
         say("no plot: matplotlib is missing; pip install 'treespec-jax[train]'")
     return found
-
-
-def write(
-    work: Path, results: dict[str, Any], table: str, plot: Callable[..., None] | None
-) -> None:
-    """Writes results.json, results.md and, by `plot(results, path)`, results.png."""
-    (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (work / "results.md").write_text(table + "\n")
-    if plot is not None:
-        plot(results, work / "results.png")
 
 
 def say(line: str) -> None:

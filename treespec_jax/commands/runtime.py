@@ -1,11 +1,9 @@
-"""Start-up of jax for the scripts: quiet logs and a persistent compilation cache."""
+"""Start-up of jax for the commands: quiet logs and a persistent compilation cache."""
 
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
-from typing import Any
 
 
 def set_up(compilation_cache: str | None = None) -> None:
@@ -46,33 +44,3 @@ def _writable(folder: Path) -> bool:
     except (OSError, RuntimeError):
         return False
     return os.access(folder, os.W_OK | os.X_OK)
-
-
-def versions() -> dict[str, Any]:
-    """Versions and devices that a result was obtained with."""
-    import flax
-    import jax
-    import jaxlib
-    import numpy
-
-    device = jax.devices()[0]
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "flax": flax.__version__,
-        "numpy": numpy.__version__,
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "backend": device.platform,
-        "device_kind": device.device_kind,
-        "devices": jax.device_count(),
-        "cpus": usable_cpus(),
-    }
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

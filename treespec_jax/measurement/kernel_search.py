@@ -1,4 +1,4 @@
-"""Runs the search over the kernel's block sizes, prints it, and writes its choice."""
+"""The search over the TPU kernel's block sizes: trials, a table, and the choice."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from tqdm import tqdm
 from pallas_kernels import aot
 from pallas_kernels.tree_attention import tuning
 from pallas_kernels.tree_attention.sizes import CLASSES, SIZES_FILE, choose, save
+from pallas_kernels.tree_attention.tuning import Shape
 from treespec_jax.errors import UserError
-from treespec_jax.experiments.table import markdown
-
-
-def shape(**fields) -> tuning.Shape:
-    """The call to tune for; see `tuning.Shape`."""
-    return tuning.Shape(**fields)
+from treespec_jax.measurement.tables import markdown
 
 
 def classes(names: Sequence[str] | None) -> tuple[int, ...]:
@@ -38,11 +34,7 @@ def classes(names: Sequence[str] | None) -> tuple[int, ...]:
 
 
 def run(
-    call: tuning.Shape,
-    topologies: Sequence[str],
-    rows: Sequence[int],
-    work: Path,
-    write: bool,
+    call: Shape, topologies: Sequence[str], rows: Sequence[int], work: Path, write: bool
 ) -> None:
     """Tries all candidates of all classes, for each topology or on this device.
 
@@ -58,21 +50,21 @@ def run(
     """
     journal = tuning.Journal(work / "trials.jsonl")
     chosen: dict[str, dict[int, tuning.BlockSizes | None]] = {}
-    for place, kind, attempt in _places(call, topologies):
+    for name, kind, attempt in _trials_of(call, topologies):
         table = [("rows", "block_rows", "unroll", "tile", "cost", "default", "refused")]
         for count in rows:
             trials = []
             default = choose(None, count)
             given = list(tuning.candidates(count))
-            for sizes in tqdm([default, *given], desc=f"{place} {count}", leave=False):
+            for sizes in tqdm([default, *given], desc=f"{name} {count}", leave=False):
                 named = dataclasses.asdict(sizes)
-                key = place, dataclasses.asdict(call), count, named
+                key = name, dataclasses.asdict(call), count, named
                 trial = functools.partial(attempt, count, sizes)
                 trials.append(journal.run(key, trial))
             found = tuning.best(trials)
             if found is None:
                 raise UserError(
-                    f"{place}: the kernel takes no candidate at {count} rows: "
+                    f"{name}: the kernel takes no candidate at {count} rows: "
                     f"{trials[0].figures['refused']}"
                 )
             better = None if found is trials[0] else found.sizes
@@ -101,8 +93,8 @@ def _cost(trial: tuning.Trial) -> str:
     return "refused" if trial.cost is None else f"{trial.cost:.3g}"
 
 
-def _places(call: tuning.Shape, topologies: Sequence[str]):
-    """(name, device kind, function of a trial) of every place to tune for."""
+def _trials_of(call: Shape, topologies: Sequence[str]):
+    """(name, device kind, function of a trial) of every topology or this device."""
     if not topologies:
         device = jax.devices()[0]
         if device.platform != "tpu":

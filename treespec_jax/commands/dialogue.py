@@ -15,9 +15,7 @@ Messages = list[dict[str, Any]]
 
 
 def hold(
-    answer: Callable[[Messages], Any],
-    opening: Messages,
-    source: TextIO | None = None,
+    answer: Callable[[Messages], Any], opening: Messages, source: TextIO | None = None
 ) -> tuple[list[Messages], list[Any]]:
     """Reads what the user says, has it answered, and remembers both.
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from treespec_jax.experiments.runtime import usable_cpus
+from treespec_jax.measurement.versions import usable_cpus
 
 # Well beyond any last-level cache.
 BYTES = 512 << 20

@@ -1,0 +1,26 @@
+"""The commands: one module each, and the settings and flags that they share.
+
+A command's module is light to import. It has a docstring, whose first line describes
+the command; `define()`, which defines the flags; and `main(given)`, which takes their
+values once the command line is parsed.
+"""
+
+import time
+
+# Commands report seconds since here; `cli` imports this before all else.
+STARTED = time.perf_counter()
+# As the scripts are named.
+COMMANDS = (
+    "generate",
+    "benchmark",
+    "compare_rules",
+    "measure_rules",
+    "calibrate_drafter",
+    "list_models",
+    "convert_checkpoint",
+    "widen_checkpoint",
+    "train_lm",
+    "tpu_report",
+    "tune_kernel",
+    "benchmark_attention",
+)

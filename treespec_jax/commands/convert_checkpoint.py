@@ -1,0 +1,63 @@
+"""Converts a checkpoint to this package's own format.
+
+Reads a Hugging Face folder, a llama2.c .bin file or a folder that this command wrote;
+writes a folder with the weights (orbax), the configuration and the tokenizer:
+
+  convert_checkpoint --input=stories260K.bin --tokenizer=tok512.bin --output=stories
+
+After a kill, an interrupt or a full disk the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_string, FlagValues
+
+
+def define() -> None:
+    """Defines the flags."""
+    DEFINE_string("input", None, "checkpoint to read", required=True)
+    DEFINE_string("output", None, "folder to write to", required=True)
+    DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "of the parameters in the output; default: as in the input",
+    )
+    DEFINE_string(
+        "tokenizer", None, "tokenizer file; default: the one found with the input"
+    )
+    DEFINE_bool("restart", False, "start over instead of going on where a run stopped")
+
+
+def main(given: FlagValues) -> None:
+    """Runs the command."""
+    # Weights go from file to file; an accelerator would only lend its memory.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import tqdm
+
+    from treespec_jax import checkpoints
+
+    def bar(groups):
+        total = sum(group.nbytes for group in groups)
+        with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="writing") as shown:
+            for group in groups:
+                yield group
+                shown.update(group.nbytes)
+
+    output, restart = given.output, given.restart
+    checkpoints.check_output(output)
+    about = checkpoints.describe(given.input, given.tokenizer)
+    for note in about.notes:
+        print(f"note: {note}", file=sys.stderr)
+    done = checkpoints.convert(
+        about, output, given.dtype, restart=restart, progress=bar
+    )
+    if done.resumed:
+        print(f"{done.resumed:,} bytes were there from an earlier run", file=sys.stderr)
+    kind = about.tokenizer.file_name if about.tokenizer else "no tokenizer"
+    print(
+        f"wrote {output}: {done.parameters:,} parameters in {done.dtype.name}, {kind}"
+    )

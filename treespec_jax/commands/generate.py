@@ -1,0 +1,296 @@
+"""Continues prompts with a target model and a drafter; see also README.md.
+
+For example:
+
+  generate --prompt="once upon a time" --tree=dynamic:15@5 --compare
+
+--chat answers prompts by the checkpoint's chat template; without any prompt it holds a
+conversation on stdin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string, FlagValues
+
+from treespec_jax import commands
+from treespec_jax.commands import (
+    dialogue,
+    flags,
+    loading,
+    prompts,
+    runtime,
+    setting_flags,
+)
+from treespec_jax.commands.prompts import Prompt
+from treespec_jax.commands.settings import Experiment
+from treespec_jax.engine.stats import total
+from treespec_jax.measurement import tables
+
+# Stands for what the user will say, to see that it can be answered.
+_GREETING = [{"role": "user", "content": "Hello"}]
+_SECONDS = ("prefill_seconds", "decode_seconds")
+# Timed runs of each way of decoding in a comparison; the better one counts.
+_ROUNDS = 2
+
+
+_SETTINGS = setting_flags.SettingFlags()
+
+
+def define() -> None:
+    """Defines the flags."""
+    _SETTINGS.define()
+    DEFINE_string("prompt", None, "the text to continue")
+    DEFINE_bool("chat", False, "answer prompts; without any, talk on stdin")
+    DEFINE_string("system", None, "system message, with --chat")
+    DEFINE_multi_string(
+        "chat_option", None, "NAME=JSON for the chat template to see; repeatable"
+    )
+    DEFINE_bool("compare", False, "decode plainly too and compare")
+    DEFINE_bool("json", False, "print one JSON object instead of text")
+    flags.define("prompts_file", "compilation_cache")
+
+
+def main(given: FlagValues) -> None:
+    """Runs the command."""
+    texts, opening = prompts.gather(
+        given.chat, given.prompt, given.prompts_file, given.system
+    )
+    job = Job(
+        _without_idle_slots(_SETTINGS.experiment().with_paths(), len(texts)),
+        texts,
+        opening,
+        prompts.options(given.chat_option),
+        not given.json,
+    )
+    # Before jax starts and weights are read, so that a mistake is answered at once.
+    encoded = job.check()
+    runtime.set_up(given.compilation_cache)
+    run(job, encoded, given.compare)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to generate.
+
+    Attributes:
+      settings: with their paths looked up.
+      prompts: texts to continue, or conversations to answer.
+      opening: messages in front of a conversation to hold on stdin, if there are no
+        prompts.
+      options: further values for the chat template to see.
+      shown: print texts and tables rather than one JSON object.
+    """
+
+    settings: Experiment
+    prompts: Sequence[Prompt]
+    opening: list[dict[str, Any]] | None
+    options: dict[str, Any]
+    shown: bool
+
+    def check(self) -> list[list[int]]:
+        """Token ids of the prompts, see `loading.check`."""
+        texts = self.prompts or [[*self.opening, *_GREETING]]
+        trees = [] if self.settings.plain else [self.settings.speculative.tree]
+        return loading.check(self.settings, texts, trees, self.options)
+
+
+def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
+    """Loads, compiles, generates and prints.
+
+    Raises:
+      UserError: a checkpoint that cannot be read, or a pair that does not fit together.
+    """
+    settings, params = job.settings, job.settings.sampling
+    from treespec_jax.measurement import rounds, step_cost, versions
+
+    began = time.perf_counter()
+    pair = loading.load_pair(settings)
+    llm = loading.make_llms({"": settings}, pair)[""]
+    loaded = time.perf_counter()
+    if not job.prompts:
+        encoded = [[0] * (n + 1) for n in llm.engine.config.prefill_chunks]
+    step_cost.warm_up(llm, encoded)
+    timing = {
+        "load_seconds": loaded - began,
+        "compile_seconds": time.perf_counter() - loaded,
+    }
+    answered, completions, stats, first = _completions(job, llm, params)
+    if first is not None:
+        timing["first_token_seconds"] = first - commands.STARTED
+    reliability = rounds.reliability([r for c in completions for r in c.records])
+    comparison = None
+    if compare and answered:
+        plain = loading.make_llm(settings.with_tree("none"), pair)
+        step_cost.warm_up(plain, encoded)
+        comparison = _compare(job, llm, plain, answered, completions)
+    if not job.shown:
+        report = {
+            "settings": loading.in_force(settings, llm),
+            "completions": [_completion(c) for c in completions],
+            "stats": stats.as_dict(),
+            "reliability": reliability,
+            "timing": timing,
+            "comparison": comparison,
+            "versions": versions.versions(),
+        }
+        print(json.dumps(report, indent=2))
+        return
+    print(_table(settings, stats, timing))
+    for line in tables.reliability({settings.speculative.tree: reliability}):
+        print(line)
+    if comparison:
+        print(_comparison_lines(comparison, settings))
+
+
+def _completions(job: Job, llm, params):
+    """Prompts, completions, statistics, and when a lone text's first token came."""
+    from treespec_jax.measurement import rounds
+
+    def stream(prompt: Prompt):
+        return _stream(llm, prompt, params, job.shown, job.options)
+
+    if not job.prompts:
+        answered, completions = dialogue.hold(lambda said: stream(said)[0], job.opening)
+        parts = [c.stats for c in completions]
+        seconds = [sum(getattr(s, name) for s in parts) for name in _SECONDS]
+        return answered, completions, total(parts, *seconds), None
+    if len(job.prompts) == 1:
+        completion, first = stream(job.prompts[0])
+        return job.prompts, [completion], completion.stats, first
+    generation, seconds = rounds.decode(llm, job.prompts, params, job.options)
+    if job.shown:
+        _print_texts(generation)
+    stats = dataclasses.replace(generation.stats, decode_seconds=seconds)
+    return job.prompts, list(generation), stats, None
+
+
+def _without_idle_slots(settings: Experiment, prompts: int) -> Experiment:
+    """A slot costs its rows in every pass, whether or not it holds a text."""
+    slots = min(settings.engine.max_batch, max(1, prompts))
+    engine = dataclasses.replace(settings.engine, max_batch=slots)
+    return dataclasses.replace(settings, engine=engine)
+
+
+def _stream(llm, prompt: Prompt, params, shown: bool, options):
+    """Runs one prompt; shows its text if asked to. Returns it and when it began."""
+    chat = not isinstance(prompt, str)
+    if chat:
+        pieces = llm.stream_chat(prompt, params, options)
+    else:
+        pieces = llm.stream(prompt, params)
+    if shown and not chat:
+        print(prompt, end="", flush=True)
+    first = None
+    try:
+        for piece in pieces:
+            first = first or time.perf_counter()
+            if shown:
+                print(piece, end="", flush=True)
+    finally:
+        # An interrupted text ends its line too.
+        if shown:
+            print("\n", flush=True)
+    return pieces.completion, first or time.perf_counter()
+
+
+def _print_texts(completions) -> None:
+    for completion in completions:
+        prompt = completion.prompt
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        print(f"> {prompt}\n{completion.text.strip()}\n")
+
+
+def _compare(job: Job, llm, plain, prompts, completions) -> dict[str, Any]:
+    """Decodes by a plain `LLM`, and again with the tree, both compiled before."""
+    from treespec_jax.measurement import rounds
+
+    params = job.settings.sampling
+    speeds = {"tree": 0.0, "plain": 0.0}
+    for _ in range(_ROUNDS):
+        for name, model in (("plain", plain), ("tree", llm)):
+            generation, seconds = rounds.decode(model, prompts, params, job.options)
+            speeds[name] = max(speeds[name], generation.stats.tokens / seconds)
+            if name == "plain":
+                reference = generation
+    difference = None
+    for index, (ours, theirs) in enumerate(zip(completions, reference, strict=True)):
+        if ours.token_ids != theirs.token_ids:
+            difference = _first_difference(index, ours.token_ids, theirs.token_ids)
+            break
+    return {
+        "identical": difference is None,
+        "first_difference": difference,
+        "tokens_per_second": speeds["tree"],
+        "plain_tokens_per_second": speeds["plain"],
+        "speedup": speeds["tree"] / speeds["plain"] if speeds["plain"] else None,
+    }
+
+
+def _first_difference(index: int, ours: list[int], theirs: list[int]):
+    shared = min(len(ours), len(theirs))
+    position = next((i for i in range(shared) if ours[i] != theirs[i]), shared)
+    return {
+        "prompt": index,
+        "at": position,
+        "tree": ours[position] if position < len(ours) else None,
+        "plain": theirs[position] if position < len(theirs) else None,
+    }
+
+
+def _completion(completion) -> dict[str, Any]:
+    values = {
+        "prompt": completion.prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stats": completion.stats.as_dict(),
+    }
+    if completion.logprobs is not None:
+        values["logprobs"] = completion.logprobs
+    return values
+
+
+def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
+    rows = [
+        ("tree", "none" if settings.plain else settings.speculative.tree),
+        ("rule", stats.label),
+        ("tokens", str(stats.tokens)),
+        ("steps", str(stats.steps)),
+        ("tokens per step", f"{stats.tokens_per_step:.2f}"),
+        ("acceptance by depth", tables.percents(stats.acceptance_by_depth)),
+        ("accepted by rank", tables.percents(stats.acceptance_by_rank)),
+        ("prefill", f"{stats.prefill_seconds:.3f} s"),
+        ("decode", f"{stats.decode_seconds:.3f} s"),
+        ("speed", f"{stats.tokens_per_second:.1f} tok/s"),
+        ("load", f"{timing['load_seconds']:.2f} s"),
+        ("compile", f"{timing['compile_seconds']:.2f} s"),
+    ]
+    if "first_token_seconds" in timing:
+        seconds = timing["first_token_seconds"]
+        rows.append(("time to first token", f"{seconds:.2f} s from start"))
+    return tables.aligned(rows)
+
+
+def _comparison_lines(comparison: dict[str, Any], settings: Experiment) -> str:
+    verdict = tables.verdict(settings.as_dict())
+    if comparison["identical"]:
+        verdict = "tokens are identical to plain decoding"
+    elif verdict is None:
+        d = comparison["first_difference"]
+        verdict = (
+            f"tokens are DIFFERENT from plain decoding: prompt {d['prompt']}, token "
+            f"{d['at']} is {d['tree']} with the tree and {d['plain']} without"
+        )
+    rows = [
+        ("with the tree", f"{comparison['tokens_per_second']:.1f} tok/s"),
+        ("plain", f"{comparison['plain_tokens_per_second']:.1f} tok/s"),
+    ]
+    if comparison["speedup"]:
+        rows.append(("ratio", f"{comparison['speedup']:.2f}"))
+    return f"\n{verdict}\n" + tables.aligned(rows)

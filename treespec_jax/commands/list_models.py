@@ -1,0 +1,78 @@
+"""Lists well-known models, or describes checkpoints: sizes before anything is loaded.
+
+For example:
+
+  list_models
+  list_models --model=llama-3.1-8b,path/to/folder --dtype=float32 --json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list, FlagValues
+
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def define() -> None:
+    """Defines the flags."""
+    DEFINE_list(
+        "model", None, "names of models, or paths of checkpoints; default: all names"
+    )
+    DEFINE_enum(
+        "dtype", "bfloat16", list(_DTYPES), "of the parameters and of the cache"
+    )
+    DEFINE_bool("json", False, "print JSON, in parameters, bytes and tokens")
+
+
+def main(given: FlagValues) -> None:
+    """Runs the command."""
+    from treespec_jax.measurement.tables import aligned
+    from treespec_jax.models import presets
+
+    dtype, names = given.dtype, given.model or presets.names()
+    models = [describe(name, _DTYPES[dtype]) for name in names]
+    if given.json:
+        print(json.dumps({"dtype": dtype, "models": models}, indent=2))
+        return
+    head = ["name", "family", "parameters", f"{dtype} GB", "cache kB", "tokens"]
+    rows = [
+        [
+            model["name"],
+            model["family"],
+            f"{model['parameters']:,}",
+            f"{model['weight_bytes'] / 1e9:.2f}",
+            f"{model['cache_bytes_per_token'] / 1e3:.1f}",
+            f"{model['positions']:,}",
+        ]
+        for model in models
+    ]
+    print(aligned([head, *rows]))
+    print("cache: per token of a text; tokens: the longest text the model knows")
+
+
+def describe(name: str, size: int) -> dict[str, Any]:
+    """Sizes of a model, or of the checkpoint of that path, in numbers of some bytes.
+
+    Raises:
+      UserError: no model of that name and no file, or an unreadable checkpoint.
+    """
+    from treespec_jax import checkpoints
+    from treespec_jax.checkpoints.families import parameter_count
+    from treespec_jax.models import presets
+
+    path = Path(name).expanduser()
+    config = checkpoints.describe(path).config if path.exists() else presets.get(name)
+    parameters = parameter_count(config)
+    rows = config.num_layers * 2 * config.num_kv_heads * config.head_dim
+    return {
+        "name": name,
+        "family": config.family,
+        "parameters": parameters,
+        "weight_bytes": parameters * size,
+        "cache_bytes_per_token": rows * size,
+        "positions": config.max_positions,
+    }

@@ -1,0 +1,136 @@
+"""From settings to loaded weights and engines that share them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from treespec_jax import limits
+from treespec_jax.commands.prompts import Prompt
+from treespec_jax.commands.settings import MODEL, SECTIONS, Experiment
+from treespec_jax.errors import UserError
+from treespec_jax.trees import shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A target and, unless decoding is plain, a drafter (`checkpoints.LoadedModel`)."""
+
+    target: object
+    draft: object | None
+
+
+def check(
+    settings: Experiment,
+    prompts: Iterable[Prompt],
+    trees: Iterable[str],
+    options: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of the prompts, once all that weights are not needed for is right.
+
+    Takes milliseconds and does not start jax.
+
+    Args:
+      settings: with their paths looked up.
+      prompts: texts, or conversations.
+      trees: shapes that will be grown.
+      options: further values for a chat template to see.
+
+    Raises:
+      UserError: a checkpoint whose configuration or tokenizer cannot be read, a pair
+        of different vocabularies, max_len past the models' positions, a tree that is
+        deeper than max_len, no tokenizer, no chat template, a prompt without room in
+        max_len, or a logit bias for a token that the target lacks.
+    """
+    from treespec_jax.checkpoints import describe
+    from treespec_jax.checkpoints.pairs import check_pair
+
+    tokenizer = settings.tokenizer or None
+    target = describe(settings.target, tokenizer)
+    draft = None
+    if settings.speculative.model:
+        draft = describe(settings.speculative.model, tokenizer)
+        check_pair(target, draft)
+    max_len = limits.text_length(settings.engine.max_len, target, draft)
+    for tree in trees:
+        limits.check_tree(shapes.parse(tree).depth, max_len)
+    if target.tokenizer is None:
+        raise UserError(
+            "the target's checkpoint has no tokenizer; name one with --tokenizer=PATH"
+        )
+    tokenizer = target.tokenizer
+    encoded = [
+        tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p, options)
+        for p in prompts
+    ]
+    limits.check_bias(settings.sampling.logit_bias, target.config.vocab_size)
+    for ids in encoded:
+        limits.check_tokens(ids, target.config.vocab_size)
+        limits.check_prompt(ids, max_len)
+    return encoded
+
+
+def load_pair(settings: Experiment) -> Pair:
+    """Reads the weights that `settings` name.
+
+    Raises:
+      UserError: a checkpoint that cannot be read, or a mesh that cannot be had.
+    """
+    import jax
+
+    from treespec_jax.checkpoints import load
+    from treespec_jax.sharding import make_mesh
+
+    dtype = settings.dtype or None
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"
+    tokenizer = settings.tokenizer or None
+    mesh = make_mesh(settings.mesh) if settings.mesh else None
+    target = load(settings.target, dtype, tokenizer=tokenizer, mesh=mesh)
+    draft = None
+    if settings.speculative.model:
+        path = settings.speculative.model
+        draft = load(path, target.dtype, tokenizer=tokenizer, mesh=mesh)
+    return Pair(target, draft)
+
+
+def make_llm(settings: Experiment, pair: Pair):
+    """An `LLM` with an engine of its own over the shared weights.
+
+    Raises:
+      UserError: vocabularies that differ, or sizes that do not fit.
+    """
+    from treespec_jax import LLM
+
+    engine = settings.engine
+    return LLM(
+        pair.target,
+        speculative=dataclasses.replace(settings.speculative, model=pair.draft),
+        **{f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)},
+    )
+
+
+def make_llms(variants: Mapping[Any, Experiment], pair: Pair) -> dict[Any, Any]:
+    """An `LLM` for each of some settings; says on stderr what is to know of them."""
+    llms = {name: make_llm(settings, pair) for name, settings in variants.items()}
+    for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
+        print(f"note: {note}", file=sys.stderr)
+    return llms
+
+
+def in_force(settings: Experiment, llm, *sections: str) -> dict[str, Any]:
+    """The settings for JSON, with what was left to the models filled in.
+
+    Args:
+      settings: as given.
+      llm: made of them.
+      *sections: those besides MODEL.
+    """
+    unused = set(SECTIONS) - {*MODEL, *sections}
+    values = {k: v for k, v in settings.as_dict().items() if k not in unused}
+    values["dtype"] = llm.dtype
+    values["engine"] |= dataclasses.asdict(llm.engine.config)
+    values["speculative"]["tau"] = llm.drafter.tau
+    return values

@@ -1,0 +1,207 @@
+"""Flags of settings, made from the fields of their classes and one table of texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from treespec_jax.commands import config_file, settings
+from treespec_jax.commands.flags import numbers
+from treespec_jax.commands.settings import Setting
+from treespec_jax.errors import UserError
+
+# --help shows the flags below as those of the command that defines them.
+flags.disclaim_key_flags()
+
+# A text for every field; "default: …" is added where the default is a value that says
+# it all.
+HELP: dict[str, dict[str, str]] = {
+    "": {
+        "target": "target's checkpoint; default: the bundled one",
+        "tokenizer": "tokenizer file; default: the checkpoint's own",
+        "dtype": "float32, bfloat16 or float16; default: float32 on a CPU, else the "
+        "checkpoint's",
+        "mesh": "devices that share the models: tensor:4; default: one device",
+    },
+    "sampling": {
+        "max_tokens": "tokens to emit per prompt, at most",
+        "temperature": "0 is greedy",
+        "top_k": "keep the k likeliest tokens; 0: all",
+        "top_p": "keep the likeliest tokens that have this probability together",
+        "min_p": "keep tokens of at least this fraction of the greatest probability",
+        "seed": "of the noise (of the first prompt, where each has its own)",
+        "stop": "text that ends the output; repeatable; default: none",
+        "ignore_eos": "go on past the end of text",
+        "logprobs": "log p of every token, with --json",
+        "repetition_penalty": "> 1 makes tokens of prompt and output less likely",
+        "presence_penalty": "taken off the logits of tokens that were emitted",
+        "frequency_penalty": "taken off once per time that a token was emitted",
+        "logit_bias": "TOKEN=NUMBER, added to the logit of a token id; repeatable; "
+        "default: none",
+    },
+    "speculative": {
+        "method": "what drafts: draft_model, ngram, or none for plain decoding",
+        "model": "drafter's checkpoint; default: the bundled one, if the target is",
+        "tree": "none, chain:5, regular:4x2x1, dynamic:15@5 or allotted:15@5",
+        "tau": "temperature of the drafter's estimates; default: the one fitted by "
+        "calibrate_drafter, else 0.7",
+        "rule": "exact, token, block, traversal, terminal or (LOSSY) typical",
+        "proposal": "how nodes are proposed: shared, sampled, with_replacement, best "
+        "or best_kept; default: the usual one of the rule",
+        "cascade": "LOSSY: chow, diff, opt, token_v1, token_v2 or token_v3; default: "
+        "none",
+        "alpha": "of the cascade, in [0, 1]",
+        "typical_eps": "typical rule: a token of this probability always passes",
+        "typical_delta": "typical rule: its bound is min(eps, delta exp(-entropy))",
+        "options": "NAME=VALUE, a setting of the method; repeatable; default: none",
+    },
+    "engine": {
+        "max_batch": "texts decoded together",
+        "max_len": "tokens per text, prompt included; default: the models' limit, 4096 "
+        "at most",
+        "page_size": "cache rows per page",
+        "num_pages": "pages in all; default: enough for max_batch texts of max_len",
+        "steps_per_dispatch": "steps per host round trip",
+        "prefill_chunks": "rows of the compiled prefill passes, ascending",
+        "lanes": "cache rows are padded to a multiple of it; default: 128 on a TPU, "
+        "else 1",
+        "cache_dtype": "float32, bfloat16, float16, or int8: half the cache, LOSSY; "
+        "default: as the weights",
+        "record": "also say how often the drafter's estimates come true",
+    },
+    "benchmark": {
+        "shapes": "tree shapes to compare",
+        "rounds": "each runs all shapes on all prompts",
+        "prompts_file": "a prompt a line, or .jsonl; default: story openings",
+    },
+    "comparison": {
+        "rules": "acceptance rules to compare",
+        "shapes": "tree shapes to compare them on",
+        "temperatures": "of the requests",
+        "rounds": "each runs everything on all prompts",
+        "prompts_file": "a prompt a line, or .jsonl; default: story openings",
+    },
+}
+# A field that has a flag of another name.
+_NAMES = {"speculative.model": "draft", "speculative.options": "drafter_option"}
+# Its texts may hold commas.
+_REPEATABLE = ("sampling.stop",)
+_DEFINE = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_list,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SettingFlags:
+    """--config, and a flag for every setting that decides how a model runs.
+
+    These are the settings outside of sections (`target`, `dtype`, …) and those of the
+    sections `settings.MODEL`. A flag that is not given changes nothing.
+
+    Attributes:
+      more: names of further sections.
+      defaults: of one command, by dotted name, in force without a --config.
+      without: dotted names of settings that the command chooses by itself.
+    """
+
+    more: Sequence[str] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    without: Collection[str] = ()
+
+    def __iter__(self) -> Iterator[Setting]:
+        for section in ("", *settings.MODEL, *self.more):
+            for setting in settings.fields_of(section):
+                if setting.dotted not in self.without:
+                    default = self.defaults.get(setting.dotted, setting.default)
+                    yield dataclasses.replace(setting, default=default)
+
+    def define(self) -> None:
+        """Defines the flags."""
+        config_file.define()
+        for setting in self:
+            _define(setting)
+
+    def experiment(self) -> settings.Experiment:
+        """The settings in force, once the command line is parsed.
+
+        Raises:
+          UserError: an unknown key or a bad value, named.
+        """
+        config = flags.FLAGS.config
+        given = {} if config is not None else dict(self.defaults)
+        for setting in self:
+            value = flags.FLAGS[name_of(setting)].value
+            if value is not None:
+                given[setting.dotted] = _parsed(setting, value)
+        return settings.build(config, given)
+
+
+def name_of(setting: Setting) -> str:
+    """The name of a setting's flag."""
+    return _NAMES.get(setting.dotted, setting.name)
+
+
+def _define(setting: Setting) -> None:
+    """Defines the flag of a setting by the type of its field."""
+    name, words = name_of(setting), HELP[setting.section][setting.name]
+    if setting.default not in (None, "", ()):
+        words += f"; default: {_shown(setting.default)}"
+    define = flags.DEFINE_multi_string
+    if setting.dotted not in _REPEATABLE and not _is_mapping(setting.kind):
+        define = _DEFINE[typing.get_origin(setting.kind) or setting.kind]
+    define(name, None, words)
+
+
+def _shown(default: Any) -> str:
+    """A default as the command line takes it."""
+    if isinstance(default, tuple):
+        return ",".join(map(_shown, default))
+    if isinstance(default, bool):
+        return str(default).lower()
+    return format(default, "g") if isinstance(default, float) else str(default)
+
+
+def _is_mapping(kind: Any) -> bool:
+    """Whether a field holds pairs."""
+    origin, items = typing.get_origin(kind), typing.get_args(kind)
+    return origin is Mapping or (
+        origin is tuple and typing.get_origin(items[0]) is tuple
+    )
+
+
+def _parsed(setting: Setting, value: Any) -> Any:
+    """The setting's value of what absl parsed."""
+    name = name_of(setting)
+    if _is_mapping(setting.kind):
+        kinds = typing.get_args(typing.get_args(setting.kind)[0])
+        return tuple(_pair(name, text, kinds[0]) for text in value)
+    if typing.get_origin(setting.kind) is tuple:
+        item = typing.get_args(setting.kind)[0]
+        return tuple(value) if item is str else numbers(name, value, item)
+    return value
+
+
+def _pair(name: str, text: str, kind: type) -> tuple[Any, Any]:
+    token, equals, value = text.partition("=")
+    if kind is str:
+        if not token or not equals:
+            raise UserError(f"--{name}={text!r} is not NAME=VALUE, such as longest=3")
+        try:
+            return token, json.loads(value)
+        except ValueError:
+            return token, value
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise UserError(
+            f"--{name}={text!r} is not TOKEN=NUMBER, such as 13=-100"
+        ) from None

@@ -1,0 +1,60 @@
+"""What the TPU compiler says of the kernel and of a step; needs libtpu, and no TPU.
+
+For example:
+
+  tpu_report --topology=v6e:2x2 --target=llama-3-8b --kernel_only
+  tpu_report --target=llama-3.2-1b --tree=regular:4x2x1 --output=runs/tpu
+"""
+
+from __future__ import annotations
+
+import os
+
+from absl.flags import (
+    DEFINE_bool,
+    DEFINE_integer,
+    DEFINE_list,
+    DEFINE_string,
+    FlagValues,
+)
+
+from treespec_jax.commands import flags
+from treespec_jax.measurement.study import carry_out
+
+
+def define() -> None:
+    """Defines the flags."""
+    DEFINE_string("topology", "v5e:2x2", "v4:2x2x1, v6e:2x2, …")
+    DEFINE_string("target", "llama-3.2-1b", "a name (list_models)")
+    DEFINE_string("draft", None, "a name; default: four narrow layers")
+    DEFINE_string("tree", "regular:4x2x1", "none, chain:5, dynamic:15@5, …")
+    DEFINE_integer("max_len", 2048, "tokens per text, all of them prefix")
+    DEFINE_string("dtype", "bfloat16", "of weights and cache, or float32")
+    DEFINE_integer("devices", 1, "that share the weights of the step")
+    DEFINE_list("nodes", "1,16,64,128,256", "rows of the kernel's table")
+    DEFINE_bool("kernel_only", False, "leave out the step")
+    DEFINE_bool("step_only", False, "leave out the kernel")
+    flags.define("max_batch", "page_size", "output")
+
+
+def main(given: FlagValues) -> None:
+    """Runs the command."""
+    # The compiler is all that is wanted of libtpu, so jax itself stays on the CPU.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from treespec_jax.measurement import compilation
+
+    job = compilation.Job(
+        topology=given.topology,
+        model=given.target,
+        draft=given.draft,
+        tree=given.tree,
+        batch=given.max_batch,
+        context=given.max_len,
+        page_size=given.page_size,
+        dtype=given.dtype,
+        devices=given.devices,
+        nodes=flags.numbers("nodes", given.nodes),
+    )
+    kernel, step = not given.step_only, not given.kernel_only
+    study = compilation.study(job, kernel=kernel, step=step)
+    carry_out(study, given.output, must_write=False)

@@ -1,1 +1,0 @@
-"""What the scripts generate.py and benchmark.py do; nothing else imports this."""

@@ -1,0 +1,1 @@
+"""How things are timed and shown; knows nothing of commands, flags or settings."""

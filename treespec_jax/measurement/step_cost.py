@@ -1,0 +1,340 @@
+"""What a step spends its time on, and what verifying T nodes costs.
+
+Every figure comes from compiled loops of several passes, timed in turn with those that
+it is compared to, so that whatever else the machine does falls on all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from treespec_jax.cache import pages as paging
+from treespec_jax.config import EngineConfig, SamplingParams
+from treespec_jax.drafting.protocol import Committed, DraftContext, Sizes
+from treespec_jax.engine import step as stepping
+from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.request import Request
+from treespec_jax.engine.scheduler import prefill_plan
+from treespec_jax.measurement.timing import in_turn, paired, spread, timed
+from treespec_jax.models.flat import FlatModule
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.models.views import CacheView
+from treespec_jax.sampling import select
+from treespec_jax.sampling.policy import Sampling
+from treespec_jax.sampling.randomness import Randomness
+from treespec_jax.speculation import Speculation
+from treespec_jax.trees.shapes import ROOT_ONLY, StaticShape, TreeShape
+from treespec_jax.trees.token_tree import static_tree
+from treespec_jax.trees.topology import chain
+
+CURVE_NODES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Median seconds of one step and of its parts, and median shares of the step.
+
+    Attributes:
+      step: the whole, as the engine dispatches it.
+      target: the target's forward pass over the tree, output head included.
+      draft: the drafter's work on a tree, choosing children included.
+      target_share: paired with the step of the same round, as all shares.
+      draft_share: of the drafter.
+      rest_share: deciding, the target's writes to its cache, the host.
+    """
+
+    step: float
+    target: float
+    draft: float
+    target_share: float
+    draft_share: float
+    rest_share: float
+
+
+def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
+    """Compiles all that these prompts will run, on prompts just long enough for it."""
+    config = llm.engine.config
+    sizes = {
+        size
+        for prompt in prompts
+        for _, size, _ in prefill_plan(len(prompt) - 1, config.prefill_chunks)
+    }
+    for size in sorted(sizes):
+        length = min(size + 1, config.max_len - 1)
+        # Greedy or not is one program.
+        params = SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True)
+        llm.generate([[0] * length], params)
+
+
+def middle_of(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
+    """The first half of a text, as long as a dispatch still fits behind it."""
+    config = llm.engine.config
+    width = llm.engine.speculation.depth + 1
+    room = config.max_len - 1 - config.steps_per_dispatch * width
+    text = [*prompt, *emitted[: len(emitted) // 2]]
+    return text[: max(1, room)]
+
+
+def step_cost(
+    engine: Engine,
+    target: Transformer,
+    prefix: Sequence[int],
+    params: SamplingParams,
+    rounds: int,
+) -> StepCost:
+    """Times whole steps after a prefix, and the two models' passes alone.
+
+    Args:
+      engine: warm, nothing running.
+      target: its target.
+      prefix: tokens in front; with those of one dispatch they must fit max_len.
+      params: how to sample.
+      rounds: measurements of each.
+    """
+    config, speculation = engine.config, engine.speculation
+    steps = config.steps_per_dispatch
+    emitted = []
+    # No text may end before the dispatch does.
+    longest = steps * (speculation.depth + 1)
+    params = dataclasses.replace(params, max_tokens=longest, ignore_eos=True)
+
+    def whole():
+        requests = [Request(list(prefix), params) for _ in range(config.max_batch)]
+        for request in requests:
+            engine.submit(request)
+        before = engine.prefill_seconds
+        began = time.perf_counter()
+        engine.advance()
+        prefill = engine.prefill_seconds - before
+        seconds = time.perf_counter() - began - prefill
+        for request in requests:
+            engine.cancel(request)
+        engine.drain()
+        emitted.append(len(requests[0].tokens))
+        return seconds / max(1, requests[0].stats.steps)
+
+    whole()
+    # The middle of what a dispatch sees.
+    length = len(prefix) - 1 + emitted[0] // 2
+    programs = {
+        "step": whole,
+        "target": target_passes(target, speculation.shape, config, length, steps),
+    }
+    if speculation.depth:
+        programs["draft"] = draft_phases(speculation, target, config, length, steps)
+    seconds = in_turn(programs, rounds)
+    draft = seconds.get("draft", [0.0] * rounds)
+    target_shares = paired(seconds["target"], seconds["step"])
+    draft_shares = paired(draft, seconds["step"])
+    rest = [1 - t - d for t, d in zip(target_shares, draft_shares, strict=True)]
+    return StepCost(
+        step=statistics.median(seconds["step"]),
+        target=statistics.median(seconds["target"]),
+        draft=statistics.median(draft),
+        target_share=statistics.median(target_shares),
+        draft_share=statistics.median(draft_shares),
+        rest_share=statistics.median(rest),
+    )
+
+
+def cost_curve(
+    target: Transformer, config: EngineConfig, length: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Cost of the target's pass over T nodes and the argmax of each, for some T."""
+    programs = {
+        str(nodes): target_passes(
+            target,
+            StaticShape(chain(nodes - 1)) if nodes > 1 else ROOT_ONLY,
+            config,
+            length,
+            steps=4,
+            choose=True,
+        )
+        for nodes in CURVE_NODES
+    }
+    seconds = in_turn(programs, rounds)
+    return [
+        {
+            "nodes": int(nodes),
+            "seconds": statistics.median(values),
+            "ratio": spread(paired(values, seconds["1"])),
+        }
+        for nodes, values in seconds.items()
+    ]
+
+
+def target_passes(
+    target: Transformer,
+    shape: TreeShape,
+    config: EngineConfig,
+    length: int,
+    steps: int,
+    choose: bool = False,
+) -> Callable[[], float]:
+    """A program that verifies `steps` trees of a shape after a prefix.
+
+    Args:
+      target: the model.
+      shape: of the tree; a dynamic one costs what a chain of as many nodes does.
+      config: of the cache.
+      length: tokens of prefix; what they are makes no difference to the time.
+      steps: passes per call.
+      choose: also take the argmax of every row.
+
+    Returns:
+      A function that runs it and returns seconds per pass.
+    """
+    if isinstance(shape, StaticShape):
+        topology = shape.topology
+    else:
+        topology = chain(shape.num_nodes - 1)
+    B, T = config.max_batch, topology.num_nodes
+    flat = FlatModule(target)
+    pages, table, lengths = _cache(target, config, length)
+    tree = static_tree(
+        topology, jnp.ones((B, T), jnp.int32), jnp.zeros((B, T), jnp.float32)
+    )
+
+    @jax.jit
+    def passes(leaves, pages, table, lengths, tree, steps):
+        model = flat.bind(leaves)
+
+        def body(turn, tokens_BT):
+            now = dataclasses.replace(tree, tokens=tokens_BT)
+            prefix = CacheView(pages, table, lengths)
+            logits_VR = stepping.verify(model, now, prefix).logits
+            chosen_R = (
+                select.argmax(logits_VR) if choose else _next_tokens(logits_VR, turn)
+            )
+            return chosen_R.reshape(tokens_BT.shape)
+
+        return lax.fori_loop(0, steps, body, tree.tokens)
+
+    return timed(
+        passes, flat.leaves, pages, table, lengths, tree, np.int32(steps), passes=steps
+    )
+
+
+def draft_phases(
+    speculation: Speculation,
+    target: Transformer,
+    config: EngineConfig,
+    length: int,
+    steps: int,
+) -> Callable[[], float]:
+    """A program of a drafter's part of `steps` steps whose trees are accepted whole.
+
+    Arguments as for `target_passes`; slots are greedy.
+    """
+    drafter, shape = speculation.drafter, speculation.shape
+    B, width, vocab = config.max_batch, shape.depth + 1, target.config.vocab_size
+    flats = FlatModule(drafter.module), FlatModule(target)
+    layout, table = _layout(config)
+    features = tuple(
+        jnp.zeros((B, width, target.config.embed_dim))
+        for _ in drafter.needs.feature_layers
+    )
+    zeros = jnp.zeros(B, jnp.int32)
+    sampling = Sampling(
+        zeros * 0.0, zeros, zeros + 1.0, zeros * 0.0, zeros.astype(jnp.uint32)
+    )
+
+    def phases(leaves, state, table, lengths, steps):
+        module, model = (f.bind(x) for f, x in zip(flats, leaves, strict=True))
+        bound = drafter.with_module(module)
+
+        def body(_, carry):
+            state, lengths, root = carry
+            context = DraftContext(
+                target=model,
+                vocab=vocab,
+                active=jnp.ones(B, bool),
+                root=root,
+                lengths=lengths,
+                page_table=table,
+                sampling=sampling,
+                randomness=Randomness(sampling, lengths, shape.num_nodes, width, vocab),
+                proposal=speculation.proposal,
+            )
+            tree, state = bound.propose(state, shape, context)
+            emitted = tree.tokens[:, -width:]
+            committed = Committed(
+                slot=None,
+                tokens=emitted,
+                following=emitted,
+                root=emitted[:, -1],
+                start=lengths,
+                count=jnp.full(B, width, jnp.int32),
+                features=features,
+                page_table=table,
+            )
+            return bound.ingest(state, committed), lengths + width, emitted[:, -1]
+
+        return lax.fori_loop(0, steps, body, (state, lengths, zeros))
+
+    state = drafter.init(Sizes(B, config.max_len, shape.depth, layout))
+    for slot in range(B):
+        # The state of a slot that holds `length` tokens.
+        row, one = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+        committed = Committed(
+            slot=jnp.int32(slot),
+            tokens=row,
+            following=row,
+            root=one,
+            start=one * length,
+            count=one * 0,
+            features=tuple(x[:1, :1] for x in features),
+            page_table=table[slot : slot + 1],
+        )
+        state = drafter.ingest(state, committed)
+    leaves = tuple(flat.leaves for flat in flats)
+    lengths = jnp.full(B, length, jnp.int32)
+    return timed(
+        jax.jit(phases), leaves, state, table, lengths, np.int32(steps), passes=steps
+    )
+
+
+def weight_bytes(target: Transformer) -> int:
+    """Bytes of parameters that a pass reads; of a separate embedding only some rows."""
+    leaves = FlatModule(target).leaves
+    total = sum(leaf.nbytes for leaf in leaves)
+    if not target.config.tied_embeddings:
+        total -= target.embedding[...].nbytes
+    return total
+
+
+def _layout(config: EngineConfig):
+    """A cache with room for every slot's text, and its page table."""
+    per_slot = -(-config.max_len // config.page_size)
+    count = config.max_batch * per_slot + 1
+    layout = paging.CacheLayout(
+        count, config.page_size, config.cache_dtype, config.lanes or 1
+    )
+    table = jnp.arange(1, count, dtype=jnp.int32)
+    return layout, table.reshape(config.max_batch, per_slot)
+
+
+def _cache(model: Transformer, config: EngineConfig, length: int):
+    """An empty cache that claims to hold `length` tokens per slot."""
+    layout, table = _layout(config)
+    pages = paging.empty_pages(model.config, layout)
+    return pages, table, jnp.full(config.max_batch, length, jnp.int32)
+
+
+def _next_tokens(logits_VR, turn):
+    """Tokens [R] for the next pass that depend on every row at next to no cost.
+
+    The row is known at run time only: the product with the whole head stays.
+    """
+    row = turn % logits_VR.shape[0]
+    score_R = lax.dynamic_index_in_dim(logits_VR, row, axis=0, keepdims=False)
+    return 1 + (score_R > 1e30).astype(jnp.int32)

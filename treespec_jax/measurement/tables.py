@@ -1,0 +1,89 @@
+"""Results as text: tables, spreads, and what they were measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> str:
+    """Columns padded to equal width; the first is left-aligned, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(gap.join(_padded(row, widths)).rstrip() for row in rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, readable as it stands; the first row is the head."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    rule = [
+        "-" * width if i == 0 else "-" * (width - 1) + ":"
+        for i, width in enumerate(widths)
+    ]
+    lines = [_padded(row, widths) for row in [rows[0], rule, *rows[1:]]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The cells of a row: the first is left-aligned, the others right."""
+    first, *others = zip(row, widths, strict=True)
+    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+
+
+def percents(shares: Sequence[float]) -> str:
+    """Acceptance by depth as "74 55 41 %"."""
+    if not shares:
+        return "-"
+    return " ".join(f"{100 * share:.0f}" for share in shares) + " %"
+
+
+def spread(values: Mapping[str, float], form: str, scale: float = 1) -> str:
+    """What `timing.spread` gave, as "3.1 (2.9–3.4)"; without extremes if all agree."""
+    middle, low, high = (
+        format(scale * values[name], form) for name in ("median", "min", "max")
+    )
+    return middle if low == high else f"{middle} ({low}–{high})"
+
+
+def conditions(results: Mapping[str, Any], rounds: int) -> str:
+    """What generation was measured on: dtype, prompts, batch, versions and machine."""
+    settings, versions = results["settings"], results["versions"]
+    cache_dtype = settings["engine"]["cache_dtype"]
+    return (
+        settings["dtype"]
+        + (f", {cache_dtype} cache" if cache_dtype != settings["dtype"] else "")
+        + f", {len(results['prompts'])} prompts × "
+        f"{settings['sampling']['max_tokens']} tokens, batch "
+        f"{settings['engine']['max_batch']}, {rounds} rounds; jax {versions['jax']}, "
+        f"{versions['device_kind']}, {versions['cpus']} CPUs"
+    )
+
+
+def verdict(settings: Mapping[str, Any]) -> str | None:
+    """How texts compare with plain decoding, where they may differ; else None."""
+    # Not above, so that tables without it start without numpy.
+    from treespec_jax.acceptance import compatibility
+
+    spec = settings["speculative"]
+    sampled = spec["rule"] != "exact" and settings["sampling"]["temperature"] > 0
+    if not sampled and not spec["cascade"]:
+        return None
+    lossless = compatibility.label(spec["rule"], spec["cascade"]) == "lossless"
+    return f"Different text, {'same distribution (lossless)' if lossless else 'LOSSY'}."
+
+
+def reliability(by_name: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """A Markdown table of what `rounds.reliability` gave; none without records."""
+    known = {name: figures for name, figures in by_name.items() if figures}
+    if not known:
+        return []
+    bins = next(iter(known.values()))["bins"]
+    head = [f"{100 * row['low']:.0f}–{100 * row['high']:.0f} %" for row in bins]
+    rows = [("estimated probability", *head, "mean gap")]
+    for name, figures in known.items():
+        realised = (
+            f"{100 * row['realised']:.0f}" if row["nodes"] else "-"
+            for row in figures["bins"]
+        )
+        rows.append((name, *realised, f"{100 * figures['mean_gap']:.1f}"))
+    words = "Nodes that came true, in %, by the drafter's estimate, of those whose "
+    return ["", markdown(rows), "", words + "parent was reached.", ""]
