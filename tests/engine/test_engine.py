@@ -134,25 +134,72 @@ def test_ten_lengths_compile_each_function_once(plain, fast, first, prompt):
 
 
 @pytest.mark.slow
-def test_out_of_pages_ends_that_request_only(plain, fast):
-    """Three texts of eight pages each over ten: one gets there, all end cleanly."""
+def test_out_of_pages_the_youngest_waits_and_goes_on_later(plain, fast):
+    """Three texts of eight pages each over ten: all get there, the older ones first."""
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 97, 30).tolist() for _ in range(BATCH)]
-    params = [dataclasses.replace(SAMPLED, max_tokens=n, seed=n) for n in (90, 90, 10)]
+    params = [dataclasses.replace(SAMPLED, max_tokens=n, seed=n) for n in (90, 90, 60)]
     for engine in (plain, fast):
-        alone = [one(engine, p, s).tokens for p, s in zip(prompts, params, strict=True)]
-        assert [len(tokens) for tokens in alone] == [90, 90, 10]
-        together = serve(
-            engine, [Request(p, s) for p, s in zip(prompts, params, strict=True)]
-        )
-        assert [r.finish_reason for r in together] == ["length"] * BATCH
-        sizes = [len(r.tokens) for r in together]
-        assert sizes[2] == 10 and max(sizes) == 90 and min(sizes[:2]) < 90
-        for request, want in zip(together, alone, strict=True):
-            assert request.tokens == want[: len(request.tokens)]
-            # The starved one used its last page up.
-            length = len(request.prompt) + len(request.tokens) - 1
-            assert len(request.tokens) == len(want) or length % PAGE == 0
+        alone = [one(engine, p, s) for p, s in zip(prompts, params, strict=True)]
+        requests = [Request(p, s) for p, s in zip(prompts, params, strict=True)]
+        ended = []
+        for request in requests:
+            engine.submit(request)
+        while engine.busy:
+            engine.advance()
+            ended += [r for r in requests if r.finish_reason and r not in ended]
+        assert engine.free_pages == NUM_PAGES
+        for request, want in zip(requests, alone, strict=True):
+            assert request.tokens == want.tokens
+            np.testing.assert_allclose(request.logprobs, want.logprobs, atol=1e-4)
+            assert request.finish_reason == "length"
+            assert sum(request.stats.emitted_counts) == request.stats.steps
+        assert ended[0] is requests[0] and not requests[0].stats.restarts
+        assert sum(r.stats.restarts for r in requests[1:]) > 0
+
+
+@pytest.mark.slow
+def test_a_long_prompt_takes_turns_with_decoding(fast, first, prompt):
+    """While its chunks are prefilled, a text that runs goes on; both are as alone."""
+    long = np.random.default_rng(3).integers(3, 97, 100).tolist()
+    params = dataclasses.replace(SAMPLED, max_tokens=8)
+    want = one(fast, long, params)
+    running = Request(list(prompt), SAMPLED)
+    fast.submit(running)
+    fast.advance()
+    before = len(running.tokens)
+    late = Request(list(long), params)
+    fast.submit(late)
+    turns = 0
+    while not late.tokens:
+        fast.advance()
+        turns += 1
+    # Three chunks of 32 and one of 8, one for each turn of decoding.
+    assert turns >= 4 and len(running.tokens) >= before + 3
+    while fast.busy:
+        fast.advance()
+    assert running.tokens == first.tokens and late.tokens == want.tokens
+
+
+@pytest.mark.slow
+def test_a_request_that_fills_the_pool_alone_ends(fast, target):
+    """It goes as far as the pages do, beside others that wait for it."""
+    small = EngineConfig(
+        max_batch=2,
+        max_len=MAX_LEN,
+        page_size=PAGE,
+        num_pages=3,
+        steps_per_dispatch=4,
+        prefill_chunks=(8,),
+    )
+    engine = Engine(target, small)
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    requests = [Request([5] * n, params) for n in (4, 6)]
+    support.serve(engine, requests)
+    for request in requests:
+        assert request.finish_reason == "length"
+        assert len(request.prompt) + len(request.tokens) == 3 * PAGE + 1
+    assert engine.free_pages == 3
 
 
 @pytest.mark.slow
@@ -214,7 +261,7 @@ def test_an_end_of_text_inside_a_path_ends_the_text(plain, fast, first, prompt, 
 
 
 @pytest.mark.slow
-def test_any_end_of_text_cuts_where_plain_decoding_does(target, fast, first):
+def test_any_end_of_text_cuts_where_plain_decoding_does(fast, first, eos):
     """All prompts that start inside the text: ends fall on every place of a path."""
     ends = set()
     params = dataclasses.replace(SAMPLED, ignore_eos=False, max_tokens=30)
@@ -222,7 +269,7 @@ def test_any_end_of_text_cuts_where_plain_decoding_does(target, fast, first):
         prompt = first.prompt[: 4 + seed]
         free = one(fast, prompt, dataclasses.replace(SAMPLED, seed=seed, max_tokens=30))
         request = one(fast, prompt, dataclasses.replace(params, seed=seed))
-        at = [i for i, t in enumerate(free.tokens) if t in fast._eos_ids]
+        at = [i for i, t in enumerate(free.tokens) if t in eos]
         want = free.tokens[: at[0] + 1] if at else free.tokens
         assert request.tokens == want
         assert request.finish_reason == ("stop" if at else "length")

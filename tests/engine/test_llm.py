@@ -313,7 +313,7 @@ def test_bad_sampling_is_refused(settings, message):
         ({"speculative": {"model": "x", "tree": "chain:1024"}}, "at most 1023 fit"),
         ({"speculative": {"model": "x", "tau": 0}}, "tau"),
         ({"speculative": {"model": "no/such/path"}}, "no checkpoint at no/such/path"),
-        ({"max_len": 97}, "max_len=97 is past the model's 96 positions"),
+        ({"max_len": 97}, "max_len=97 is past the target's 96 positions"),
         ({"max_len": 1}, "max_len must be a whole number >= 2"),
         ({"page_size": 24}, "page_size must be a power of two"),
         ({"max_batch": 0}, "max_batch"),
@@ -354,7 +354,7 @@ def test_a_pair_needs_one_vocabulary(target, tokenizer, tmp_path_factory):
     with pytest.raises(UserError, match="depth 70 does not fit max_len=64"):
         LLM(target, speculative={"model": target, "tree": "chain:70"}, max_len=64)
     short = scripted(tokenizer, {}, max_positions=32)
-    with pytest.raises(UserError, match="past the model's 32 positions"):
+    with pytest.raises(UserError, match="past the drafter's 32 positions"):
         LLM(target, speculative={"model": short, "tree": "chain:2"}, max_len=64)
 
 

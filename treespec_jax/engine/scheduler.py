@@ -414,6 +414,7 @@ class Scheduler:
     def _wait_again(self, index: int) -> None:
         slot = self._slots[index]
         self._release(index)
+        slot.request.stats.restarts += 1
         self._waiting.appendleft((slot.order, slot.request))
 
     def _release(self, index: int) -> None:

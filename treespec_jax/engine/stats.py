@@ -27,6 +27,8 @@ class Stats:
       emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
       rank_counts: entry n counts the accepted nodes that were child n of their parent,
         in the order of the tree: of falling estimate, or as they were drawn.
+      restarts: times that a request lost its pages to older ones and was computed
+        anew later.
       prefill_seconds: wall time of prefill.
       decode_seconds: wall time of decoding; requests of a batch overlap, so a sum over
         requests is not the wall time of the batch.
@@ -43,6 +45,7 @@ class Stats:
     cache_dtype: str = ""
     emitted_counts: list[int] = dataclasses.field(default_factory=list)
     rank_counts: list[int] = dataclasses.field(default_factory=list)
+    restarts: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -137,6 +140,7 @@ class Stats:
                     "tokens_per_step",
                     "acceptance_by_depth",
                     "acceptance_by_rank",
+                    "restarts",
                     "prefill_seconds",
                     "decode_seconds",
                     "tokens_per_second",
@@ -160,6 +164,7 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
         cache_dtype=parts[0].cache_dtype if parts else "",
         emitted_counts=_summed(p.emitted_counts for p in parts),
         rank_counts=_summed(p.rank_counts for p in parts),
+        restarts=sum(p.restarts for p in parts),
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
     )
