@@ -383,8 +383,7 @@ class SpeculativeConfig:
     """How a text is speculated on. Names are checked by `limits.check_speculation`.
 
     Attributes:
-      method: what drafts, one of `drafting.METHODS`: "none" (plain decoding),
-        "draft_model" (SpecInfer) or "ngram" (prompt lookup).
+      method: what drafts, one of `drafting.METHODS`; "none" is plain decoding.
       model: path of the draft model's checkpoint, or a loaded one; None for methods
         without a model.
       tree: a tree shape, see `treespec_jax.trees.shapes.parse`.

@@ -13,6 +13,7 @@ from absl import flags
 from treespec_jax.commands import config_file, settings
 from treespec_jax.commands.flags import numbers
 from treespec_jax.commands.settings import Setting
+from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
 
 # --help shows the flags below as those of the command that defines them.
@@ -45,7 +46,7 @@ HELP: dict[str, dict[str, str]] = {
         "default: none",
     },
     "speculative": {
-        "method": "what drafts: draft_model, ngram, or none for plain decoding",
+        "method": f"what drafts: {', '.join(METHODS)}",
         "model": "drafter's checkpoint; default: the bundled one, if the target is",
         "tree": "none, chain:5, regular:4x2x1, dynamic:15@5 or allotted:15@5",
         "tau": "temperature of the drafter's estimates; default: the one fitted by "
