@@ -9,6 +9,7 @@ from treespec_jax import speculation
 from treespec_jax.config import SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.drafting.draft_model import DraftModel
+from treespec_jax.drafting.ngram import NgramDrafter
 from treespec_jax.drafting.none import NoDrafter
 from treespec_jax.errors import UserError
 
@@ -17,6 +18,12 @@ class TestDraftModel(DrafterContract):
     @pytest.fixture(scope="class")
     def drafter(self, tiny_draft):
         return DraftModel(tiny_draft, 0.7)
+
+
+class TestNgram(DrafterContract):
+    @pytest.fixture(scope="class")
+    def drafter(self):
+        return NgramDrafter(3, 0.7)
 
 
 class TestNoDrafter(DrafterContract):

@@ -23,4 +23,5 @@ class Method:
 METHODS = {
     "none": Method("none", "NoDrafter"),
     "draft_model": Method("draft_model", "DraftModel", has_model=True),
+    "ngram": Method("ngram", "NgramDrafter"),
 }
