@@ -295,7 +295,8 @@ class SamplingParams:
       max_tokens: tokens to emit at most, >= 1.
       temperature: 0 is greedy.
       top_k: keep the k likeliest tokens; 0 keeps all.
-      top_p: keep the smallest set of likeliest tokens with this mass, in (0, 1].
+      top_p: keep the fewest likeliest tokens that have this probability together, in
+        (0, 1].
       min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
       seed: of the request's noise; equal seeds give equal text (32 bits).
       stop: texts that end the output (they are not part of it).

@@ -56,7 +56,7 @@ class Reader:
         longest = max((len(stop) for stop in self._stop), default=0)
         begin = max(0, len(self._text) - longest + 1)
         self._text += piece
-        found = [at for s in self._stop if (at := self._text.find(s, begin)) >= 0]
+        found = [i for s in self._stop if (i := self._text.find(s, begin)) >= 0]
         if found:
             self._text = self._text[: min(found)]
             self._ended = True

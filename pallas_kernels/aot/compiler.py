@@ -226,7 +226,7 @@ def compile_for(
     devices = topology_devices(topology)
     lone = SingleDeviceSharding(devices[0])
 
-    def place(leaf):
+    def described(leaf):
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(leaf, jax.ShapeDtypeStruct) or sharding is None:
             sharding = lone
@@ -237,7 +237,7 @@ def compile_for(
     _clear_dumps()
     begun = time.perf_counter()
     jitted = jax.jit(function, donate_argnums=donate_argnums)
-    placed = jax.tree.map(place, args)
+    placed = jax.tree.map(described, args)
     lowered = jitted.trace(*placed).lower()
     executable = lowered.compile()
     seconds = time.perf_counter() - begun

@@ -157,12 +157,12 @@ class _Program:
         if root.op == "tuple":
             made = [body[x] for x in root.operands]
             shapes = [m[0] for m in _SHAPE.finditer(it.result)]
-        for own, shape in zip(made, shapes, strict=True):
-            while own.op == "bitcast":
-                own = body[own.operands[0]]
+        for result, shape in zip(made, shapes, strict=True):
+            while result.op == "bitcast":
+                result = body[result.operands[0]]
             size = _size(shape)
-            if own.op in _IN_PLACE:
-                new = body[own.operands[_IN_PLACE[own.op]]].result
+            if result.op in _IN_PLACE:
+                new = body[result.operands[_IN_PLACE[result.op]]].result
                 size = min(size, _size(new, everywhere=True))
             total += size
         return total
@@ -185,18 +185,18 @@ class _Program:
         whole = _size(body[source].result, everywhere=True)
         total, todo = 0, [source]
         while todo:
-            at = todo.pop()
+            name = todo.pop()
             for key, user in body.items():
-                for place, operand in enumerate(user.operands):
-                    if operand != at:
+                for number, operand in enumerate(user.operands):
+                    if operand != name:
                         continue
                     if user.op == "bitcast" or self._renames(user):
                         todo.append(key)
                     elif user.op == "fusion":
-                        total += self._read(_CALLED.search(user.rest)[1], place)
-                    elif user.op in _PARTIAL and place == 0:
+                        total += self._read(_CALLED.search(user.rest)[1], number)
+                    elif user.op in _PARTIAL and number == 0:
                         total += _size(user.result, everywhere=True)
-                    elif user.op not in _IN_PLACE or place:
+                    elif user.op not in _IN_PLACE or number:
                         total += whole
         return min(total, whole)
 

@@ -99,8 +99,8 @@ def default_sizes(
     kind = found.group() if found else "H100"
     sizes = next(
         sizes
-        for size, widest, most, sizes in TABLE[kind]
-        if size == itemsize and width <= widest and (most is None or rows <= most)
+        for size, widest, limit, sizes in TABLE[kind]
+        if size == itemsize and width <= widest and (limit is None or rows <= limit)
     )
     return dataclasses.replace(
         sizes,

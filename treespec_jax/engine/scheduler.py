@@ -295,8 +295,8 @@ class Scheduler:
         return min(-(-rows // self.config.page_size), self._pages_per_slot)
 
     def _steps(self, max_steps: int | None) -> int:
-        most = self.config.steps_per_dispatch
-        return most if max_steps is None else min(max_steps, most)
+        bound = self.config.steps_per_dispatch
+        return bound if max_steps is None else min(max_steps, bound)
 
     def _reach(self, slot: _Slot, steps: int) -> int:
         return min(slot.limit, slot.bound + steps * self._width)

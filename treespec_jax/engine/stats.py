@@ -172,4 +172,4 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
 
 def _summed(counts: Iterable[Sequence[int]]) -> list[int]:
     """Entry by entry; lists may differ in length."""
-    return [sum(own) for own in itertools.zip_longest(*counts, fillvalue=0)]
+    return [sum(entries) for entries in itertools.zip_longest(*counts, fillvalue=0)]

@@ -83,26 +83,26 @@ def truncate(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
     Returns:
       float32 [V, R].
     """
-    own = _per_column(sampling, logits_VR.shape[1])
-    scale_R, _, floor_R = _bounds(logits_VR, own)
+    settings = _per_column(sampling, logits_VR.shape[1])
+    scale_R, _, floor_R = _bounds(logits_VR, settings)
     scaled = logits_VR * scale_R
     return jnp.where(scaled >= floor_R, scaled, -jnp.inf)
 
 
-def _bounds(logits_VR, own: Sampling):
+def _bounds(logits_VR, settings: Sampling):
     """1 / temperature, and of logits times it the largest and the least kept, [R] each.
 
     Only reads the logits: an array of their size costs more than the sums over it.
     """
     # A product, so that here and in every loop it rounds alike; a compiler may or may
     # not make one of a division.
-    scale_R = 1.0 / jnp.where(own.greedy, 1.0, own.temperature)
+    scale_R = 1.0 / jnp.where(settings.greedy, 1.0, settings.temperature)
     best_R = jnp.max(logits_VR, axis=0) * scale_R
-    floor_R = best_R + jnp.log(jnp.where(own.greedy, 0.0, own.min_p))
-    cuts_R = ~own.greedy & ((own.top_k > 0) | (own.top_p < 1.0))
+    floor_R = best_R + jnp.log(jnp.where(settings.greedy, 0.0, settings.min_p))
+    cuts_R = ~settings.greedy & ((settings.top_k > 0) | (settings.top_p < 1.0))
     cut_R = lax.cond(
         jnp.any(cuts_R),
-        lambda: _rank_threshold(logits_VR * scale_R, best_R, own),
+        lambda: _rank_threshold(logits_VR * scale_R, best_R, settings),
         lambda: jnp.full_like(best_R, -jnp.inf),
     )
     floor_R = jnp.maximum(floor_R, jnp.where(cuts_R, cut_R, -jnp.inf))
@@ -168,12 +168,12 @@ class Distributions:
 
 def distributions(logits_VR: jax.Array, sampling: Sampling) -> Distributions:
     """The policy after every column. Arguments as for `truncate`."""
-    own = _per_column(sampling, logits_VR.shape[1])
-    scale_R, best_R, floor_R = _bounds(logits_VR, own)
+    settings = _per_column(sampling, logits_VR.shape[1])
+    scale_R, best_R, floor_R = _bounds(logits_VR, settings)
     point_R = lax.cond(
-        jnp.any(own.greedy),
-        lambda: jnp.where(own.greedy, select.argmax(logits_VR), -1),
-        lambda: jnp.full(own.greedy.shape, -1, jnp.int32),
+        jnp.any(settings.greedy),
+        lambda: jnp.where(settings.greedy, select.argmax(logits_VR), -1),
+        lambda: jnp.full(settings.greedy.shape, -1, jnp.int32),
     )
     one = jnp.ones((), logits_VR.dtype)
     bare = Distributions(
@@ -211,12 +211,12 @@ def _rank_threshold(scaled_VR, best_R, sampling):
         last_k = jnp.minimum(top_k, length) - 1
         least = jnp.take_along_axis(sorted_RJ, last_k, axis=1)
         # What ties with the k-th is kept by top-k, and so counts for top-p.
-        kept = sorted_RJ >= least
-        mass = jnp.cumsum(jnp.where(kept, jnp.exp(sorted_RJ - best), 0.0), axis=1)
+        weights = jnp.where(sorted_RJ >= least, jnp.exp(sorted_RJ - best), 0.0)
+        cumulative = jnp.cumsum(weights, axis=1)
         ends = (length == vocab) | (sorted_RJ[:, -1:] < least)
         complete = (top_k <= length) & ends
-        total = jnp.where(complete, mass[:, -1:], whole)
-        enough = mass >= top_p * total
+        total = jnp.where(complete, cumulative[:, -1:], whole)
+        enough = cumulative >= top_p * total
         reached = jnp.any(enough, axis=1, keepdims=True)
         reached &= complete | (top_k >= vocab)
         first = jnp.argmax(enough, axis=1, keepdims=True)
@@ -257,13 +257,13 @@ def _searched_threshold(scaled_VR, best_R, top_k_R, top_p_R):
 
         return lax.fori_loop(0, 32, body, jnp.zeros(best_R.shape, jnp.uint32))
 
-    def mass(least_R):
+    def total_above(least_R):
         weights_VR = jnp.exp(scaled_VR - best_R)
         return jnp.sum(jnp.where(order_VR >= least_R, weights_VR, 0.0), axis=0)
 
     by_k_R = largest(lambda t: jnp.sum(order_VR >= t, axis=0) >= top_k_R)
-    share_R = top_p_R * mass(by_k_R)
-    by_p_R = largest(lambda t: mass(t) >= share_R)
+    share_R = top_p_R * total_above(by_k_R)
+    by_p_R = largest(lambda t: total_above(t) >= share_R)
     found_R = jnp.where(top_p_R < 1.0, jnp.maximum(by_k_R, by_p_R), by_k_R)
     bits_R = jnp.where(found_R >= sign, found_R ^ sign, ~found_R)
     threshold_R = lax.bitcast_convert_type(bits_R, jnp.float32)

@@ -50,8 +50,10 @@ def top_k(x_VR: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     _, blocks = top_k_rows(jnp.max(x, axis=1).T, count)
     blocks = jnp.sort(blocks, axis=1)
     inside = _columns(x, blocks.T).transpose(2, 0, 1).reshape(R, count * size)
-    values, at = top_k_rows(inside, count)
-    indices = jnp.take_along_axis(blocks, at // size, axis=1) * size + at % size
+    values, columns = top_k_rows(inside, count)
+    indices = (
+        jnp.take_along_axis(blocks, columns // size, axis=1) * size + columns % size
+    )
     return values, indices
 
 
@@ -75,5 +77,5 @@ def _columns(x: jax.Array, blocks_JR: jax.Array) -> jax.Array:
 def _first(mark: jax.Array) -> jax.Array:
     """int32 [R]: first true of each column of mark [J, R]."""
     size = mark.shape[0]
-    at = jnp.arange(size, dtype=jnp.int32)[:, None]
-    return jnp.min(jnp.where(mark, at, size - 1), axis=0)
+    row_J1 = jnp.arange(size, dtype=jnp.int32)[:, None]
+    return jnp.min(jnp.where(mark, row_J1, size - 1), axis=0)

@@ -1,13 +1,13 @@
 """Where randomness comes from: counters of (seed, position, stream), nothing else.
 
-Equal seeds give equal draws whatever the batch, the slot or the neighbours. Streams
+Equal seeds give equal samples whatever the batch, the slot or the neighbours. Streams
 never meet: proposals, acceptance and the last token of a step must be independent of
 each other, or the output is biased. Each stream is keyed by the position of the step's
-*root*. A position may be drafted in several steps, with draws that a rule has looked at
-and rejected (block and traversal decide by tokens further down); only the root's
+*root*. A position may be drafted in several steps, by uniforms that a rule has looked
+at and rejected (block and traversal decide by tokens further down); only the root's
 position is new in every step.
 
-The shared noise of the exact rule (`policy.gumbel_noise`) is a stream of its own: its
+The shared noise of the exact rule (`noise.gumbel`) is a stream of its own: its
 keys fold in a position, those here a number that no position reaches.
 """
 
@@ -43,7 +43,7 @@ def uniforms(seed_B, position_B, stream, shape) -> jax.Array:
       seed_B: uint32, of the requests.
       position_B: int32, absolute positions of the roots.
       stream: PROPOSAL, ACCEPT or LAST.
-      shape: of a slot's draws.
+      shape: of a slot's uniforms.
     """
 
     def draw(seed, position):

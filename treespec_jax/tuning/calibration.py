@@ -43,12 +43,14 @@ def retempered(
     for record in records:
         probability = record.log_prob.astype(float).copy()
         for parent in np.unique(record.parents):
-            own = np.flatnonzero((record.parents == parent) & (probability > -np.inf))
-            own = own[own > 0]
-            if len(own):
-                held = np.log(np.exp(probability[own]).sum())
-                v = probability[own] * tau / wanted
-                probability[own] = v - np.logaddexp.reduce(v) + held
+            children = np.flatnonzero(
+                (record.parents == parent) & (probability > -np.inf)
+            )
+            children = children[children > 0]
+            if len(children):
+                held = np.log(np.exp(probability[children]).sum())
+                v = probability[children] * tau / wanted
+                probability[children] = v - np.logaddexp.reduce(v) + held
         out.append(dataclasses.replace(record, log_prob=probability))
     return out
 
@@ -67,18 +69,18 @@ def reliability(records: Iterable[TreeRecord]) -> list[dict[str, float]]:
             outcomes.append(children == right)
     estimate = np.concatenate([*estimates, np.zeros(0)])
     outcome = np.concatenate([*outcomes, np.zeros(0)])
-    at = np.minimum((estimate * BINS).astype(int), BINS - 1)
+    bin_of = np.minimum((estimate * BINS).astype(int), BINS - 1)
     rows = []
     for number in range(BINS):
-        own = at == number
-        count = int(own.sum())
+        inside = bin_of == number
+        count = int(inside.sum())
         rows.append(
             {
                 "low": number / BINS,
                 "high": (number + 1) / BINS,
                 "nodes": count,
-                "estimated": float(estimate[own].mean()) if count else 0.0,
-                "realised": float(outcome[own].mean()) if count else 0.0,
+                "estimated": float(estimate[inside].mean()) if count else 0.0,
+                "realised": float(outcome[inside].mean()) if count else 0.0,
             }
         )
     return rows
