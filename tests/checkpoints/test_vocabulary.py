@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.support import write_llama2c_tokenizer
-from treespec_jax import limits
 from treespec_jax.checkpoints import (
     check_rows,
     compare_vocabularies,
     describe,
     load_tokenizer,
 )
+from treespec_jax.checkpoints.pairs import check_pair
 from treespec_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizers"
@@ -200,7 +200,7 @@ def test_special_tokens_that_differ_are_named(checkpoint):
 def test_pairs_are_noted_in_full(checkpoint):
     target = describe(checkpoint("mistral", 384, "target"))
     draft = describe(checkpoint("llama2", 360, "draft"))
-    notes = limits.check_pair(target, draft)
+    notes = check_pair(target, draft)
     assert len(notes) == 2
     assert "has 365 pieces, the model 384 embeddings" in notes[0]
     assert "the first 360 of the target's 365 tokens" in notes[1]

@@ -67,10 +67,12 @@ def test_what_is_refused_is_said_with_its_reason():
     possible, refused = compare_rules.combinations(
         Experiment(comparison=RuleComparison(shapes=("chain:2", "dynamic:4@2")))
     )
-    assert ("block", "chain:2") in possible and ("token", "dynamic:4@2") in possible
-    (only,) = refused
-    assert (only["rule"], only["shape"]) == ("block", "dynamic:4@2")
-    assert "chains only" in only["reason"]
+    assert ("block", "chain:2") in possible and ("exact", "dynamic:4@2") in possible
+    reasons = {(one["rule"], one["shape"]): one["reason"] for one in refused}
+    names = "token", "block", "traversal"
+    assert set(reasons) == {(name, "dynamic:4@2") for name in names}
+    assert "chains only" in reasons["block", "dynamic:4@2"]
+    assert "take tree='allotted:4@2'" in reasons["token", "dynamic:4@2"]
 
 
 def test_mistakes(refuses, files, tmp_path):
