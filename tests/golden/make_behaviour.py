@@ -100,8 +100,8 @@ def batches(penalised: bool) -> Iterator[tuple[str, list]]:
         )
 
 
-def run(case: Case, pair, batch: int) -> dict[str, list[list[int]]]:
-    """Token ids by name of the batch."""
+def run(case: Case, pair, batch: int, names=()) -> dict[str, list[list[int]]]:
+    """Token ids by name of the batch; `names` limits them."""
     from treespec_jax import LLM
     from treespec_jax.commands.prompts import STORIES
 
@@ -116,6 +116,7 @@ def run(case: Case, pair, batch: int) -> dict[str, list[list[int]]]:
     return {
         name: [c.token_ids for c in llm.generate(prompts, params)]
         for name, params in batches(case.penalised)
+        if not names or name in names
     }
 
 
