@@ -117,9 +117,8 @@ class Engine:
             touched += ended
             self._launch(plan)
         if self._flights:
-            plan, outbox = self._flights.popleft()
             self._launch(self._scheduler.plan_ahead(max_steps))
-            touched += self._scheduler.file(plan, fetch(outbox))
+            touched += self._land()
             spent = time.perf_counter() - began
             self.decode_seconds += spent - (self.prefill_seconds - prefilled)
         return touched
@@ -127,13 +126,24 @@ class Engine:
     def drain(self) -> None:
         """Waits for dispatches under way, and enters what they emitted."""
         while self._flights:
-            plan, outbox = self._flights.popleft()
-            self._scheduler.file(plan, fetch(outbox))
+            self._land()
 
     def _launch(self, plan: Plan | None) -> None:
-        if plan is not None:
+        if plan is None:
+            return
+        try:
             outbox = self._executor.dispatch(plan, self.speculation.shape)
-            self._flights.append((plan, outbox))
+        except BaseException:
+            self._scheduler.abandon(plan)
+            raise
+        self._flights.append((plan, outbox))
+
+    def _land(self) -> list[Request]:
+        plan, outbox = self._flights[0]
+        # An interrupt while this waits loses nothing: the dispatch is still listed.
+        done = fetch(outbox)
+        self._flights.popleft()
+        return self._scheduler.file(plan, done)
 
     def _prefill(self) -> list[Request]:
         """A chunk of every new text, and more until somebody can decode."""

@@ -197,8 +197,8 @@ class Scheduler:
                 spare = len(running) if request.tokens else 0
                 if running and needed + spare > self._allocator.free:
                     return refused
-                self._waiting.popleft()
                 self._insert(index, order, request, text)
+                self._waiting.popleft()
         return refused
 
     def chunks(self) -> list[ChunkPlan]:
@@ -279,14 +279,19 @@ class Scheduler:
         Returns:
           Requests that emitted something.
         """
+        self.abandon(plan)
         touched = []
         for index, slot in plan.slots.items():
-            slot.planned -= int(plan.max_steps) * self._width
             # Whoever was cancelled meanwhile gets nothing.
             if self._slots[index] is slot:
                 self._file(index, slot, outbox)
                 touched.append(slot.request)
         return touched
+
+    def abandon(self, plan: Plan) -> None:
+        """Takes back what a plan counted on: it is filed, or was never started."""
+        for slot in plan.slots.values():
+            slot.planned -= int(plan.max_steps) * self._width
 
     def _occupied(self) -> dict[int, _Slot]:
         return {i: slot for i, slot in enumerate(self._slots) if slot is not None}
@@ -304,9 +309,14 @@ class Scheduler:
     def _insert(
         self, index: int, order: int, request: Request, text: list[int]
     ) -> None:
+        try:
+            self._settings.insert(index, request.params)
+        except BaseException:
+            # Whatever failed, no page is taken yet, and the slot stays free.
+            self._settings.clear(index)
+            raise
         pages = self._allocator.take(self._pages_for(len(text)))
         self._page_table[index, : len(pages)] = pages
-        self._settings.insert(index, request.params)
         prompt = len(request.prompt)
         limit = min(request.params.max_tokens, self.config.max_len - prompt)
         self._slots[index] = _Slot(
