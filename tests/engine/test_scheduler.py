@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from treespec_jax.cache.allocator import TRASH_PAGE
@@ -66,7 +66,8 @@ def check(scheduler: Scheduler) -> None:
     assert all(scheduler._allocator.holders(page) == 1 for page in held)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+# Without shrinking: an example says enough, and one that never ends is slow.
+@settings(deadline=None, derandomize=True, max_examples=60, phases=[Phase.generate])
 @given(st.integers(0, 10**6), st.integers(3, 12), st.booleans())
 def test_every_request_gets_its_tokens(seed, num_pages, ahead):
     """With pages for one text or more; some are cancelled, some come late."""
@@ -92,7 +93,7 @@ def test_every_request_gets_its_tokens(seed, num_pages, ahead):
     turns = 0
     while scheduler.busy or waiting or flights:
         turns += 1
-        assert turns < 2000, "somebody never ends"
+        assert turns < 1000, "somebody never ends"
         if waiting and rng.random() < 0.4:
             scheduler.submit(waiting.pop(0))
         if rng.random() < 0.05 and len(cancelled) < 2:
