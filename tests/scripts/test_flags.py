@@ -26,6 +26,7 @@ SAMPLES = {
     "tuple[int, ...]": ("3,5", (3, 5)),
     "tuple[float, ...]": ("0.5,1", (0.5, 1.0)),
     "tuple[tuple[int, float], ...]": ("5=-1.5", ((5, -1.5),)),
+    "tuple[tuple[str, typing.Any], ...]": ("longest=3", (("longest", 3),)),
     "repeatable": ("a,b", ("a,b",)),
 }
 
