@@ -16,13 +16,10 @@ from absl.flags import FlagValues
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.output import say
-from treespec_jax.measurement.study import Study, carry_out
+from treespec_jax.measurement.output import carry_out, say
 
 # Measurements of each program in the breakdown of a step.
 _COST_ROUNDS = 7
-
-
 _SETTINGS = setting_flags.SettingFlags(
     more=("benchmark",),
     defaults={"engine.max_batch": 1},
@@ -52,8 +49,7 @@ def main(given: FlagValues) -> None:
     from treespec_jax.measurement import plots, shape_table
 
     measured = functools.partial(measure, settings, texts)
-    study = Study(measured, shape_table.table, plots.save_shapes)
-    carry_out(study, given.output)
+    carry_out(measured, shape_table.table, given.output, plots.save_shapes)
 
 
 def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:

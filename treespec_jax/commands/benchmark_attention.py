@@ -20,8 +20,7 @@ from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string, FlagValues
 from treespec_jax.commands import flags, runtime
 from treespec_jax.errors import UserError
 from treespec_jax.measurement import tables
-from treespec_jax.measurement.output import say
-from treespec_jax.measurement.study import Study, carry_out
+from treespec_jax.measurement.output import carry_out, say
 
 # Settings that have a flag of the same name.
 _MODEL = ("prefix", "heads", "kv_heads", "head_dim", "dtype", "implementation")
@@ -74,7 +73,7 @@ def main(given: FlagValues) -> None:
         rows = list(benchmark.rows(report))
         return f"{summary(report)}\n\n{tables.markdown(rows)}"
 
-    carry_out(Study(measure, table), given.output, must_write=False)
+    carry_out(measure, table, given.output, must_write=False)
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -16,15 +16,12 @@ from treespec_jax.commands import flags, loading, prompts, runtime, setting_flag
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.output import say
-from treespec_jax.measurement.study import Study, carry_out
+from treespec_jax.measurement.output import carry_out, say
 from treespec_jax.trees import shapes
 
 # Rule and shape; plain decoding samples by the noise of the exact rule.
 Combination = tuple[str, str]
 PLAIN: Combination = ("exact", "none")
-
-
 _SETTINGS = setting_flags.SettingFlags(
     more=("comparison",),
     # A machine by itself is measured, and in minutes.
@@ -65,7 +62,7 @@ def main(given: FlagValues) -> None:
         figures = measure(settings, possible, ids)
         return figures | {"prompts": texts, "refused": refused}
 
-    carry_out(Study(measured, rule_table.table, plots.save_rules), given.output)
+    carry_out(measured, rule_table.table, given.output, plots.save_rules)
 
 
 def combinations(

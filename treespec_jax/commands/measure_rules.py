@@ -8,7 +8,7 @@ from absl.flags import DEFINE_float, DEFINE_integer, FlagValues
 
 from treespec_jax.commands import flags, runtime
 from treespec_jax.config import check_float, check_int
-from treespec_jax.measurement.study import Study, carry_out
+from treespec_jax.measurement.output import carry_out
 
 
 def define() -> None:
@@ -32,4 +32,4 @@ def main(given: FlagValues) -> None:
     from treespec_jax.measurement import rule_cost
 
     measure = functools.partial(rule_cost.measure, rounds, temperature, top_p)
-    carry_out(Study(measure, rule_cost.report), given.output)
+    carry_out(measure, rule_cost.report, given.output)

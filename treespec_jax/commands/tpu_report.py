@@ -19,7 +19,7 @@ from absl.flags import (
 )
 
 from treespec_jax.commands import flags
-from treespec_jax.measurement.study import carry_out
+from treespec_jax.measurement.output import carry_out
 
 
 def define() -> None:
@@ -56,5 +56,5 @@ def main(given: FlagValues) -> None:
         nodes=flags.numbers("nodes", given.nodes),
     )
     kernel, step = not given.step_only, not given.kernel_only
-    study = compilation.study(job, kernel=kernel, step=step)
-    carry_out(study, given.output, must_write=False)
+    measure, table = compilation.study(job, kernel, step)
+    carry_out(measure, table, given.output, must_write=False)

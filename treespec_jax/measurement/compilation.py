@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from treespec_jax import sharding, speculation
 from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig, check_int
 from treespec_jax.engine.engine import Engine
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.study import Study
 from treespec_jax.measurement.tables import markdown
 from treespec_jax.models import presets
 from treespec_jax.models.flat import FlatModule
@@ -237,10 +236,10 @@ def compile_kernel(job: Job, nodes: int) -> KernelResult:
     return KernelResult(report, kernel, cost, moved)
 
 
-def study(job: Job, kernel: bool = True, step: bool = True) -> Study:
-    """Compiles the kernel, the step or both.
+def study(job: Job, kernel: bool, step: bool) -> tuple[Callable, Callable]:
+    """Functions that compile the kernel, the step or both, and show it as Markdown.
 
-    Its run raises UserError: what cannot be compiled, or no compiler.
+    The first raises UserError: what cannot be compiled, or no compiler.
     """
     kernels: dict[int, KernelResult] = {}
     steps: list[aot.Report] = []
@@ -272,7 +271,7 @@ def study(job: Job, kernel: bool = True, step: bool = True) -> Study:
         parts += [step_table(job, report) for report in steps]
         return "\n\n".join(parts)
 
-    return Study(measure, table)
+    return measure, table
 
 
 def kernel_table(job: Job, results: dict[int, KernelResult]) -> str:
