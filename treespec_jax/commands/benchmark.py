@@ -59,8 +59,7 @@ def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
       UserError: an unreadable checkpoint, or settings that do not fit together.
     """
     from treespec_jax.measurement import rounds, step_cost
-    from treespec_jax.measurement.bandwidth import ReadBandwidth
-    from treespec_jax.measurement.versions import versions
+    from treespec_jax.measurement.machine import ReadBandwidth, versions
 
     names, repeats = settings.benchmark.shapes, settings.benchmark.rounds
     ids = loading.check(settings, texts, names)

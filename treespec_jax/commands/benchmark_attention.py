@@ -59,7 +59,7 @@ def main(given: FlagValues) -> None:
         raise UserError(str(error)) from None
 
     def measure() -> dict[str, Any]:
-        from treespec_jax.measurement.versions import versions
+        from treespec_jax.measurement.machine import versions
 
         try:
             report = benchmark.run(settings, say)

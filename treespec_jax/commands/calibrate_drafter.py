@@ -67,7 +67,7 @@ def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
       UserError: nowhere to write, an unreadable prompt or checkpoint, or texts in which
         the drafter was never right.
     """
-    from treespec_jax.measurement import rounds, versions
+    from treespec_jax.measurement import machine, rounds
 
     file = files.place(settings.speculative.model, output)
     texts = prompts.read_or_stories(prompts_file)
@@ -93,7 +93,7 @@ def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
         "families": families,
         "target": Path(settings.target).name,
         "accepted_by_rank": ranks,
-        "versions": versions.versions(),
+        "versions": machine.versions(),
     }
     for name, figures in found.items():
         values[f"error_{name}"] = figures["mean_gap"]

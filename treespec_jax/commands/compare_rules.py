@@ -97,7 +97,7 @@ def measure(
       UserError: an unreadable checkpoint, or settings that do not fit together.
     """
     from treespec_jax.measurement import rounds, step_cost
-    from treespec_jax.measurement.versions import versions
+    from treespec_jax.measurement.machine import versions
 
     pair = loading.load_pair(settings)
     llms = loading.make_llms({PLAIN: settings.with_tree("none"), **possible}, pair)

@@ -107,7 +107,7 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
       UserError: a checkpoint that cannot be read, or a pair that does not fit together.
     """
     settings, params = job.settings, job.settings.sampling
-    from treespec_jax.measurement import rounds, step_cost, versions
+    from treespec_jax.measurement import machine, rounds, step_cost
 
     began = time.perf_counter()
     pair = loading.load_pair(settings)
@@ -137,7 +137,7 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
             "reliability": reliability,
             "timing": timing,
             "comparison": comparison,
-            "versions": versions.versions(),
+            "versions": machine.versions(),
         }
         print(json.dumps(report, indent=2))
         return
