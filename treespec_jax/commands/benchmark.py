@@ -11,8 +11,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from absl.flags import FlagValues
-
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.errors import UserError
@@ -28,13 +26,11 @@ _SETTINGS = setting_flags.SettingFlags(
 
 
 def define() -> None:
-    """Defines the flags."""
     _SETTINGS.define()
     flags.define("output", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     settings = _SETTINGS.experiment()
     variants = {name: settings.with_tree(name) for name in settings.benchmark.shapes}
     for name, variant in variants.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string, FlagValues
+from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string
 
 from treespec_jax.commands import flags, runtime
 from treespec_jax.errors import UserError
@@ -28,7 +28,6 @@ _TIMING = ("rounds", "calls", "matrix", "seed")
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_list("nodes", ["1", "16", "32", "64"], "sizes of trees")
     DEFINE_integer("heads", 32, "query heads")
     DEFINE_string("dtype", "bfloat16", "bfloat16, float16 or float32")
@@ -42,8 +41,7 @@ def define() -> None:
     flags.define("output", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     runtime.set_up(given.compilation_cache)
     from pallas_kernels.tree_attention import benchmark
 

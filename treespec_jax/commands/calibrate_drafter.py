@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from absl.flags import DEFINE_string, FlagValues
+from absl.flags import DEFINE_string
 
 from treespec_jax.checkpoints import calibration as files
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
@@ -26,7 +26,6 @@ _SETTINGS = setting_flags.SettingFlags(
 
 
 def define() -> None:
-    """Defines the flags."""
     _SETTINGS.define()
     DEFINE_string(
         "output",
@@ -36,8 +35,7 @@ def define() -> None:
     flags.define("prompts_file", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     settings = _SETTINGS.experiment()
     tree = settings.speculative.tree
     check_tree(tree)

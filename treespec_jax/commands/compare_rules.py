@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl.flags import FlagValues
-
 from treespec_jax.acceptance import compatibility
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
@@ -27,23 +25,18 @@ _SETTINGS = setting_flags.SettingFlags(
     # A machine by itself is measured, and in minutes.
     defaults={"engine.max_batch": 1, "sampling.max_tokens": 32},
     without=(
-        "speculative.tree",
-        "speculative.rule",
-        "speculative.proposal",
-        "sampling.temperature",
-        "sampling.ignore_eos",
+        *("speculative.tree", "speculative.rule", "speculative.proposal"),
+        *("sampling.temperature", "sampling.ignore_eos"),
     ),
 )
 
 
 def define() -> None:
-    """Defines the flags."""
     _SETTINGS.define()
     flags.define("output", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     settings = _SETTINGS.experiment()
     if settings.speculative.method == "none":
         raise UserError("method 'none' grows no trees to compare; leave it out")

@@ -13,11 +13,10 @@ from __future__ import annotations
 import os
 import sys
 
-from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_string, FlagValues
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_string
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_string("input", None, "checkpoint to read", required=True)
     DEFINE_string("output", None, "folder to write to", required=True)
     DEFINE_enum(
@@ -32,8 +31,7 @@ def define() -> None:
     DEFINE_bool("restart", False, "start over instead of going on where a run stopped")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     # Weights go from file to file; an accelerator would only lend its memory.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import tqdm

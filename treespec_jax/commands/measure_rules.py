@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from absl.flags import DEFINE_float, DEFINE_integer, FlagValues
+from absl.flags import DEFINE_float, DEFINE_integer
 
 from treespec_jax.commands import flags, runtime
 from treespec_jax.config import check_float, check_int
@@ -12,15 +12,13 @@ from treespec_jax.measurement.output import carry_out
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_integer("rounds", 9, "measurements of each program")
     DEFINE_float("temperature", 1.0, "of the requests")
     DEFINE_float("top_p", 1.0, "of the requests")
     flags.define("output", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     rounds, temperature = given.rounds, given.temperature
     top_p = given.top_p
     check_int("rounds", rounds, 1)

@@ -10,20 +10,13 @@ from __future__ import annotations
 
 import os
 
-from absl.flags import (
-    DEFINE_bool,
-    DEFINE_integer,
-    DEFINE_list,
-    DEFINE_string,
-    FlagValues,
-)
+from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_list, DEFINE_string
 
 from treespec_jax.commands import flags
 from treespec_jax.measurement.output import carry_out
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_string("topology", "v5e:2x2", "v4:2x2x1, v6e:2x2, …")
     DEFINE_string("target", "llama-3.2-1b", "a name (list_models)")
     DEFINE_string("draft", None, "a name; default: four narrow layers")
@@ -37,8 +30,7 @@ def define() -> None:
     flags.define("max_batch", "page_size", "output")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     # The compiler is all that is wanted of libtpu, so jax itself stays on the CPU.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation

@@ -15,19 +15,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from absl.flags import (
-    DEFINE_bool,
-    DEFINE_integer,
-    DEFINE_list,
-    DEFINE_string,
-    FlagValues,
-)
+from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_list, DEFINE_string
 
 from treespec_jax.commands import flags
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_list("topology", "v5e:2x2", "to rank for, without a device")
     DEFINE_bool("measure", False, "rank by time on this machine's TPU")
     DEFINE_list("rows", None, "classes: query rows per key/value head")
@@ -37,8 +30,7 @@ def define() -> None:
     DEFINE_bool("save", False, "write the chosen sizes to the data file")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     if not given.measure:  # the compiler is all that is wanted of libtpu
         os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import kernel_search

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
+from absl.flags import DEFINE_integer, DEFINE_string
 
 _SIZES = {
     "vocab_size": "rows of the embedding",
@@ -28,7 +28,6 @@ _SIZES = {
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_string("input", None, "checkpoint to read", required=True)
     DEFINE_string("output", None, "folder to write to", required=True)
     DEFINE_string(
@@ -42,8 +41,7 @@ def define() -> None:
         DEFINE_integer(name, None, f"{what}; default: that of --like, or as it is")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     # Weights are changed on the host.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from treespec_jax import checkpoints
