@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         width = max(map(len, commands.COMMANDS))
         print("usage: treespec COMMAND [--flag=value …]; COMMAND --help lists flags")
         for name in commands.COMMANDS:
-            print(f"  {name:{width}}  {_description(name)}")
+            # The module is not imported: that takes time.
+            source = Path(commands.__file__).with_name(f"{name}.py").read_text("utf-8")
+            description = ast.get_docstring(ast.parse(source)).partition("\n")[0]
+            print(f"  {name:{width}}  {description}")
         sys.exit(0)
     name, *rest = rest
     if name not in commands.COMMANDS:
@@ -127,12 +130,6 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _description(name: str) -> str:
-    """First line of a command's docstring; the module is not imported."""
-    source = Path(commands.__file__).with_name(f"{name}.py").read_text("utf-8")
-    return ast.get_docstring(ast.parse(source)).partition("\n")[0]
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -27,18 +27,20 @@ _SETTINGS = setting_flags.SettingFlags(
 
 def define() -> None:
     _SETTINGS.define()
-    DEFINE_string(
-        "output",
-        "",
-        "file to write instead of calibration.json in the drafter's folder",
-    )
+    words = "file to write instead of calibration.json in the drafter's folder"
+    DEFINE_string("output", "", words)
     flags.define("prompts_file", "compilation_cache")
 
 
 def main(given) -> None:
     settings = _SETTINGS.experiment()
     tree = settings.speculative.tree
-    check_tree(tree)
+    shape = shapes.parse(tree)
+    if shape.depth in (0, shape.num_nodes - 1):
+        raise UserError(
+            f"--tree={tree} has no siblings to compare; take regular:8x1, or another "
+            "tree that branches"
+        )
     settings = settings.with_tree(tree, method="draft_model").with_paths()
     engine = dataclasses.replace(settings.engine, record=True)
     settings = dataclasses.replace(settings, engine=engine)
@@ -46,16 +48,6 @@ def main(given) -> None:
     # Heavy imports only now, so that a bad flag answers at once.
     runtime.set_up(given.compilation_cache)
     run(settings, given.prompts_file, given.output)
-
-
-def check_tree(tree: str) -> None:
-    """Raises UserError: a tree in which no node has a sibling."""
-    shape = shapes.parse(tree)
-    if shape.depth in (0, shape.num_nodes - 1):
-        raise UserError(
-            f"--tree={tree} has no siblings to compare; take regular:8x1, or another "
-            "tree that branches"
-        )
 
 
 def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
@@ -97,8 +89,8 @@ def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
         values[f"error_{name}"] = figures["mean_gap"]
         values[f"reliability_{name}"] = figures["bins"]
     files.write(file, values)
-    named = {f"before, tau={before:.3g}": "before", f"after, tau={tau:.3g}": "after"}
-    print(*tables.reliability({k: found[v] for k, v in named.items()}), sep="\n")
+    names = f"before, tau={before:.3g}", f"after, tau={tau:.3g}"
+    print(*tables.reliability(dict(zip(names, found.values(), strict=True))), sep="\n")
     shares = tables.percents([count / max(1, sum(ranks)) for count in ranks])
     print(f"Accepted nodes by rank among siblings: {shares}")
     print(f"\ntau {tau:.3f} (was {before:g}), of {families} families; wrote {file}")

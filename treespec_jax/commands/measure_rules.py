@@ -19,8 +19,7 @@ def define() -> None:
 
 
 def main(given) -> None:
-    rounds, temperature = given.rounds, given.temperature
-    top_p = given.top_p
+    rounds, temperature, top_p = given.rounds, given.temperature, given.top_p
     check_int("rounds", rounds, 1)
     check_float("temperature", temperature, 0)
     check_float("top_p", top_p, 0, 1, open_low=True)

@@ -35,17 +35,13 @@ def main(given) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation
 
+    same = ("topology", "draft", "tree", "page_size", "dtype", "devices")
     job = compilation.Job(
-        topology=given.topology,
         model=given.target,
-        draft=given.draft,
-        tree=given.tree,
         batch=given.max_batch,
         context=given.max_len,
-        page_size=given.page_size,
-        dtype=given.dtype,
-        devices=given.devices,
         nodes=flags.numbers("nodes", given.nodes),
+        **{name: given[name].value for name in same},
     )
     kernel, step = not given.step_only, not given.kernel_only
     measure, table = compilation.study(job, kernel, step)

@@ -35,14 +35,9 @@ def main(given) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import kernel_search
 
-    call = kernel_search.Shape(
-        slots=given.max_batch,
-        prefix=given.prefix,
-        kv_heads=given.kv_heads,
-        group=given.group,
-        head_dim=given.head_dim,
-        page=given.page_size,
-    )
+    same = ("prefix", "kv_heads", "group", "head_dim")
+    sizes = {name: given[name].value for name in same}
+    call = kernel_search.Shape(slots=given.max_batch, page=given.page_size, **sizes)
     kernel_search.run(
         call,
         topologies=() if given.measure else tuple(given.topology),

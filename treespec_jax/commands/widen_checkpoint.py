@@ -33,9 +33,8 @@ def define() -> None:
     DEFINE_string(
         "tokenizer", None, "tokenizer file; default: the one found with the input"
     )
-    DEFINE_string(
-        "like", None, "take all sizes from this model (list_models names them)"
-    )
+    words = "take all sizes from this model (list_models names them)"
+    DEFINE_string("like", None, words)
     DEFINE_integer("seed", 0, "of the random weights", lower_bound=0)
     for name, what in _SIZES.items():
         DEFINE_integer(name, None, f"{what}; default: that of --like, or as it is")
@@ -49,13 +48,10 @@ def main(given) -> None:
     from treespec_jax.models import presets
     from treespec_jax.models.transformer import parameter_count
 
-    sizes = {name: given[name].value for name in _SIZES}
-    if given.like:
-        like = presets.get(given.like)
-        sizes = {
-            name: getattr(like, name) if size is None else size
-            for name, size in sizes.items()
-        }
+    like, sizes = presets.get(given.like) if given.like else None, {}
+    for name in _SIZES:
+        size = given[name].value
+        sizes[name] = getattr(like, name, None) if size is None else size
     checkpoints.check_output(given.output)
     about = checkpoints.describe(given.input, given.tokenizer)
     for note in about.notes:

@@ -13,12 +13,13 @@ from flax import nnx
 from jax import lax
 
 from treespec_jax.acceptance import compatibility, rules
-from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig
+from treespec_jax.config import EngineConfig, SpeculativeConfig
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.measurement import step_cost, tables
 from treespec_jax.measurement.machine import versions
 from treespec_jax.measurement.timing import in_turn, spread, timed
+from treespec_jax.models import presets
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling.noise import Noise
 from treespec_jax.sampling.policy import Sampling
@@ -31,17 +32,7 @@ from treespec_jax.trees.shapes import StaticShape
 LAYERS, STACKS = 16, (1, 5)
 # Turns of a rule per call.
 STEPS = 8
-_TARGET = ModelConfig(
-    vocab_size=128256,
-    embed_dim=2048,
-    mlp_dim=8192,
-    num_layers=1,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    max_positions=2048,
-    tied_embeddings=True,
-)
+_TARGET = presets.get("llama-3.2-1b")
 _PREFIX = 512
 
 
@@ -115,12 +106,8 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
                 "share": spread((per_step / whole).tolist()),
             }
     return {
-        "nodes": 64,
-        "vocab": vocab,
-        "batch": 1,
-        "temperature": temperature,
-        "top_p": top_p,
-        "rounds": rounds,
+        **{"nodes": 64, "vocab": vocab, "batch": 1, "rounds": rounds},
+        **{"temperature": temperature, "top_p": top_p},
         "layer_seconds": spread(layer.tolist()),
         "one_layer_and_head_seconds": spread(one.tolist()),
         "verification_seconds": spread(whole.tolist()),
