@@ -148,9 +148,8 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"--{missing[1]} is missing; give it a value") from None
         raise UserError(str(error)) from None
     if len(rest) > 1:
-        raise UserError(
-            f"argument {rest[1]!r} is not a flag; give --name=value (--help lists them)"
-        )
+        hint = "give --name=value (--help lists them)"
+        raise UserError(f"argument {rest[1]!r} is not a flag; {hint}")
     return rest
 
 

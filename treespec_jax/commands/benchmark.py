@@ -112,10 +112,8 @@ def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
 def _of_step(shared: dict[str, Any], cost, read_seconds: float) -> dict[str, Any]:
     """What a step costs, and how much of the memory's bandwidth it uses.
 
-    Args:
-      shared: what `rounds.summary` gave.
-      cost: a `StepCost`.
-      read_seconds: that reading the weights once takes at full bandwidth.
+    Of what `rounds.summary` gave, a `StepCost`, and the seconds that reading the
+    weights once takes at full bandwidth.
     """
     seconds = statistics.median(shared["milliseconds_per_step"]["rounds"]) / 1e3
     return {

@@ -68,8 +68,7 @@ def main(given) -> None:
         return {"versions": versions(), **report}
 
     def table(report: dict[str, Any]) -> str:
-        rows = list(benchmark.rows(report))
-        return f"{summary(report)}\n\n{tables.markdown(rows)}"
+        return f"{summary(report)}\n\n{tables.markdown(list(benchmark.rows(report)))}"
 
     carry_out(measure, table, given.output, must_write=False)
 

@@ -131,6 +131,5 @@ def _proposal(variant: Experiment | None) -> str | None:
     if variant is None:
         return None
     spec = variant.speculative
-    return compatibility.choose_proposal(
-        spec.rule, spec.proposal, shapes.parse(spec.tree), spec.cascade
-    )
+    tree = shapes.parse(spec.tree)
+    return compatibility.choose_proposal(spec.rule, spec.proposal, tree, spec.cascade)

@@ -27,8 +27,6 @@ from treespec_jax.commands.settings import Experiment
 from treespec_jax.engine.stats import total
 from treespec_jax.measurement import tables
 
-# Stands for what the user will say, to see that it can be answered.
-_GREETING = [{"role": "user", "content": "Hello"}]
 _SECONDS = ("prefill_seconds", "decode_seconds")
 # Timed runs of each way of decoding in a comparison; the better one counts.
 _ROUNDS = 2
@@ -60,7 +58,10 @@ def main(given) -> None:
     options = prompts.options(given.chat_option)
     job = Job(settings, texts, opening, options, not given.json)
     # Before jax starts and weights are read, so that a mistake is answered at once.
-    encoded = job.check()
+    trees = [] if settings.plain else [settings.speculative.tree]
+    # A greeting stands for what the user will say, to see that it can be answered.
+    some = texts or [[*opening, {"role": "user", "content": "Hello"}]]
+    encoded = loading.check(settings, some, trees, options)
     runtime.set_up(given.compilation_cache)
     run(job, encoded, given.compare)
 
@@ -83,12 +84,6 @@ class Job:
     opening: list[dict[str, Any]] | None
     options: dict[str, Any]
     shown: bool
-
-    def check(self) -> list[list[int]]:
-        """Token ids of the prompts, see `loading.check`."""
-        texts = self.prompts or [[*self.opening, *_GREETING]]
-        trees = [] if self.settings.plain else [self.settings.speculative.tree]
-        return loading.check(self.settings, texts, trees, self.options)
 
 
 def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
@@ -167,7 +162,8 @@ def _stream(llm, prompt: Prompt, params, shown: bool, options):
     """Runs one prompt; shows its text if asked to. Returns it and when it began."""
     if isinstance(prompt, str):
         pieces = llm.stream(prompt, params)
-        print(prompt if shown else "", end="", flush=True)
+        if shown:
+            print(prompt, end="", flush=True)
     else:
         pieces = llm.stream_chat(prompt, params, options)
     first = None
@@ -195,18 +191,14 @@ def _compare(job: Job, llm, plain, prompts, completions) -> dict[str, Any]:
             speeds[name] = max(speeds[name], generation.stats.tokens / seconds)
             if name == "plain":
                 reference = generation
-    pairs = zip(completions, reference, strict=True)
-    difference = next(
-        (
-            {"prompt": index, "at": position, "tree": tree_token, "plain": plain_token}
-            for index, (ours, theirs) in enumerate(pairs)
-            for position, (tree_token, plain_token) in enumerate(
-                itertools.zip_longest(ours.token_ids, theirs.token_ids)
-            )
-            if tree_token != plain_token
-        ),
-        None,
-    )
+    differences = []
+    for index, (ours, theirs) in enumerate(zip(completions, reference, strict=True)):
+        tokens = itertools.zip_longest(ours.token_ids, theirs.token_ids)
+        for position, (token, other) in enumerate(tokens):
+            if token != other:
+                found = {"prompt": index, "at": position, "tree": token, "plain": other}
+                differences.append(found)
+    difference = differences[0] if differences else None
     return {
         "identical": difference is None,
         "first_difference": difference,

@@ -57,9 +57,8 @@ def run(
             given = [choose(None, count), *tuning.candidates(count)]
             for sizes in tqdm(given, desc=f"{name} {count}", leave=False):
                 key = name, dataclasses.asdict(call), count, dataclasses.asdict(sizes)
-                trials.append(
-                    journal.run(key, functools.partial(attempt, count, sizes))
-                )
+                trial = functools.partial(attempt, count, sizes)
+                trials.append(journal.run(key, trial))
             found = tuning.best(trials)
             if found is None:
                 raise UserError(

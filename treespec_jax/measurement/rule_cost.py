@@ -105,9 +105,10 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
                 "seconds": spread(per_step.tolist()),
                 "share": spread((per_step / whole).tolist()),
             }
-    return {
-        **{"nodes": 64, "vocab": vocab, "batch": 1, "rounds": rounds},
-        **{"temperature": temperature, "top_p": top_p},
+    about = {"nodes": 64, "vocab": vocab, "batch": 1, "temperature": temperature}
+    return about | {
+        "top_p": top_p,
+        "rounds": rounds,
         "layer_seconds": spread(layer.tolist()),
         "one_layer_and_head_seconds": spread(one.tolist()),
         "verification_seconds": spread(whole.tolist()),

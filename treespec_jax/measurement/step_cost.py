@@ -32,7 +32,7 @@ from treespec_jax.sampling import select
 from treespec_jax.sampling.policy import Sampling
 from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.speculation import Speculation
-from treespec_jax.trees.shapes import ROOT_ONLY, StaticShape, TreeShape
+from treespec_jax.trees.shapes import StaticShape, TreeShape
 from treespec_jax.trees.token_tree import static_tree
 from treespec_jax.trees.topology import chain
 
@@ -146,12 +146,7 @@ def cost_curve(
     """Cost of the target's pass over T nodes and the argmax of each, for some T."""
     programs = {
         str(nodes): target_passes(
-            target,
-            StaticShape(chain(nodes - 1)) if nodes > 1 else ROOT_ONLY,
-            config,
-            length,
-            steps=4,
-            choose=True,
+            target, StaticShape(chain(nodes - 1)), config, length, steps=4, choose=True
         )
         for nodes in CURVE_NODES
     }
