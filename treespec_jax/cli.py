@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import flags
@@ -25,8 +24,6 @@ from absl import flags
 from pallas_kernels import machine
 from treespec_jax.errors import UserError
 
-USER_ERROR = 2
-INTERRUPTED = 130
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 
 
@@ -37,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         width = max(map(len, commands.COMMANDS))
         print("usage: treespec COMMAND [--flag=value …]; COMMAND --help lists flags")
         for name in commands.COMMANDS:
-            print(f"  {name:{width}}  {_description(name)}")
+            # The module is not imported: that takes time.
+            source = Path(commands.__file__).with_name(f"{name}.py").read_text("utf-8")
+            description = ast.get_docstring(ast.parse(source)).partition("\n")[0]
+            print(f"  {name:{width}}  {description}")
         sys.exit(0)
     name, *rest = rest
     if name not in commands.COMMANDS:
@@ -54,7 +54,8 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> NoReturn:
         module = importlib.import_module(f"{commands.__name__}.{name}")
         module.define()
         if any(argument in _HELP for argument in argv[1:]):
-            print(_help(module))
+            _, _, listed = flags.FLAGS.module_help(module.__name__).partition(":\n")
+            print(f"{inspect.cleandoc(module.__doc__)}\n\nflags:\n{listed}")
             sys.exit(0)
     run(lambda _: module.main(flags.FLAGS), argv)
 
@@ -90,9 +91,8 @@ def skip_absent_tpu() -> None:
     Where libtpu is installed for its compiler alone, the search takes seconds and ends
     in errors on stderr. What the user chose in JAX_PLATFORMS stands.
     """
-    if os.environ.get("JAX_PLATFORMS") or not importlib.util.find_spec("libtpu"):
-        return
-    if machine.has_tpu():
+    chosen, libtpu = os.environ.get("JAX_PLATFORMS"), importlib.util.find_spec("libtpu")
+    if chosen or not libtpu or machine.has_tpu():
         return
     plugins = {p.name for p in importlib.metadata.entry_points(group="jax_plugins")}
     cuda = any("cuda" in name for name in plugins)
@@ -105,7 +105,7 @@ def skip_absent_tpu() -> None:
 def fail(message: str) -> NoReturn:
     """Prints the message as one line on stderr and exits with code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(USER_ERROR)
+    sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -129,19 +129,7 @@ def _one_line_errors() -> Iterator[None]:
         fail(f"{error.strerror}; check the disk, and where the output goes")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
-def _description(name: str) -> str:
-    """First line of a command's docstring; the module is not imported."""
-    source = Path(commands.__file__).with_name(f"{name}.py").read_text("utf-8")
-    return ast.get_docstring(ast.parse(source)).partition("\n")[0]
-
-
-def _help(module: ModuleType) -> str:
-    """A command's docstring and its flags."""
-    _, _, listed = flags.FLAGS.module_help(module.__name__).partition(":\n")
-    return f"{inspect.cleandoc(module.__doc__)}\n\nflags:\n{listed}"
+        sys.exit(130)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -160,9 +148,8 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"--{missing[1]} is missing; give it a value") from None
         raise UserError(str(error)) from None
     if len(rest) > 1:
-        raise UserError(
-            f"argument {rest[1]!r} is not a flag; give --name=value (--help lists them)"
-        )
+        hint = "give --name=value (--help lists them)"
+        raise UserError(f"argument {rest[1]!r} is not a flag; {hint}")
     return rest
 
 

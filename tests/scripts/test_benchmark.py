@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from treespec_jax.measurement import bandwidth, step_cost
+from treespec_jax.measurement import machine, step_cost
 
 
 @pytest.fixture
 def pair(files, monkeypatch):
     """Flags of the tiny pair; little memory is read, and few lengths are timed."""
-    monkeypatch.setattr(bandwidth, "BYTES", 4 << 20)
+    monkeypatch.setattr(machine, "BYTES", 4 << 20)
     monkeypatch.setattr(step_cost, "CURVE_NODES", (1, 2))
     return [f"--target={files.target}", f"--draft={files.draft}", "--max_len=64"]
 
@@ -86,7 +86,7 @@ def test_mistakes(refuses, pair, files, tmp_path):
 
 
 def test_bandwidth_takes_samples():
-    read = bandwidth.ReadBandwidth(threads=2, size=1 << 20)
+    read = machine.ReadBandwidth(threads=2, size=1 << 20)
     read.sample(2)
     assert len(read.samples) == 2 and read.best == max(read.samples) > 0
     assert "2 threads" in read.method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from treespec_jax.commands import prompts, runtime, settings
 from treespec_jax.errors import UserError
-from treespec_jax.measurement import output, study, tables, timing
+from treespec_jax.measurement import output, tables, timing
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 
@@ -114,25 +115,28 @@ def test_output_is_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
 
 
-def test_a_study_measures_once_and_writes_all(tmp_path, capsys):
+def test_carry_out_measures_once_and_writes_all(tmp_path, capsys):
     calls = []
-    made = study.Study(
+    carry_out = functools.partial(
+        output.carry_out,
         lambda: {"calls": calls.append(1) or len(calls)},
         lambda results: f"{results['calls']} call",
-        lambda results, path: path.write_bytes(b"png"),
+        plot=lambda results, path: path.write_bytes(b"png"),
     )
     with pytest.raises(UserError, match="--output"):
-        study.carry_out(made, "")
+        carry_out("")
     assert calls == []
-    study.carry_out(made, str(tmp_path / "results"))
-    study.carry_out(made, "", must_write=False)
-    assert calls == [1] and made.results() == {"calls": 1}
+    carry_out(str(tmp_path / "results"))
+    assert calls == [1]
     assert (tmp_path / "results" / "results.md").read_text() == "1 call\n"
     assert json.loads((tmp_path / "results" / "results.json").read_text()) == {
         "calls": 1
     }
     assert (tmp_path / "results" / "results.png").read_bytes() == b"png"
-    assert capsys.readouterr().out.count("1 call") == 2
+    assert capsys.readouterr().out.count("1 call") == 1
+    carry_out("", must_write=False)
+    assert capsys.readouterr().out == "2 call\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["results"]
 
 
 @pytest.mark.parametrize("path", ["", "/dev/null", "/dev/null/results"])

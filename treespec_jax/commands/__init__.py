@@ -1,8 +1,8 @@
 """The commands: one module each, and the settings and flags that they share.
 
 A command's module is light to import. It has a docstring, whose first line describes
-the command; `define()`, which defines the flags; and `main(given)`, which takes their
-values once the command line is parsed.
+the command; `define()`, which defines the flags; and `main(given)`, which runs it on
+their values (`absl.flags.FlagValues`) once the command line is parsed.
 """
 
 import time

@@ -11,18 +11,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from absl.flags import FlagValues
-
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.output import say
-from treespec_jax.measurement.study import Study, carry_out
+from treespec_jax.measurement.output import carry_out, say
 
 # Measurements of each program in the breakdown of a step.
 _COST_ROUNDS = 7
-
-
 _SETTINGS = setting_flags.SettingFlags(
     more=("benchmark",),
     defaults={"engine.max_batch": 1},
@@ -31,13 +26,11 @@ _SETTINGS = setting_flags.SettingFlags(
 
 
 def define() -> None:
-    """Defines the flags."""
     _SETTINGS.define()
     flags.define("output", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     settings = _SETTINGS.experiment()
     variants = {name: settings.with_tree(name) for name in settings.benchmark.shapes}
     for name, variant in variants.items():
@@ -52,8 +45,7 @@ def main(given: FlagValues) -> None:
     from treespec_jax.measurement import plots, shape_table
 
     measured = functools.partial(measure, settings, texts)
-    study = Study(measured, shape_table.table, plots.save_shapes)
-    carry_out(study, given.output)
+    carry_out(measured, shape_table.table, given.output, plots.save_shapes)
 
 
 def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
@@ -63,8 +55,7 @@ def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
       UserError: an unreadable checkpoint, or settings that do not fit together.
     """
     from treespec_jax.measurement import rounds, step_cost
-    from treespec_jax.measurement.bandwidth import ReadBandwidth
-    from treespec_jax.measurement.versions import versions
+    from treespec_jax.measurement.machine import ReadBandwidth, versions
 
     names, repeats = settings.benchmark.shapes, settings.benchmark.rounds
     ids = loading.check(settings, texts, names)
@@ -121,10 +112,8 @@ def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
 def _of_step(shared: dict[str, Any], cost, read_seconds: float) -> dict[str, Any]:
     """What a step costs, and how much of the memory's bandwidth it uses.
 
-    Args:
-      shared: what `rounds.summary` gave.
-      cost: a `StepCost`.
-      read_seconds: that reading the weights once takes at full bandwidth.
+    Of what `rounds.summary` gave, a `StepCost`, and the seconds that reading the
+    weights once takes at full bandwidth.
     """
     seconds = statistics.median(shared["milliseconds_per_step"]["rounds"]) / 1e3
     return {

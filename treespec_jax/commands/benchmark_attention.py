@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string, FlagValues
+from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string
 
 from treespec_jax.commands import flags, runtime
 from treespec_jax.errors import UserError
 from treespec_jax.measurement import tables
-from treespec_jax.measurement.output import say
-from treespec_jax.measurement.study import Study, carry_out
+from treespec_jax.measurement.output import carry_out, say
 
 # Settings that have a flag of the same name.
 _MODEL = ("prefix", "heads", "kv_heads", "head_dim", "dtype", "implementation")
@@ -29,7 +28,6 @@ _TIMING = ("rounds", "calls", "matrix", "seed")
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_list("nodes", ["1", "16", "32", "64"], "sizes of trees")
     DEFINE_integer("heads", 32, "query heads")
     DEFINE_string("dtype", "bfloat16", "bfloat16, float16 or float32")
@@ -43,8 +41,7 @@ def define() -> None:
     flags.define("output", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     runtime.set_up(given.compilation_cache)
     from pallas_kernels.tree_attention import benchmark
 
@@ -60,7 +57,7 @@ def main(given: FlagValues) -> None:
         raise UserError(str(error)) from None
 
     def measure() -> dict[str, Any]:
-        from treespec_jax.measurement.versions import versions
+        from treespec_jax.measurement.machine import versions
 
         try:
             report = benchmark.run(settings, say)
@@ -71,10 +68,9 @@ def main(given: FlagValues) -> None:
         return {"versions": versions(), **report}
 
     def table(report: dict[str, Any]) -> str:
-        rows = list(benchmark.rows(report))
-        return f"{summary(report)}\n\n{tables.markdown(rows)}"
+        return f"{summary(report)}\n\n{tables.markdown(list(benchmark.rows(report)))}"
 
-    carry_out(Study(measure, table), given.output, must_write=False)
+    carry_out(measure, table, given.output, must_write=False)
 
 
 def summary(report: dict[str, Any]) -> str:

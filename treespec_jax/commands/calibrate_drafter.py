@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from absl.flags import DEFINE_string, FlagValues
+from absl.flags import DEFINE_string
 
 from treespec_jax.checkpoints import calibration as files
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
@@ -26,21 +26,21 @@ _SETTINGS = setting_flags.SettingFlags(
 
 
 def define() -> None:
-    """Defines the flags."""
     _SETTINGS.define()
-    DEFINE_string(
-        "output",
-        "",
-        "file to write instead of calibration.json in the drafter's folder",
-    )
+    words = "file to write instead of calibration.json in the drafter's folder"
+    DEFINE_string("output", "", words)
     flags.define("prompts_file", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     settings = _SETTINGS.experiment()
     tree = settings.speculative.tree
-    check_tree(tree)
+    shape = shapes.parse(tree)
+    if shape.depth in (0, shape.num_nodes - 1):
+        raise UserError(
+            f"--tree={tree} has no siblings to compare; take regular:8x1, or another "
+            "tree that branches"
+        )
     settings = settings.with_tree(tree, method="draft_model").with_paths()
     engine = dataclasses.replace(settings.engine, record=True)
     settings = dataclasses.replace(settings, engine=engine)
@@ -50,16 +50,6 @@ def main(given: FlagValues) -> None:
     run(settings, given.prompts_file, given.output)
 
 
-def check_tree(tree: str) -> None:
-    """Raises UserError: a tree in which no node has a sibling."""
-    shape = shapes.parse(tree)
-    if shape.depth in (0, shape.num_nodes - 1):
-        raise UserError(
-            f"--tree={tree} has no siblings to compare; take regular:8x1, or another "
-            "tree that branches"
-        )
-
-
 def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
     """Decodes the prompts, prints reliability before and after, writes the tau.
 
@@ -67,7 +57,7 @@ def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
       UserError: nowhere to write, an unreadable prompt or checkpoint, or texts in which
         the drafter was never right.
     """
-    from treespec_jax.measurement import rounds, versions
+    from treespec_jax.measurement import machine, rounds
 
     file = files.place(settings.speculative.model, output)
     texts = prompts.read_or_stories(prompts_file)
@@ -93,14 +83,14 @@ def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
         "families": families,
         "target": Path(settings.target).name,
         "accepted_by_rank": ranks,
-        "versions": versions.versions(),
+        "versions": machine.versions(),
     }
     for name, figures in found.items():
         values[f"error_{name}"] = figures["mean_gap"]
         values[f"reliability_{name}"] = figures["bins"]
     files.write(file, values)
-    named = {f"before, tau={before:.3g}": "before", f"after, tau={tau:.3g}": "after"}
-    print(*tables.reliability({k: found[v] for k, v in named.items()}), sep="\n")
+    names = f"before, tau={before:.3g}", f"after, tau={tau:.3g}"
+    print(*tables.reliability(dict(zip(names, found.values(), strict=True))), sep="\n")
     shares = tables.percents([count / max(1, sum(ranks)) for count in ranks])
     print(f"Accepted nodes by rank among siblings: {shares}")
     print(f"\ntau {tau:.3f} (was {before:g}), of {families} families; wrote {file}")

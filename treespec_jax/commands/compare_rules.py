@@ -9,44 +9,34 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl.flags import FlagValues
-
 from treespec_jax.acceptance import compatibility
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.output import say
-from treespec_jax.measurement.study import Study, carry_out
+from treespec_jax.measurement.output import carry_out, say
 from treespec_jax.trees import shapes
 
 # Rule and shape; plain decoding samples by the noise of the exact rule.
 Combination = tuple[str, str]
 PLAIN: Combination = ("exact", "none")
-
-
 _SETTINGS = setting_flags.SettingFlags(
     more=("comparison",),
     # A machine by itself is measured, and in minutes.
     defaults={"engine.max_batch": 1, "sampling.max_tokens": 32},
     without=(
-        "speculative.tree",
-        "speculative.rule",
-        "speculative.proposal",
-        "sampling.temperature",
-        "sampling.ignore_eos",
+        *("speculative.tree", "speculative.rule", "speculative.proposal"),
+        *("sampling.temperature", "sampling.ignore_eos"),
     ),
 )
 
 
 def define() -> None:
-    """Defines the flags."""
     _SETTINGS.define()
     flags.define("output", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     settings = _SETTINGS.experiment()
     if settings.speculative.method == "none":
         raise UserError("method 'none' grows no trees to compare; leave it out")
@@ -65,7 +55,7 @@ def main(given: FlagValues) -> None:
         figures = measure(settings, possible, ids)
         return figures | {"prompts": texts, "refused": refused}
 
-    carry_out(Study(measured, rule_table.table, plots.save_rules), given.output)
+    carry_out(measured, rule_table.table, given.output, plots.save_rules)
 
 
 def combinations(
@@ -100,7 +90,7 @@ def measure(
       UserError: an unreadable checkpoint, or settings that do not fit together.
     """
     from treespec_jax.measurement import rounds, step_cost
-    from treespec_jax.measurement.versions import versions
+    from treespec_jax.measurement.machine import versions
 
     pair = loading.load_pair(settings)
     llms = loading.make_llms({PLAIN: settings.with_tree("none"), **possible}, pair)
@@ -141,6 +131,5 @@ def _proposal(variant: Experiment | None) -> str | None:
     if variant is None:
         return None
     spec = variant.speculative
-    return compatibility.choose_proposal(
-        spec.rule, spec.proposal, shapes.parse(spec.tree), spec.cascade
-    )
+    tree = shapes.parse(spec.tree)
+    return compatibility.choose_proposal(spec.rule, spec.proposal, tree, spec.cascade)

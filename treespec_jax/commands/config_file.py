@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags, logging
@@ -36,14 +36,14 @@ def define(default: str | None = None) -> flags.FlagHolder:
         "other flags win over both",
     )
     flag = flags.FLAGS["config"]
-    flag.parser = _ConfigParser(flag.parser)
-    parse = flag.parse
+    parse, load = flag.parse, flag.parser.parse
 
     def parse_with_overrides(argument: str) -> None:
         with _config_errors(argument):
             parse(argument)
 
     flag.parse = parse_with_overrides
+    flag.parser.parse = lambda argument: _checked(load, argument)
     if default is not None:
         try:
             with _config_errors(default):
@@ -53,34 +53,24 @@ def define(default: str | None = None) -> flags.FlagHolder:
     return holder
 
 
-class _ConfigParser(flags.ArgumentParser):
+def _checked(load: Callable[[str], Any], argument: str) -> Any:
     """Loads a configuration file; what goes wrong is raised at once.
 
     ml_collections keeps a file that cannot be read for the first look at its value,
     and takes whatever `get_config` returns.
     """
-
-    def __init__(self, inner: flags.ArgumentParser):
-        self._inner = inner
-
-    def parse(self, argument: str) -> Any:
-        # A file loaded earlier would lend its names to this one.
-        sys.modules.pop("config_config", None)
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # it warns of None, refused below
-        try:
-            config = self._inner.parse(argument)
-        finally:
-            logging.set_verbosity(verbosity)
-        if not hasattr(config, "to_dict"):  # an unreadable file raises OSError here
-            raise flags.IllegalFlagValueError(
-                f"--config={argument}: get_config() must return a ConfigDict, not "
-                f"{config!r:.40}"
-            )
-        return config
-
-    def flag_type(self) -> str:
-        return self._inner.flag_type()
+    # A file loaded earlier would lend its names to this one.
+    sys.modules.pop("config_config", None)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of None, refused below
+    try:
+        config = load(argument)
+    finally:
+        logging.set_verbosity(verbosity)
+    if not hasattr(config, "to_dict"):  # an unreadable file raises OSError here
+        what = f"get_config() must return a ConfigDict, not {config!r:.40}"
+        raise flags.IllegalFlagValueError(f"--config={argument}: {what}")
+    return config
 
 
 @contextlib.contextmanager

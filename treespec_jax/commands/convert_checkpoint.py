@@ -13,27 +13,21 @@ from __future__ import annotations
 import os
 import sys
 
-from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_string, FlagValues
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_string
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_string("input", None, "checkpoint to read", required=True)
     DEFINE_string("output", None, "folder to write to", required=True)
-    DEFINE_enum(
-        "dtype",
-        None,
-        ["float32", "bfloat16", "float16"],
-        "of the parameters in the output; default: as in the input",
-    )
+    words = "of the parameters in the output; default: as in the input"
+    DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], words)
     DEFINE_string(
         "tokenizer", None, "tokenizer file; default: the one found with the input"
     )
     DEFINE_bool("restart", False, "start over instead of going on where a run stopped")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     # Weights go from file to file; an accelerator would only lend its memory.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import tqdm
@@ -47,14 +41,13 @@ def main(given: FlagValues) -> None:
                 yield group
                 shown.update(group.nbytes)
 
-    output, restart = given.output, given.restart
+    output = given.output
     checkpoints.check_output(output)
     about = checkpoints.describe(given.input, given.tokenizer)
     for note in about.notes:
         print(f"note: {note}", file=sys.stderr)
-    done = checkpoints.convert(
-        about, output, given.dtype, restart=restart, progress=bar
-    )
+    options = {"restart": given.restart, "progress": bar}
+    done = checkpoints.convert(about, output, given.dtype, **options)
     if done.resumed:
         print(f"{done.resumed:,} bytes were there from an earlier run", file=sys.stderr)
     kind = about.tokenizer.file_name if about.tokenizer else "no tokenizer"

@@ -51,7 +51,6 @@ def numbers(name: str, texts: Sequence[str], kind: type = int) -> tuple:
     try:
         return tuple(kind(text) for text in texts)
     except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise UserError(
-            f"--{name}={','.join(texts)}: give {what}, as in 1,16,64"
-        ) from None
+        want = "whole numbers" if kind is int else "numbers"
+        message = f"--{name}={','.join(texts)}: give {want}, as in 1,16,64"
+        raise UserError(message) from None

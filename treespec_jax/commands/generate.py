@@ -11,39 +11,29 @@ conversation on stdin.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string, FlagValues
+from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string
 
 from treespec_jax import commands
-from treespec_jax.commands import (
-    dialogue,
-    flags,
-    loading,
-    prompts,
-    runtime,
-    setting_flags,
-)
+from treespec_jax.commands import dialogue, flags, loading, prompts, runtime
 from treespec_jax.commands.prompts import Prompt
+from treespec_jax.commands.setting_flags import SettingFlags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.engine.stats import total
 from treespec_jax.measurement import tables
 
-# Stands for what the user will say, to see that it can be answered.
-_GREETING = [{"role": "user", "content": "Hello"}]
 _SECONDS = ("prefill_seconds", "decode_seconds")
 # Timed runs of each way of decoding in a comparison; the better one counts.
 _ROUNDS = 2
-
-
-_SETTINGS = setting_flags.SettingFlags()
+_SETTINGS = SettingFlags()
 
 
 def define() -> None:
-    """Defines the flags."""
     _SETTINGS.define()
     DEFINE_string("prompt", None, "the text to continue")
     DEFINE_bool("chat", False, "answer prompts; without any, talk on stdin")
@@ -56,20 +46,22 @@ def define() -> None:
     flags.define("prompts_file", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     texts, opening = prompts.gather(
         given.chat, given.prompt, given.prompts_file, given.system
     )
-    job = Job(
-        _without_idle_slots(_SETTINGS.experiment().with_paths(), len(texts)),
-        texts,
-        opening,
-        prompts.options(given.chat_option),
-        not given.json,
-    )
+    settings = _SETTINGS.experiment().with_paths()
+    # A slot costs its rows in every pass, whether or not it holds a text.
+    slots = min(settings.engine.max_batch, max(1, len(texts)))
+    engine = dataclasses.replace(settings.engine, max_batch=slots)
+    settings = dataclasses.replace(settings, engine=engine)
+    options = prompts.options(given.chat_option)
+    job = Job(settings, texts, opening, options, not given.json)
     # Before jax starts and weights are read, so that a mistake is answered at once.
-    encoded = job.check()
+    trees = [] if settings.plain else [settings.speculative.tree]
+    # A greeting stands for what the user will say, to see that it can be answered.
+    some = texts or [[*opening, {"role": "user", "content": "Hello"}]]
+    encoded = loading.check(settings, some, trees, options)
     runtime.set_up(given.compilation_cache)
     run(job, encoded, given.compare)
 
@@ -93,12 +85,6 @@ class Job:
     options: dict[str, Any]
     shown: bool
 
-    def check(self) -> list[list[int]]:
-        """Token ids of the prompts, see `loading.check`."""
-        texts = self.prompts or [[*self.opening, *_GREETING]]
-        trees = [] if self.settings.plain else [self.settings.speculative.tree]
-        return loading.check(self.settings, texts, trees, self.options)
-
 
 def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
     """Loads, compiles, generates and prints.
@@ -107,7 +93,7 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
       UserError: a checkpoint that cannot be read, or a pair that does not fit together.
     """
     settings, params = job.settings, job.settings.sampling
-    from treespec_jax.measurement import rounds, step_cost, versions
+    from treespec_jax.measurement import machine, rounds, step_cost
 
     began = time.perf_counter()
     pair = loading.load_pair(settings)
@@ -137,7 +123,7 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
             "reliability": reliability,
             "timing": timing,
             "comparison": comparison,
-            "versions": versions.versions(),
+            "versions": machine.versions(),
         }
         print(json.dumps(report, indent=2))
         return
@@ -164,28 +150,22 @@ def _completions(job: Job, llm, params):
         completion, first = stream(job.prompts[0])
         return job.prompts, [completion], completion.stats, first
     generation, seconds = rounds.decode(llm, job.prompts, params, job.options)
-    if job.shown:
-        _print_texts(generation)
+    for completion in generation if job.shown else ():
+        prompt = completion.prompt
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        print(f"> {prompt}\n{completion.text.strip()}\n")
     stats = dataclasses.replace(generation.stats, decode_seconds=seconds)
     return job.prompts, list(generation), stats, None
 
 
-def _without_idle_slots(settings: Experiment, prompts: int) -> Experiment:
-    """A slot costs its rows in every pass, whether or not it holds a text."""
-    slots = min(settings.engine.max_batch, max(1, prompts))
-    engine = dataclasses.replace(settings.engine, max_batch=slots)
-    return dataclasses.replace(settings, engine=engine)
-
-
 def _stream(llm, prompt: Prompt, params, shown: bool, options):
     """Runs one prompt; shows its text if asked to. Returns it and when it began."""
-    chat = not isinstance(prompt, str)
-    if chat:
-        pieces = llm.stream_chat(prompt, params, options)
-    else:
+    if isinstance(prompt, str):
         pieces = llm.stream(prompt, params)
-    if shown and not chat:
-        print(prompt, end="", flush=True)
+        if shown:
+            print(prompt, end="", flush=True)
+    else:
+        pieces = llm.stream_chat(prompt, params, options)
     first = None
     try:
         for piece in pieces:
@@ -197,13 +177,6 @@ def _stream(llm, prompt: Prompt, params, shown: bool, options):
         if shown:
             print("\n", flush=True)
     return pieces.completion, first or time.perf_counter()
-
-
-def _print_texts(completions) -> None:
-    for completion in completions:
-        prompt = completion.prompt
-        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        print(f"> {prompt}\n{completion.text.strip()}\n")
 
 
 def _compare(job: Job, llm, plain, prompts, completions) -> dict[str, Any]:
@@ -218,11 +191,14 @@ def _compare(job: Job, llm, plain, prompts, completions) -> dict[str, Any]:
             speeds[name] = max(speeds[name], generation.stats.tokens / seconds)
             if name == "plain":
                 reference = generation
-    difference = None
+    differences = []
     for index, (ours, theirs) in enumerate(zip(completions, reference, strict=True)):
-        if ours.token_ids != theirs.token_ids:
-            difference = _first_difference(index, ours.token_ids, theirs.token_ids)
-            break
+        tokens = itertools.zip_longest(ours.token_ids, theirs.token_ids)
+        for position, (token, other) in enumerate(tokens):
+            if token != other:
+                found = {"prompt": index, "at": position, "tree": token, "plain": other}
+                differences.append(found)
+    difference = differences[0] if differences else None
     return {
         "identical": difference is None,
         "first_difference": difference,
@@ -232,25 +208,10 @@ def _compare(job: Job, llm, plain, prompts, completions) -> dict[str, Any]:
     }
 
 
-def _first_difference(index: int, ours: list[int], theirs: list[int]):
-    shared = min(len(ours), len(theirs))
-    position = next((i for i in range(shared) if ours[i] != theirs[i]), shared)
-    return {
-        "prompt": index,
-        "at": position,
-        "tree": ours[position] if position < len(ours) else None,
-        "plain": theirs[position] if position < len(theirs) else None,
-    }
-
-
 def _completion(completion) -> dict[str, Any]:
-    values = {
-        "prompt": completion.prompt,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "stats": completion.stats.as_dict(),
-    }
+    names = ["prompt", "text", "token_ids", "finish_reason"]
+    values = {name: getattr(completion, name) for name in names}
+    values["stats"] = completion.stats.as_dict()
     if completion.logprobs is not None:
         values["logprobs"] = completion.logprobs
     return values

@@ -12,13 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list, FlagValues
+from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_list(
         "model", None, "names of models, or paths of checkpoints; default: all names"
     )
@@ -28,8 +27,7 @@ def define() -> None:
     DEFINE_bool("json", False, "print JSON, in parameters, bytes and tokens")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     from treespec_jax.measurement.tables import aligned
     from treespec_jax.models import presets
 
@@ -39,18 +37,11 @@ def main(given: FlagValues) -> None:
         print(json.dumps({"dtype": dtype, "models": models}, indent=2))
         return
     head = ["name", "family", "parameters", f"{dtype} GB", "cache kB", "tokens"]
-    rows = [
-        [
-            model["name"],
-            model["family"],
-            f"{model['parameters']:,}",
-            f"{model['weight_bytes'] / 1e9:.2f}",
-            f"{model['cache_bytes_per_token'] / 1e3:.1f}",
-            f"{model['positions']:,}",
-        ]
-        for model in models
-    ]
-    print(aligned([head, *rows]))
+    rows = [head]
+    for name, family, parameters, weights, cache, positions in map(dict.values, models):
+        row = [name, family, f"{parameters:,}", f"{weights / 1e9:.2f}"]
+        rows.append([*row, f"{cache / 1e3:.1f}", f"{positions:,}"])
+    print(aligned(rows))
     print("cache: per token of a text; tokens: the longest text the model knows")
 
 

@@ -86,14 +86,12 @@ def load_pair(settings: Experiment) -> Pair:
     dtype = settings.dtype or None
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    tokenizer = settings.tokenizer or None
-    mesh = make_mesh(settings.mesh) if settings.mesh else None
-    target = load(settings.target, dtype, tokenizer=tokenizer, mesh=mesh)
-    draft = None
-    if settings.speculative.model:
-        path = settings.speculative.model
-        draft = load(path, target.dtype, tokenizer=tokenizer, mesh=mesh)
-    return Pair(target, draft)
+    shared = {
+        "tokenizer": settings.tokenizer or None,
+        "mesh": make_mesh(settings.mesh) if settings.mesh else None,
+    }
+    target, path = load(settings.target, dtype, **shared), settings.speculative.model
+    return Pair(target, load(path, target.dtype, **shared) if path else None)
 
 
 def make_llm(settings: Experiment, pair: Pair):

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import functools
 
-from absl.flags import DEFINE_float, DEFINE_integer, FlagValues
+from absl.flags import DEFINE_float, DEFINE_integer
 
 from treespec_jax.commands import flags, runtime
 from treespec_jax.config import check_float, check_int
-from treespec_jax.measurement.study import Study, carry_out
+from treespec_jax.measurement.output import carry_out
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_integer("rounds", 9, "measurements of each program")
     DEFINE_float("temperature", 1.0, "of the requests")
     DEFINE_float("top_p", 1.0, "of the requests")
     flags.define("output", "compilation_cache")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
-    rounds, temperature = given.rounds, given.temperature
-    top_p = given.top_p
+def main(given) -> None:
+    rounds, temperature, top_p = given.rounds, given.temperature, given.top_p
     check_int("rounds", rounds, 1)
     check_float("temperature", temperature, 0)
     check_float("top_p", top_p, 0, 1, open_low=True)
@@ -32,4 +29,4 @@ def main(given: FlagValues) -> None:
     from treespec_jax.measurement import rule_cost
 
     measure = functools.partial(rule_cost.measure, rounds, temperature, top_p)
-    carry_out(Study(measure, rule_cost.report), given.output)
+    carry_out(measure, rule_cost.report, given.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,6 @@ STORIES = (
     "it was a sunny day. max wanted to swim in the lake, but",
     "a kind old man had a small boat. every day he",
 )
-
-
 # One prompt: a text to continue, or the messages of a conversation to answer.
 Prompt = str | list[dict[str, Any]]
 
@@ -82,10 +81,8 @@ def options(given: Sequence[str] | None) -> dict[str, Any]:
         except ValueError:
             name = ""
         if not name:
-            raise UserError(
-                f"--chat_option={text}: expected NAME=JSON, enable_thinking=false for "
-                "example"
-            )
+            expected = "expected NAME=JSON, enable_thinking=false for example"
+            raise UserError(f"--chat_option={text}: {expected}")
     return found
 
 
@@ -111,9 +108,8 @@ def _lines(file: str) -> list[tuple[int, str]]:
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"prompts file {file}: {error.strerror}; check the path"
-        ) from None
+        message = f"prompts file {file}: {error.strerror}; check the path"
+        raise UserError(message) from None
     except UnicodeDecodeError:
         raise UserError(f"prompts file {file} is not UTF-8 text; save it so") from None
     lines = [(n, s) for n, s in enumerate(text.split("\n"), 1) if s.strip()]
@@ -140,12 +136,9 @@ def _json_messages(file: str, number: int, line: str) -> list[dict[str, Any]]:
 
 
 def _json_prompt(file: str, number: int, line: str) -> str:
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         prompt = json.loads(line)["prompt"]
-        if not isinstance(prompt, str):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f'{file}:{number}: expected {{"prompt": "some text"}}, got {line:.60}'
-        ) from None
-    return prompt
+        if isinstance(prompt, str):
+            return prompt
+    expected = 'expected {"prompt": "some text"}'
+    raise UserError(f"{file}:{number}: {expected}, got {line:.60}")

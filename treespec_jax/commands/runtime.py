@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,27 +21,17 @@ def set_up(compilation_cache: str | None = None) -> None:
     if compilation_cache == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if compilation_cache is None and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    else:
-        folder = compilation_cache or default_cache_folder()
-    if _writable(Path(folder).expanduser()):
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path(folder).expanduser().absolute())
-        )
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    chosen = compilation_cache or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = Path(chosen or default_cache_folder()).expanduser().absolute()
+    with contextlib.suppress(OSError, RuntimeError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def default_cache_folder() -> Path:
     """`treespec-jax` under $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "treespec-jax"
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)

@@ -90,8 +90,6 @@ HELP: dict[str, dict[str, str]] = {
 }
 # A field that has a flag of another name.
 _NAMES = {"speculative.model": "draft", "speculative.options": "drafter_option"}
-# Its texts may hold commas.
-_REPEATABLE = ("sampling.stop",)
 _DEFINE = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -126,10 +124,17 @@ class SettingFlags:
                     yield dataclasses.replace(setting, default=default)
 
     def define(self) -> None:
-        """Defines the flags."""
+        """Defines the flags, each by the type of its field."""
         config_file.define()
         for setting in self:
-            _define(setting)
+            words = HELP[setting.section][setting.name]
+            if setting.default not in (None, "", ()):
+                words += f"; default: {_shown(setting.default)}"
+            define = flags.DEFINE_multi_string
+            # The texts of a stop setting may hold commas.
+            if setting.dotted != "sampling.stop" and not _is_mapping(setting.kind):
+                define = _DEFINE[typing.get_origin(setting.kind) or setting.kind]
+            define(name_of(setting), None, words)
 
     def experiment(self) -> settings.Experiment:
         """The settings in force, once the command line is parsed.
@@ -151,17 +156,6 @@ def name_of(setting: Setting) -> str:
     return _NAMES.get(setting.dotted, setting.name)
 
 
-def _define(setting: Setting) -> None:
-    """Defines the flag of a setting by the type of its field."""
-    name, words = name_of(setting), HELP[setting.section][setting.name]
-    if setting.default not in (None, "", ()):
-        words += f"; default: {_shown(setting.default)}"
-    define = flags.DEFINE_multi_string
-    if setting.dotted not in _REPEATABLE and not _is_mapping(setting.kind):
-        define = _DEFINE[typing.get_origin(setting.kind) or setting.kind]
-    define(name, None, words)
-
-
 def _shown(default: Any) -> str:
     """A default as the command line takes it."""
     if isinstance(default, tuple):
@@ -181,28 +175,29 @@ def _is_mapping(kind: Any) -> bool:
 
 def _parsed(setting: Setting, value: Any) -> Any:
     """The setting's value of what absl parsed."""
-    name = name_of(setting)
+    name, items = name_of(setting), typing.get_args(setting.kind)
     if _is_mapping(setting.kind):
-        kinds = typing.get_args(typing.get_args(setting.kind)[0])
-        return tuple(_pair(name, text, kinds[0]) for text in value)
+        pair = _option if typing.get_args(items[0])[0] is str else _bias
+        return tuple(pair(name, text) for text in value)
     if typing.get_origin(setting.kind) is tuple:
-        item = typing.get_args(setting.kind)[0]
-        return tuple(value) if item is str else numbers(name, value, item)
+        return tuple(value) if items[0] is str else numbers(name, value, items[0])
     return value
 
 
-def _pair(name: str, text: str, kind: type) -> tuple[Any, Any]:
-    token, equals, value = text.partition("=")
-    if kind is str:
-        if not token or not equals:
-            raise UserError(f"--{name}={text!r} is not NAME=VALUE, such as longest=3")
-        try:
-            return token, json.loads(value)
-        except ValueError:
-            return token, value
+def _option(flag: str, text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UserError(f"--{flag}={text!r} is not NAME=VALUE, such as longest=3")
     try:
-        return int(token), float(value)
+        return name, json.loads(value)
     except ValueError:
-        raise UserError(
-            f"--{name}={text!r} is not TOKEN=NUMBER, such as 13=-100"
-        ) from None
+        return name, value
+
+
+def _bias(flag: str, text: str) -> tuple[int, float]:
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        example = "such as 13=-100"
+        raise UserError(f"--{flag}={text!r} is not TOKEN=NUMBER, {example}") from None

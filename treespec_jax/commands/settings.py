@@ -99,15 +99,11 @@ class RuleComparison:
                 )
         for value in self.temperatures:
             check_float("temperature", value, 0)
-        temperatures = tuple(float(t) for t in self.temperatures)
-        for name, values in {
-            "rules": self.rules,
-            "shapes": self.shapes,
-            "temperatures": temperatures,
-        }.items():
+        for name, kind in {"rules": str, "shapes": str, "temperatures": float}.items():
+            values = tuple(dict.fromkeys(map(kind, getattr(self, name))))
             if not values:
                 raise UserError(f"nothing to compare: --{name} is empty")
-            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+            object.__setattr__(self, name, values)
         check_int("rounds", self.rounds, 1)
 
 
@@ -192,11 +188,8 @@ class Experiment:
             target = str(BUNDLED / "target")
             draft = draft or str(BUNDLED / "draft")
         draft = (draft or None) if needs_drafter else None
-        for what, path in {
-            "target": target,
-            "drafter": draft,
-            "tokenizer": self.tokenizer,
-        }.items():
+        paths = {"target": target, "drafter": draft, "tokenizer": self.tokenizer}
+        for what, path in paths.items():
             if path and not Path(path).expanduser().exists():
                 raise UserError(f"no {what} at {path}; check the path")
         if needs_drafter and not draft:
@@ -252,17 +245,15 @@ def fields_of(section: str) -> tuple[Setting, ...]:
     """The settings of a section, "" for those outside any, from its dataclass."""
     cls = SECTIONS[section] if section else Experiment
     hints, default = typing.get_type_hints(cls), cls()
-    return tuple(
-        Setting(section, name, _kind(hints[name]), getattr(default, name))
-        for name in (field.name for field in dataclasses.fields(cls))
-        if section or name not in SECTIONS
-    )
-
-
-def _kind(hint: Any) -> Any:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        (hint,) = (t for t in typing.get_args(hint) if t is not types.NoneType)
-    return str if hint is Any else hint
+    found = []
+    for name in (field.name for field in dataclasses.fields(cls)):
+        kind = hints[name]
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+            (kind,) = (t for t in typing.get_args(kind) if t is not types.NoneType)
+        if section or name not in SECTIONS:
+            kind = str if kind is Any else kind
+            found.append(Setting(section, name, kind, getattr(default, name)))
+    return tuple(found)
 
 
 def build(
@@ -307,16 +298,11 @@ def default_config():
     """
     from ml_collections import config_dict
 
-    def to_config(section: str):
-        config = config_dict.ConfigDict()
-        for setting in fields_of(section):
-            value = setting.default
+    config = config_dict.ConfigDict({section: {} for section in SECTIONS})
+    for section in ("", *SECTIONS):
+        for field in fields_of(section):
+            value = field.default
             if value is None:
-                value = config_dict.placeholder(setting.kind)
-            config[setting.name] = value
-        return config
-
-    config = to_config("")
-    for section in SECTIONS:
-        config[section] = to_config(section)
+                value = config_dict.placeholder(field.kind)
+            (config[section] if section else config)[field.name] = value
     return config.lock()

@@ -10,20 +10,13 @@ from __future__ import annotations
 
 import os
 
-from absl.flags import (
-    DEFINE_bool,
-    DEFINE_integer,
-    DEFINE_list,
-    DEFINE_string,
-    FlagValues,
-)
+from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_list, DEFINE_string
 
 from treespec_jax.commands import flags
-from treespec_jax.measurement.study import carry_out
+from treespec_jax.measurement.output import carry_out
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_string("topology", "v5e:2x2", "v4:2x2x1, v6e:2x2, …")
     DEFINE_string("target", "llama-3.2-1b", "a name (list_models)")
     DEFINE_string("draft", None, "a name; default: four narrow layers")
@@ -37,24 +30,19 @@ def define() -> None:
     flags.define("max_batch", "page_size", "output")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     # The compiler is all that is wanted of libtpu, so jax itself stays on the CPU.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation
 
+    same = ("topology", "draft", "tree", "page_size", "dtype", "devices")
     job = compilation.Job(
-        topology=given.topology,
         model=given.target,
-        draft=given.draft,
-        tree=given.tree,
         batch=given.max_batch,
         context=given.max_len,
-        page_size=given.page_size,
-        dtype=given.dtype,
-        devices=given.devices,
         nodes=flags.numbers("nodes", given.nodes),
+        **{name: given[name].value for name in same},
     )
     kernel, step = not given.step_only, not given.kernel_only
-    study = compilation.study(job, kernel=kernel, step=step)
-    carry_out(study, given.output, must_write=False)
+    measure, table = compilation.study(job, kernel, step)
+    carry_out(measure, table, given.output, must_write=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from absl.flags import DEFINE_integer, DEFINE_multi_string, DEFINE_string, FlagValues
+from absl.flags import DEFINE_integer, DEFINE_multi_string, DEFINE_string
 
 from treespec_jax.commands import config_file, flags
 
@@ -20,7 +20,6 @@ _TINY = Path(__file__).with_name("train_tiny.py")
 
 
 def define() -> None:
-    """Defines the flags."""
     config_file.define(str(_TINY))
     DEFINE_multi_string(
         "text",
@@ -39,8 +38,7 @@ def define() -> None:
     DEFINE_integer("steps", None, "optimiser steps of the schedule")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     from treespec_jax.training import command
 
     names = ("text", "vocabulary", "teacher", "output", "steps")

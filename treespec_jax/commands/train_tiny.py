@@ -3,7 +3,11 @@
 treespec train_lm --text=some.txt --output=runs/tiny
 """
 
+from dataclasses import asdict
+
 from ml_collections import ConfigDict
+
+from treespec_jax.training.settings import DistillConfig, OptimizerConfig
 
 
 def get_config() -> ConfigDict:
@@ -30,16 +34,8 @@ def get_config() -> ConfigDict:
                 max_positions=256,
                 tied_embeddings=True,
             ),
-            optimizer=dict(
-                steps=300,
-                peak=5e-3,
-                warmup=30,
-                floor=0.05,
-                weight_decay=0.1,
-                clip=1.0,
-                beta2=0.98,
-            ),
-            distill=dict(teacher="", weight=0.8),
+            optimizer=asdict(OptimizerConfig(steps=300, peak=5e-3, warmup=30)),
+            distill=asdict(DistillConfig()),
             run=dict(
                 output="",
                 save_minutes=1.0,

@@ -15,19 +15,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from absl.flags import (
-    DEFINE_bool,
-    DEFINE_integer,
-    DEFINE_list,
-    DEFINE_string,
-    FlagValues,
-)
+from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_list, DEFINE_string
 
 from treespec_jax.commands import flags
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_list("topology", "v5e:2x2", "to rank for, without a device")
     DEFINE_bool("measure", False, "rank by time on this machine's TPU")
     DEFINE_list("rows", None, "classes: query rows per key/value head")
@@ -37,20 +30,14 @@ def define() -> None:
     DEFINE_bool("save", False, "write the chosen sizes to the data file")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     if not given.measure:  # the compiler is all that is wanted of libtpu
         os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import kernel_search
 
-    call = kernel_search.Shape(
-        slots=given.max_batch,
-        prefix=given.prefix,
-        kv_heads=given.kv_heads,
-        group=given.group,
-        head_dim=given.head_dim,
-        page=given.page_size,
-    )
+    same = ("prefix", "kv_heads", "group", "head_dim")
+    sizes = {name: given[name].value for name in same}
+    call = kernel_search.Shape(slots=given.max_batch, page=given.page_size, **sizes)
     kernel_search.run(
         call,
         topologies=() if given.measure else tuple(given.topology),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-from absl.flags import DEFINE_integer, DEFINE_string, FlagValues
+from absl.flags import DEFINE_integer, DEFINE_string
 
 _SIZES = {
     "vocab_size": "rows of the embedding",
@@ -28,22 +28,19 @@ _SIZES = {
 
 
 def define() -> None:
-    """Defines the flags."""
     DEFINE_string("input", None, "checkpoint to read", required=True)
     DEFINE_string("output", None, "folder to write to", required=True)
     DEFINE_string(
         "tokenizer", None, "tokenizer file; default: the one found with the input"
     )
-    DEFINE_string(
-        "like", None, "take all sizes from this model (list_models names them)"
-    )
+    words = "take all sizes from this model (list_models names them)"
+    DEFINE_string("like", None, words)
     DEFINE_integer("seed", 0, "of the random weights", lower_bound=0)
     for name, what in _SIZES.items():
         DEFINE_integer(name, None, f"{what}; default: that of --like, or as it is")
 
 
-def main(given: FlagValues) -> None:
-    """Runs the command."""
+def main(given) -> None:
     # Weights are changed on the host.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from treespec_jax import checkpoints
@@ -51,13 +48,10 @@ def main(given: FlagValues) -> None:
     from treespec_jax.models import presets
     from treespec_jax.models.transformer import parameter_count
 
-    sizes = {name: given[name].value for name in _SIZES}
-    if given.like:
-        like = presets.get(given.like)
-        sizes = {
-            name: getattr(like, name) if size is None else size
-            for name, size in sizes.items()
-        }
+    like, sizes = presets.get(given.like) if given.like else None, {}
+    for name in _SIZES:
+        size = given[name].value
+        sizes[name] = getattr(like, name, None) if size is None else size
     checkpoints.check_output(given.output)
     about = checkpoints.describe(given.input, given.tokenizer)
     for note in about.notes:

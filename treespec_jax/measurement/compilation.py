@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +21,10 @@ from treespec_jax import sharding, speculation
 from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig, check_int
 from treespec_jax.engine.engine import Engine
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.study import Study
 from treespec_jax.measurement.tables import markdown
 from treespec_jax.models import presets
 from treespec_jax.models.flat import FlatModule
-from treespec_jax.models.transformer import Transformer
+from treespec_jax.models.transformer import Transformer, parameter_count
 from treespec_jax.trees import shapes
 
 DTYPES = ("bfloat16", "float32")
@@ -139,25 +138,18 @@ def abstract_model(
         return model
     mesh = sharding.make_mesh({sharding.TENSOR: len(devices)}, devices)
 
-    def sharding_for(axes, shape):
+    def abstract(leaf, variable):
         if len(devices) == 1:
-            return SingleDeviceSharding(devices[0])
-        return sharding.sharding_of(axes, shape, mesh)
+            where = SingleDeviceSharding(devices[0])
+        else:
+            where = sharding.sharding_of(variable.logical_axes, leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     flat = FlatModule(model)
     variables = jax.tree.leaves(
         nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
-    return flat.bind(
-        tuple(
-            jax.ShapeDtypeStruct(
-                leaf.shape,
-                leaf.dtype,
-                sharding=sharding_for(variable.logical_axes, leaf.shape),
-            )
-            for leaf, variable in zip(flat.leaves, variables, strict=True)
-        )
-    )
+    return flat.bind(tuple(map(abstract, flat.leaves, variables)))
 
 
 def abstract_engine(job: Job, devices: Sequence[jax.Device] = ()) -> Engine:
@@ -170,18 +162,13 @@ def abstract_engine(job: Job, devices: Sequence[jax.Device] = ()) -> Engine:
     Raises:
       UserError: a preset, tree or size that does not fit.
     """
-    config = EngineConfig(
-        max_batch=job.batch,
-        max_len=job.context,
-        page_size=job.page_size,
-        cache_dtype=job.dtype,
+    target, drafter = (
+        abstract_model(config, job.dtype, devices)
+        for config in (job.target, job.drafter)
     )
-    made = speculation.make(
-        SpeculativeConfig(tree=job.tree),
-        abstract_model(job.drafter, job.dtype, devices),
-        job.tau,
-    )
-    return Engine(abstract_model(job.target, job.dtype, devices), config, made)
+    config = EngineConfig(job.batch, job.context, job.page_size, cache_dtype=job.dtype)
+    speculative = SpeculativeConfig(tree=job.tree)
+    return Engine(target, config, speculation.make(speculative, drafter, job.tau))
 
 
 def compile_step(job: Job) -> aot.Compilation:
@@ -190,24 +177,19 @@ def compile_step(job: Job) -> aot.Compilation:
     Raises:
       UserError: what cannot be compiled, or no compiler.
     """
-    devices = _devices(job)
-    function, arguments = abstract_engine(job, devices).program()
+    try:
+        devices = aot.topology_devices(job.topology)
+    except (ValueError, aot.CompilerUnavailable) as error:
+        raise UserError(str(error)) from None
+    if job.devices > len(devices):
+        raise UserError(
+            f"devices={job.devices} is more than the {len(devices)} of {job.topology}; "
+            "lower it or name a larger topology"
+        )
+    function, arguments = abstract_engine(job, devices[: job.devices]).program()
     return _compile(
         job, function, *arguments, donate_argnums=1, least_bytes=_step_bytes(job)
     )
-
-
-def _devices(job: Job) -> Sequence[jax.Device]:
-    try:
-        found = aot.topology_devices(job.topology)
-    except (ValueError, aot.CompilerUnavailable) as error:
-        raise UserError(str(error)) from None
-    if job.devices > len(found):
-        raise UserError(
-            f"devices={job.devices} is more than the {len(found)} of {job.topology}; "
-            "lower it or name a larger topology"
-        )
-    return found[: job.devices]
 
 
 def compile_kernel(job: Job, nodes: int) -> KernelResult:
@@ -237,10 +219,10 @@ def compile_kernel(job: Job, nodes: int) -> KernelResult:
     return KernelResult(report, kernel, cost, moved)
 
 
-def study(job: Job, kernel: bool = True, step: bool = True) -> Study:
-    """Compiles the kernel, the step or both.
+def study(job: Job, kernel: bool, step: bool) -> tuple[Callable, Callable]:
+    """Functions that compile the kernel, the step or both, and show it as Markdown.
 
-    Its run raises UserError: what cannot be compiled, or no compiler.
+    The first raises UserError: what cannot be compiled, or no compiler.
     """
     kernels: dict[int, KernelResult] = {}
     steps: list[aot.Report] = []
@@ -272,7 +254,7 @@ def study(job: Job, kernel: bool = True, step: bool = True) -> Study:
         parts += [step_table(job, report) for report in steps]
         return "\n\n".join(parts)
 
-    return Study(measure, table)
+    return measure, table
 
 
 def kernel_table(job: Job, results: dict[int, KernelResult]) -> str:
@@ -310,6 +292,7 @@ def step_table(job: Job, report: aot.Report) -> str:
     kind, roof = job.kind, report.roofline
     cycles = report.estimated_cycles / kind.clock
     given = report.optimal_seconds
+    kernels = ", ".join(f"{n} × {k}" for k, n in report.instances.items())
     rows = [
         ("figure", "estimate"),
         ("arguments", _mb(report.argument_bytes)),
@@ -326,10 +309,7 @@ def step_table(job: Job, report: aot.Report) -> str:
         ("roofline, compute", f"{1e3 * roof.compute:.2f} ms"),
         ("time, by the compiler", f"{1e3 * given:.2f} ms" if given else "not given"),
         ("cycles of all fusions, as time", f"{1e3 * cycles:.2f} ms"),
-        (
-            "kernels",
-            ", ".join(f"{n} × {k}" for k, n in report.instances.items()) or "-",
-        ),
+        ("kernels", kernels or "-"),
         ("compilation, on this machine", f"{report.compile_seconds:.0f} s"),
     ]
     return (
@@ -363,8 +343,7 @@ def _step_bytes(job: Job) -> int:
     itemsize = jnp.dtype(job.dtype).itemsize
 
     def one_pass(config):
-        model = abstract_model(config, job.dtype)
-        weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+        weights = parameter_count(config)
         if not config.tied_embeddings:  # only a few rows of the table are read
             weights -= config.vocab_size * config.embed_dim
         rows = config.num_layers * 2 * config.num_kv_heads * config.head_dim

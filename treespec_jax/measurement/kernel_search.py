@@ -54,11 +54,9 @@ def run(
         table = [("rows", "block_rows", "unroll", "tile", "cost", "default", "refused")]
         for count in rows:
             trials = []
-            default = choose(None, count)
-            given = list(tuning.candidates(count))
-            for sizes in tqdm([default, *given], desc=f"{name} {count}", leave=False):
-                named = dataclasses.asdict(sizes)
-                key = name, dataclasses.asdict(call), count, named
+            given = [choose(None, count), *tuning.candidates(count)]
+            for sizes in tqdm(given, desc=f"{name} {count}", leave=False):
+                key = name, dataclasses.asdict(call), count, dataclasses.asdict(sizes)
                 trial = functools.partial(attempt, count, sizes)
                 trials.append(journal.run(key, trial))
             found = tuning.best(trials)
@@ -70,17 +68,9 @@ def run(
             better = None if found is trials[0] else found.sizes
             chosen.setdefault(kind, {})[count] = better
             refused = sum(trial.cost is None for trial in trials)
-            table.append(
-                (
-                    f"{count}",
-                    f"{found.sizes.block_rows}",
-                    f"{found.sizes.unroll}",
-                    f"{found.sizes.rows}",
-                    _cost(found),
-                    _cost(trials[0]),
-                    f"{refused} of {len(trials)}",
-                )
-            )
+            sizes = found.sizes.block_rows, found.sizes.unroll, found.sizes.rows
+            costs = _cost(found), _cost(trials[0]), f"{refused} of {len(trials)}"
+            table.append((str(count), *map(str, sizes), *costs))
         what = "measured seconds" if not topologies else "compiler's estimate, cycles"
         unit = "per call" if not topologies else "per 128 rows of prefix and head"
         print(f"{kind}: cost is {what} {unit}\n\n{markdown(table)}\n")
@@ -102,11 +92,8 @@ def _trials_of(call: Shape, topologies: Sequence[str]):
                 f"--measure needs a TPU, this machine has {device.device_kind}; leave "
                 "it out to rank by the compiler's figures"
             )
-        yield (
-            device.device_kind,
-            device.device_kind,
-            lambda r, s: tuning.measure_trial(call, r, s),
-        )
+        kind = device.device_kind
+        yield kind, kind, functools.partial(tuning.measure_trial, call)
         return
     try:
         aot.prepare()

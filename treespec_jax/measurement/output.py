@@ -1,15 +1,17 @@
-"""A folder of results that is there whole or not at all."""
+"""A measurement, and its folder of results that is there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from treespec_jax.errors import UserError
 
@@ -44,12 +46,43 @@ def folder(path: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def can_plot() -> bool:
-    """Whether there will be a plot; says so if not."""
-    found = importlib.util.find_spec("matplotlib") is not None
-    if not found:
-        say("no plot: matplotlib is missing; pip install 'treespec-jax[train]'")
-    return found
+def carry_out(
+    measure: Callable[[], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    path: str,
+    plot: Callable[[dict[str, Any], Path], None] | None = None,
+    must_write: bool = True,
+) -> None:
+    """Measures, writes the results to a folder, and prints their table.
+
+    For example `carry_out(lambda: {"seconds": 3}, lambda results: "| 3 s |", "out")`.
+
+    Args:
+      measure: measures everything; returns plain values for JSON.
+      table: Markdown text of these values.
+      path: gets results.json, results.md and perhaps results.png, all or none.
+      plot: writes these values to a PNG file; None: there is no plot.
+      must_write: without it, `path` may be empty: then nothing is written.
+
+    Raises:
+      UserError: no folder is named, or it cannot be written; found before anything is
+        measured.
+    """
+    writes = bool(path) or must_write
+    with folder(path) if writes else contextlib.nullcontext() as work:
+        if plot and not importlib.util.find_spec("matplotlib"):
+            plot = None
+            say("no plot: matplotlib is missing; pip install 'treespec-jax[train]'")
+        results = measure()
+        text = table(results)
+        if writes:
+            (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            (work / "results.md").write_text(text + "\n")
+            if plot:
+                plot(results, work / "results.png")
+    print(text)
+    if writes:
+        print(f"\nwrote {Path(path) / 'results.md'}, results.json beside it")
 
 
 def say(line: str) -> None:

@@ -56,10 +56,9 @@ def save_rules(results: dict[str, Any], path: Path) -> None:
     temperatures = results["comparison"]["temperatures"]
     figure = Figure(figsize=(4.5 * len(temperatures), 7), layout="constrained")
     grid = figure.subplots(2, len(temperatures), squeeze=False, sharey="row")
-    for row, (what, label) in enumerate(
-        [("tokens_per_step", "tokens per step"), ("tokens_per_second", "tok/s")]
-    ):
-        for axes, temperature in zip(grid[row], temperatures, strict=True):
+    labels = {"tokens_per_step": "tokens per step", "tokens_per_second": "tok/s"}
+    for row, (what, label) in zip(grid, labels.items(), strict=True):
+        for axes, temperature in zip(row, temperatures, strict=True):
             figures = results["figures"]
             _rules(axes, [f for f in figures if f["temperature"] == temperature], what)
             axes.set_title(f"temperature {temperature:g}")

@@ -35,12 +35,8 @@ class Run:
 
 def seeded(sampling: SamplingParams, count: int) -> list[SamplingParams]:
     """Settings of so many texts to measure: seeds that follow, and no early end."""
-    return [
-        dataclasses.replace(
-            sampling, seed=(sampling.seed + index) % 2**32, ignore_eos=True
-        )
-        for index in range(count)
-    ]
+    seeds = [(sampling.seed + index) % 2**32 for index in range(count)]
+    return [dataclasses.replace(sampling, seed=s, ignore_eos=True) for s in seeds]
 
 
 def decode(llm, prompts, params, options=None):
@@ -54,9 +50,8 @@ def decode(llm, prompts, params, options=None):
       params: for all of them, or each.
       options: further values for a chat template to see.
     """
-    chat = prompts and prompts[0] and isinstance(prompts[0][0], dict)
     began = time.perf_counter()
-    if chat:
+    if prompts and prompts[0] and isinstance(prompts[0][0], dict):
         generation = llm.chat(prompts, params, options)
     else:
         generation = llm.generate(prompts, params)

@@ -13,12 +13,13 @@ from flax import nnx
 from jax import lax
 
 from treespec_jax.acceptance import compatibility, rules
-from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig
+from treespec_jax.config import EngineConfig, SpeculativeConfig
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.measurement import step_cost, tables
+from treespec_jax.measurement.machine import versions
 from treespec_jax.measurement.timing import in_turn, spread, timed
-from treespec_jax.measurement.versions import versions
+from treespec_jax.models import presets
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling.noise import Noise
 from treespec_jax.sampling.policy import Sampling
@@ -31,39 +32,22 @@ from treespec_jax.trees.shapes import StaticShape
 LAYERS, STACKS = 16, (1, 5)
 # Turns of a rule per call.
 STEPS = 8
-_TARGET = ModelConfig(
-    vocab_size=128256,
-    embed_dim=2048,
-    mlp_dim=8192,
-    num_layers=1,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    max_positions=2048,
-    tied_embeddings=True,
-)
+_TARGET = presets.get("llama-3.2-1b")
 _PREFIX = 512
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A rule on a shape."""
-
-    rule: str
-    tree: str
-
-
+# A rule and a tree shape.
 CASES = (
-    Case("exact", "regular:3x4x4"),
-    Case("exact", "chain:63"),
-    Case("token", "regular:3x4x4"),
-    Case("token", "regular:7x2x1x1x1"),
-    Case("token", "chain:63"),
-    Case("block", "chain:63"),
-    Case("traversal", "regular:3x4x4"),
-    Case("traversal", "regular:7x2x1x1x1"),
-    Case("terminal", "regular:3x4x4"),
-    Case("typical", "regular:3x4x4"),
+    "exact regular:3x4x4",
+    "exact chain:63",
+    "token regular:3x4x4",
+    "token regular:7x2x1x1x1",
+    "token chain:63",
+    "block chain:63",
+    "traversal regular:3x4x4",
+    "traversal regular:7x2x1x1x1",
+    "terminal regular:3x4x4",
+    "typical regular:3x4x4",
 )
 
 
@@ -97,37 +81,32 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
         chain = shapes.parse("chain:63")
         programs[str(depth)] = step_cost.target_passes(model, chain, sizes, _PREFIX, 2)
     for case in CASES:
-        decide, grow = _programs(case)
+        decide, grow = _programs(*case.split())
         for kind, draft_VR in ("usual", about_VR), ("most", logits_VR):
             tree, noise = grow(draft_VR, sampling)
             args = tree, noise, logits_VR, sampling
-            name = f"{case.rule} {case.tree} {kind}"
-            accepted[name] = int(decide(*args)) / STEPS
-            programs[name] = timed(decide, *args)
-        programs[f"{case.rule} {case.tree} draw"] = timed(grow, about_VR, sampling)
+            accepted[case, kind] = int(decide(*args)) / STEPS
+            programs[f"{case} {kind}"] = timed(decide, *args)
+        programs[f"{case} draw"] = timed(grow, about_VR, sampling)
     seconds = {k: np.array(v) for k, v in in_turn(programs, rounds).items()}
     one, more = (seconds[str(depth)] for depth in STACKS)
     layer = (more - one) / (STACKS[1] - STACKS[0])
     whole = one + (LAYERS - 1) * layer
     figures = {}
     for case in CASES:
-        name = f"{case.rule} {case.tree}"
-        figures[name] = {
-            "lossless": compatibility.RULES[case.rule].lossless,
-            "draw_seconds": statistics.median(seconds[f"{name} draw"]),
+        figures[case] = {
+            "lossless": compatibility.RULES[case.split()[0]].lossless,
+            "draw_seconds": statistics.median(seconds[f"{case} draw"]),
         }
         for kind in "usual", "most":
-            per_step = seconds[f"{name} {kind}"] / STEPS
-            figures[name][kind] = {
-                "accepted": accepted[f"{name} {kind}"],
+            per_step = seconds[f"{case} {kind}"] / STEPS
+            figures[case][kind] = {
+                "accepted": accepted[case, kind],
                 "seconds": spread(per_step.tolist()),
                 "share": spread((per_step / whole).tolist()),
             }
-    return {
-        "nodes": 64,
-        "vocab": vocab,
-        "batch": 1,
-        "temperature": temperature,
+    about = {"nodes": 64, "vocab": vocab, "batch": 1, "temperature": temperature}
+    return about | {
         "top_p": top_p,
         "rounds": rounds,
         "layer_seconds": spread(layer.tolist()),
@@ -138,12 +117,12 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
     }
 
 
-def _programs(case: Case):
+def _programs(rule: str, tree: str):
     """Jitted functions that judge a tree STEPS times, and that propose one."""
-    shape = shapes.parse(case.tree)
+    shape = shapes.parse(tree)
     assert isinstance(shape, StaticShape) and shape.num_nodes == 64
-    proposal = compatibility.choose_proposal(case.rule, "", shape)
-    rule = rules.make(SpeculativeConfig(rule=case.rule))
+    proposal = compatibility.choose_proposal(rule, "", shape)
+    decider = rules.make(SpeculativeConfig(rule=rule))
     vocab, depth = _TARGET.vocab_size, shape.depth
     root_B = jnp.full(1, _PREFIX, jnp.int32)
 
@@ -188,7 +167,7 @@ def _programs(case: Case):
             fresh = Randomness(sampling_, root_B + turn, 64, depth, vocab)
             shared = Noise(sampling_.seed, root_B + turn + 1, vocab, noise_.rows)
             randomness = Given(shared, decision=fresh.verdict())
-            verdict = rule.decide(tree_, logits_, sampling_, randomness, depth)
+            verdict = decider.decide(tree_, logits_, sampling_, randomness, depth)
             accepted, last = carry
             return accepted + jnp.sum(verdict.count), last + jnp.sum(verdict.emitted)
 

@@ -10,9 +10,9 @@ from treespec_jax.measurement import tables
 def table(results: dict[str, Any]) -> str:
     """Markdown tables, who wins where in words, and what was refused."""
     figures, comparison = results["figures"], results["comparison"]
-    rounds = comparison["rounds"]
+    refused = results["refused"]
     lines = [
-        tables.conditions(results, rounds),
+        tables.conditions(results, comparison["rounds"]),
         "",
         tables.markdown(_speeds(figures, comparison["temperatures"])),
         "",
@@ -31,11 +31,8 @@ def table(results: dict[str, Any]) -> str:
         ),
         "",
         *winners(results),
+        *(f"refused: {r['rule']} on {r['shape']}: {r['reason']}" for r in refused),
     ]
-    for refusal in results["refused"]:
-        lines.append(
-            f"refused: {refusal['rule']} on {refusal['shape']}: {refusal['reason']}"
-        )
     return "\n".join(lines)
 
 

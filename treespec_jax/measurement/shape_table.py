@@ -8,17 +8,8 @@ from treespec_jax.acceptance import compatibility
 from treespec_jax.measurement import tables
 
 _HEAD = (
-    "shape",
-    "tok/s",
-    "× plain",
-    "tokens/step",
-    "acceptance by depth",
-    "accepted by rank",
-    "ms/step",
-    "draft",
-    "target",
-    "rest",
-    "memory",
+    *("shape", "tok/s", "× plain", "tokens/step", "acceptance by depth"),
+    *("accepted by rank", "ms/step", "draft", "target", "rest", "memory"),
 )
 
 

@@ -32,7 +32,7 @@ from treespec_jax.sampling import select
 from treespec_jax.sampling.policy import Sampling
 from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.speculation import Speculation
-from treespec_jax.trees.shapes import ROOT_ONLY, StaticShape, TreeShape
+from treespec_jax.trees.shapes import StaticShape, TreeShape
 from treespec_jax.trees.token_tree import static_tree
 from treespec_jax.trees.topology import chain
 
@@ -136,14 +136,8 @@ def step_cost(
     target_shares = paired(seconds["target"], seconds["step"])
     draft_shares = paired(draft, seconds["step"])
     rest = [1 - t - d for t, d in zip(target_shares, draft_shares, strict=True)]
-    return StepCost(
-        step=statistics.median(seconds["step"]),
-        target=statistics.median(seconds["target"]),
-        draft=statistics.median(draft),
-        target_share=statistics.median(target_shares),
-        draft_share=statistics.median(draft_shares),
-        rest_share=statistics.median(rest),
-    )
+    parts = seconds["step"], seconds["target"], draft, target_shares, draft_shares, rest
+    return StepCost(*map(statistics.median, parts))
 
 
 def cost_curve(
@@ -152,12 +146,7 @@ def cost_curve(
     """Cost of the target's pass over T nodes and the argmax of each, for some T."""
     programs = {
         str(nodes): target_passes(
-            target,
-            StaticShape(chain(nodes - 1)) if nodes > 1 else ROOT_ONLY,
-            config,
-            length,
-            steps=4,
-            choose=True,
+            target, StaticShape(chain(nodes - 1)), config, length, steps=4, choose=True
         )
         for nodes in CURVE_NODES
     }
@@ -193,16 +182,15 @@ def target_passes(
     Returns:
       A function that runs it and returns seconds per pass.
     """
-    if isinstance(shape, StaticShape):
-        topology = shape.topology
-    else:
-        topology = chain(shape.num_nodes - 1)
+    static = isinstance(shape, StaticShape)
+    topology = shape.topology if static else chain(shape.num_nodes - 1)
     B, T = config.max_batch, topology.num_nodes
     flat = FlatModule(target)
-    pages, table, lengths = _cache(target, config, length)
-    tree = static_tree(
-        topology, jnp.ones((B, T), jnp.int32), jnp.zeros((B, T), jnp.float32)
-    )
+    layout, table = _layout(config)
+    # An empty cache that claims to hold `length` tokens per slot.
+    pages = paging.empty_pages(target.config, layout)
+    lengths = jnp.full(B, length, jnp.int32)
+    tree = static_tree(topology, jnp.ones((B, T), jnp.int32), jnp.zeros((B, T)))
 
     @jax.jit
     def passes(leaves, pages, table, lengths, tree, steps):
@@ -212,16 +200,18 @@ def target_passes(
             now = dataclasses.replace(tree, tokens=tokens_BT)
             prefix = CacheView(pages, table, lengths)
             logits_VR = stepping.verify(model, now, prefix).logits
-            chosen_R = (
-                select.argmax(logits_VR) if choose else _next_tokens(logits_VR, turn)
-            )
-            return chosen_R.reshape(tokens_BT.shape)
+            if choose:
+                return select.argmax(logits_VR).reshape(B, T)
+            # Tokens that depend on every row at next to no cost: the row is known at
+            # run time only, so the product with the whole head stays.
+            row = turn % logits_VR.shape[0]
+            score_R = lax.dynamic_index_in_dim(logits_VR, row, keepdims=False)
+            return 1 + (score_R > 1e30).astype(jnp.int32).reshape(B, T)
 
         return lax.fori_loop(0, steps, body, tree.tokens)
 
-    return timed(
-        passes, flat.leaves, pages, table, lengths, tree, np.int32(steps), passes=steps
-    )
+    args = flat.leaves, pages, table, lengths, tree, np.int32(steps)
+    return timed(passes, *args, passes=steps)
 
 
 def draft_phases(
@@ -239,14 +229,11 @@ def draft_phases(
     B, width, vocab = config.max_batch, shape.depth + 1, target.config.vocab_size
     flats = FlatModule(drafter.module), FlatModule(target)
     layout, table = _layout(config)
-    features = tuple(
-        jnp.zeros((B, width, target.config.embed_dim))
-        for _ in drafter.needs.feature_layers
-    )
+    feature = jnp.zeros((B, width, target.config.embed_dim))
+    features = (feature,) * len(drafter.needs.feature_layers)
     zeros = jnp.zeros(B, jnp.int32)
-    sampling = Sampling(
-        zeros * 0.0, zeros, zeros + 1.0, zeros * 0.0, zeros.astype(jnp.uint32)
-    )
+    zero = zeros * 0.0
+    sampling = Sampling(zero, zeros, zero + 1, zero, zeros.astype(jnp.uint32))
 
     def phases(leaves, state, table, lengths, steps):
         module, model = (f.bind(x) for f, x in zip(flats, leaves, strict=True))
@@ -297,10 +284,8 @@ def draft_phases(
         )
         state = drafter.ingest(state, committed)
     leaves = tuple(flat.leaves for flat in flats)
-    lengths = jnp.full(B, length, jnp.int32)
-    return timed(
-        jax.jit(phases), leaves, state, table, lengths, np.int32(steps), passes=steps
-    )
+    args = leaves, state, table, jnp.full(B, length, jnp.int32), np.int32(steps)
+    return timed(jax.jit(phases), *args, passes=steps)
 
 
 def weight_bytes(target: Transformer) -> int:
@@ -321,20 +306,3 @@ def _layout(config: EngineConfig):
     )
     table = jnp.arange(1, count, dtype=jnp.int32)
     return layout, table.reshape(config.max_batch, per_slot)
-
-
-def _cache(model: Transformer, config: EngineConfig, length: int):
-    """An empty cache that claims to hold `length` tokens per slot."""
-    layout, table = _layout(config)
-    pages = paging.empty_pages(model.config, layout)
-    return pages, table, jnp.full(config.max_batch, length, jnp.int32)
-
-
-def _next_tokens(logits_VR, turn):
-    """Tokens [R] for the next pass that depend on every row at next to no cost.
-
-    The row is known at run time only: the product with the whole head stays.
-    """
-    row = turn % logits_VR.shape[0]
-    score_R = lax.dynamic_index_in_dim(logits_VR, row, axis=0, keepdims=False)
-    return 1 + (score_R > 1e30).astype(jnp.int32)

@@ -1,0 +1,87 @@
+"""This machine: what results are obtained with, and its memory's read bandwidth."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.metadata
+import os
+import platform
+import time
+from typing import Any
+
+import numpy as np
+
+# Read per sample: well beyond any last-level cache.
+BYTES = 512 << 20
+
+
+def versions() -> dict[str, Any]:
+    """Versions of Python and packages, machine and devices, as plain values."""
+    import jax
+
+    device, packages = jax.devices()[0], ("jax", "jaxlib", "flax", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "backend": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "cpus": usable_cpus(),
+    }
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class ReadBandwidth:
+    """Measures on demand; the best sample counts, as any other was disturbed.
+
+    On a CPU every thread reads its part of a large array with a BLAS dot product;
+    elsewhere one compiled sum reads it on the device.
+
+    Args:
+      threads: of a CPU; None: one for each that this process may use.
+      size: bytes to read per sample; None: BYTES.
+
+    Attributes:
+      samples: bytes per second of each measurement.
+      method: in words.
+    """
+
+    def __init__(self, threads: int | None = None, size: int | None = None):
+        import jax
+        import jax.numpy as jnp
+
+        threads, count = threads or usable_cpus(), (size or BYTES) // 4
+        mib = f"{count >> 18} MiB of float32"
+        if jax.default_backend() == "cpu":
+            parts = np.array_split(np.ones(count, np.float32), threads)
+            pool = concurrent.futures.ThreadPoolExecutor(threads)
+            self._read = lambda: list(pool.map(np.dot, parts, parts))
+            method = f"{threads} threads read {mib} with a dot product each"
+        else:
+            x, total = jnp.ones(count, jnp.float32), jax.jit(jnp.sum)
+            self._read = lambda: total(x).block_until_ready()
+            method = f"a compiled sum reads {mib} on the device"
+        self.method = f"{method}; best of the samples taken between the measurements"
+        self.samples: list[float] = []
+        self._size = count * 4
+        self._read()
+
+    def sample(self, times: int = 3) -> None:
+        """Takes a few samples."""
+        for _ in range(times):
+            began = time.perf_counter()
+            self._read()
+            self.samples.append(self._size / (time.perf_counter() - began))
+
+    @property
+    def best(self) -> float:
+        """Bytes per second."""
+        return max(self.samples)
