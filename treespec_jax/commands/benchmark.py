@@ -14,7 +14,7 @@ from typing import Any
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.output import carry_out, say
+from treespec_jax.measurement.output import Study, say
 
 # Measurements of each program in the breakdown of a step.
 _COST_ROUNDS = 7
@@ -45,7 +45,7 @@ def main(given) -> None:
     from treespec_jax.measurement import plots, shape_table
 
     measured = functools.partial(measure, settings, texts)
-    carry_out(measured, shape_table.table, given.output, plots.save_shapes)
+    Study(measured, shape_table.table, plots.save_shapes).carry_out(given.output)
 
 
 def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:

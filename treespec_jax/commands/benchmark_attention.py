@@ -20,7 +20,7 @@ from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string
 from treespec_jax.commands import flags, runtime
 from treespec_jax.errors import UserError
 from treespec_jax.measurement import tables
-from treespec_jax.measurement.output import carry_out, say
+from treespec_jax.measurement.output import Study, say
 
 # Settings that have a flag of the same name.
 _MODEL = ("prefix", "heads", "kv_heads", "head_dim", "dtype", "implementation")
@@ -70,7 +70,7 @@ def main(given) -> None:
     def table(report: dict[str, Any]) -> str:
         return f"{summary(report)}\n\n{tables.markdown(list(benchmark.rows(report)))}"
 
-    carry_out(measure, table, given.output, must_write=False)
+    Study(measure, table).carry_out(given.output, must_write=False)
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from treespec_jax.commands import flags, loading, prompts, runtime, setting_flag
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
-from treespec_jax.measurement.output import carry_out, say
+from treespec_jax.measurement.output import Study, say
 from treespec_jax.trees import shapes
 
 # Rule and shape; plain decoding samples by the noise of the exact rule.
@@ -55,7 +55,7 @@ def main(given) -> None:
         figures = measure(settings, possible, ids)
         return figures | {"prompts": texts, "refused": refused}
 
-    carry_out(measured, rule_table.table, given.output, plots.save_rules)
+    Study(measured, rule_table.table, plots.save_rules).carry_out(given.output)
 
 
 def combinations(

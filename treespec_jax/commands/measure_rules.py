@@ -8,7 +8,7 @@ from absl.flags import DEFINE_float, DEFINE_integer
 
 from treespec_jax.commands import flags, runtime
 from treespec_jax.config import check_float, check_int
-from treespec_jax.measurement.output import carry_out
+from treespec_jax.measurement.output import Study
 
 
 def define() -> None:
@@ -29,4 +29,4 @@ def main(given) -> None:
     from treespec_jax.measurement import rule_cost
 
     measure = functools.partial(rule_cost.measure, rounds, temperature, top_p)
-    carry_out(measure, rule_cost.report, given.output)
+    Study(measure, rule_cost.report).carry_out(given.output)

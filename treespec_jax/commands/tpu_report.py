@@ -13,7 +13,7 @@ import os
 from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_list, DEFINE_string
 
 from treespec_jax.commands import flags
-from treespec_jax.measurement.output import carry_out
+from treespec_jax.measurement.output import Study
 
 
 def define() -> None:
@@ -45,4 +45,4 @@ def main(given) -> None:
     )
     kernel, step = not given.step_only, not given.kernel_only
     measure, table = compilation.study(job, kernel, step)
-    carry_out(measure, table, given.output, must_write=False)
+    Study(measure, table).carry_out(given.output, must_write=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -46,43 +47,57 @@ def folder(path: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def carry_out(
-    measure: Callable[[], dict[str, Any]],
-    table: Callable[[dict[str, Any]], str],
-    path: str,
-    plot: Callable[[dict[str, Any], Path], None] | None = None,
-    must_write: bool = True,
-) -> None:
-    """Measures, writes the results to a folder, and prints their table.
+@dataclasses.dataclass
+class Study:
+    """A measurement, and how its results are shown.
 
-    For example `carry_out(lambda: {"seconds": 3}, lambda results: "| 3 s |", "out")`.
+    For example `Study(lambda: {"seconds": 3}, lambda r: "| 3 s |").carry_out("out")`.
 
-    Args:
+    Attributes:
       measure: measures everything; returns plain values for JSON.
       table: Markdown text of these values.
-      path: gets results.json, results.md and perhaps results.png, all or none.
       plot: writes these values to a PNG file; None: there is no plot.
-      must_write: without it, `path` may be empty: then nothing is written.
-
-    Raises:
-      UserError: no folder is named, or it cannot be written; found before anything is
-        measured.
+      results: the values, once it has run.
     """
-    writes = bool(path) or must_write
-    with folder(path) if writes else contextlib.nullcontext() as work:
-        if plot and not importlib.util.find_spec("matplotlib"):
-            plot = None
-            say("no plot: matplotlib is missing; pip install 'treespec-jax[train]'")
-        results = measure()
-        text = table(results)
+
+    measure: Callable[[], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+    plot: Callable[[dict[str, Any], Path], None] | None = None
+    results: dict[str, Any] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Measures."""
+        self.results = self.measure()
+        return self.results
+
+    def write(self, work: Path) -> None:
+        """Writes results.json, results.md and, with a plot, results.png."""
+        (work / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+        (work / "results.md").write_text(self.table(self.results) + "\n")
+        if self.plot and importlib.util.find_spec("matplotlib"):
+            self.plot(self.results, work / "results.png")
+
+    def carry_out(self, path: str, must_write: bool = True) -> None:
+        """Runs, writes the results to a folder, all or none, and prints their table.
+
+        Args:
+          path: of the folder.
+          must_write: without it, `path` may be empty: then nothing is written.
+
+        Raises:
+          UserError: no folder is named, or it cannot be written; found before anything
+            is measured.
+        """
+        writes = bool(path) or must_write
+        with folder(path) if writes else contextlib.nullcontext() as work:
+            if self.plot and not importlib.util.find_spec("matplotlib"):
+                say("no plot: matplotlib is missing; pip install 'treespec-jax[train]'")
+            self.run()
+            if writes:
+                self.write(work)
+        print(self.table(self.results))
         if writes:
-            (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            (work / "results.md").write_text(text + "\n")
-            if plot:
-                plot(results, work / "results.png")
-    print(text)
-    if writes:
-        print(f"\nwrote {Path(path) / 'results.md'}, results.json beside it")
+            print(f"\nwrote {Path(path) / 'results.md'}, results.json beside it")
 
 
 def say(line: str) -> None:
