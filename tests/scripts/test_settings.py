@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -115,18 +114,17 @@ def test_output_is_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
 
 
-def test_carry_out_measures_once_and_writes_all(tmp_path, capsys):
+def test_a_study_measures_once_and_writes_all(tmp_path, capsys):
     calls = []
-    carry_out = functools.partial(
-        output.carry_out,
+    study = output.Study(
         lambda: {"calls": calls.append(1) or len(calls)},
         lambda results: f"{results['calls']} call",
-        plot=lambda results, path: path.write_bytes(b"png"),
+        lambda results, path: path.write_bytes(b"png"),
     )
     with pytest.raises(UserError, match="--output"):
-        carry_out("")
+        study.carry_out("")
     assert calls == []
-    carry_out(str(tmp_path / "results"))
+    study.carry_out(str(tmp_path / "results"))
     assert calls == [1]
     assert (tmp_path / "results" / "results.md").read_text() == "1 call\n"
     assert json.loads((tmp_path / "results" / "results.json").read_text()) == {
@@ -134,7 +132,7 @@ def test_carry_out_measures_once_and_writes_all(tmp_path, capsys):
     }
     assert (tmp_path / "results" / "results.png").read_bytes() == b"png"
     assert capsys.readouterr().out.count("1 call") == 1
-    carry_out("", must_write=False)
+    study.carry_out("", must_write=False)
     assert capsys.readouterr().out == "2 call\n"
     assert [p.name for p in tmp_path.iterdir()] == ["results"]
 
