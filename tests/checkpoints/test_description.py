@@ -9,6 +9,7 @@ import pytest
 
 from treespec_jax import limits
 from treespec_jax.checkpoints import describe, load, save
+from treespec_jax.checkpoints.tokenizers import check_pair
 from treespec_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -46,9 +47,9 @@ def test_limits():
         config=dataclasses.replace(target.config, vocab_size=3),
         tokenizer=None,
     )
-    assert limits.check_pair(target, short) == limits.check_pair(target, None) == []
+    assert check_pair(target, short) == check_pair(target, None) == []
     with pytest.raises(UserError, match="the drafter has 3 tokens"):
-        limits.check_pair(target, wide)
+        check_pair(target, wide)
     assert limits.text_length(None, target, None) == min(positions, 4096)
     assert limits.text_length(None, target, short) == 8
     assert limits.text_length(7, target, short) == 7

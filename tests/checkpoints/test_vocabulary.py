@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.support import write_llama2c_tokenizer
-from treespec_jax import limits
-from treespec_jax.checkpoints import (
+from treespec_jax.checkpoints import describe, load_tokenizer
+from treespec_jax.checkpoints.tokenizers import (
+    check_pair,
     check_rows,
     compare_vocabularies,
-    describe,
-    load_tokenizer,
 )
 from treespec_jax.errors import UserError
 
@@ -200,7 +199,7 @@ def test_special_tokens_that_differ_are_named(checkpoint):
 def test_pairs_are_noted_in_full(checkpoint):
     target = describe(checkpoint("mistral", 384, "target"))
     draft = describe(checkpoint("llama2", 360, "draft"))
-    notes = limits.check_pair(target, draft)
+    notes = check_pair(target, draft)
     assert len(notes) == 2
     assert "has 365 pieces, the model 384 embeddings" in notes[0]
     assert "the first 360 of the target's 365 tokens" in notes[1]

@@ -49,7 +49,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from treespec_jax.checkpoints.loaded import LoadedModel
+from treespec_jax.checkpoints.loading import LoadedModel
 from treespec_jax.checkpoints.placement import abstract_parameters, concrete, dotted
 from treespec_jax.config import ModelConfig, RotaryConfig, check_int
 from treespec_jax.errors import UserError

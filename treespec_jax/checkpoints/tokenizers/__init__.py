@@ -8,6 +8,7 @@ from treespec_jax.checkpoints.tokenizers.sentencepiece import SentencePieceToken
 from treespec_jax.checkpoints.tokenizers.settings import AddedToken, TokenizerSettings
 from treespec_jax.checkpoints.tokenizers.tokenizer_json import HuggingFaceTokenizer
 from treespec_jax.checkpoints.tokenizers.vocabulary import (
+    check_pair,
     check_rows,
     compare_vocabularies,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "TokenizerSettings",
+    "check_pair",
     "check_rows",
     "compare_vocabularies",
     "find_tokenizer",
