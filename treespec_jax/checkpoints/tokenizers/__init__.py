@@ -1,7 +1,6 @@
 """Tokenizers behind one protocol: sentencepiece, tokenizer.json, llama2.c tok.bin."""
 
-from treespec_jax.checkpoints.streaming import TextStream
-from treespec_jax.checkpoints.tokenizers.base import Tokenizer
+from treespec_jax.checkpoints.tokenizers.base import TextStream, Tokenizer
 from treespec_jax.checkpoints.tokenizers.files import find_tokenizer, load_tokenizer
 from treespec_jax.checkpoints.tokenizers.llama2c import Llama2cTokenizer
 from treespec_jax.checkpoints.tokenizers.sentencepiece import SentencePieceTokenizer

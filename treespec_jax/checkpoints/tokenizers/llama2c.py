@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 import struct
 
-from treespec_jax.checkpoints.tokenizers.base import BYTE, SPACE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.base import BYTE, SPACE, Tokenizer, damaged
 from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 
 
-class Llama2cTokenizer(Base):
+class Llama2cTokenizer(Tokenizer):
     """A llama2.c `tok.bin`: greedy merges of the best-scored neighbours.
 
     File: int32 longest piece, then per token float32 score, int32 length, bytes.

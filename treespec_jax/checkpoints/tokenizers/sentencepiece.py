@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 
-from treespec_jax.checkpoints.streaming import ALL_SPACES
-from treespec_jax.checkpoints.tokenizers.base import SPACE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.base import (
+    ALL_SPACES,
+    SPACE,
+    Tokenizer,
+    damaged,
+)
 from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 
 # A repeated message field of a protocol buffer is merged into the first: appended to a
@@ -13,7 +17,7 @@ from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 _NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 
 
-class SentencePieceTokenizer(Base):
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model (Kudo & Richardson, 1808.06226).
 
     Added and special tokens are those of the settings; without any the text "</s>" is a

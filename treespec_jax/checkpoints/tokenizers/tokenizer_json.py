@@ -6,12 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
-from treespec_jax.checkpoints.tokenizers.base import BYTE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.base import BYTE, Tokenizer, damaged
 from treespec_jax.checkpoints.tokenizers.settings import CONFIG, TokenizerSettings
 from treespec_jax.errors import UserError
 
 
-class HuggingFaceTokenizer(Base):
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the tokenizers package, encoded by that package.
 
     Added tokens of the settings are added, or take their flags. The token in front of a
