@@ -15,10 +15,11 @@ import numpy as np
 import tqdm
 from flax import nnx
 
+from treespec_jax import checkpoints
 from treespec_jax.errors import UserError
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.training import curve, data, export, measure, vocabulary
+from treespec_jax.training import curve, data, measure, vocabulary
 from treespec_jax.training.settings import TrainConfig
 from treespec_jax.training.state import (
     TrainState,
@@ -107,13 +108,16 @@ def train(config: TrainConfig) -> Result:
         final, prompt, config.data.row_tokens // 2, vocabulary.EOS
     )
     micro_rows = config.data.micro_rows
-    path = export.save_model(
-        folder / "model",
+    exported = checkpoints.LoadedModel(
         config.model,
         flat.bind(leaves),
-        folder / vocabulary.FILE_NAME,
-        run.export_dtype,
+        checkpoints.load_tokenizer(folder / vocabulary.FILE_NAME),
+        # Not the path: a checkpoint travels.
+        source=folder.name,
+        dtype=jnp.dtype("float32"),
     )
+    path = folder / "model"
+    checkpoints.save(exported, path, dtype=run.export_dtype)
     agreement = None
     if teacher is not None:
         agreement = measure.agreement(teacher, final, rows.held_out, micro_rows)
@@ -241,37 +245,38 @@ def _tokenizer(config: TrainConfig, folder: pathlib.Path):
 
     It lies in the run's folder from then on.
     """
-    own, wanted = folder / vocabulary.FILE_NAME, config.vocabulary
+    file, wanted = folder / vocabulary.FILE_NAME, config.vocabulary
     given = None
     if wanted.path:
         given = vocabulary.load(wanted.path).serialized_model_proto()
-    if own.exists():
-        if given is not None and given != own.read_bytes():
+    if file.exists():
+        if given is not None and given != file.read_bytes():
             raise UserError(
                 f"{folder} holds a run with another vocabulary than {wanted.path}; "
                 "choose another --output"
             )
-        return vocabulary.load(own)
+        return vocabulary.load(file)
     if given is None:
         documents = [data.read_documents(s) for s in config.data.sources]
         given = vocabulary.train((d for ds in documents for d in ds), wanted.size)
-    partial = own.with_name(own.name + ".partial")
+    partial = file.with_name(file.name + ".partial")
     partial.write_bytes(given)
-    os.replace(partial, own)
-    return vocabulary.load(own)
+    os.replace(partial, file)
+    return vocabulary.load(file)
 
 
 def _teacher(config: TrainConfig) -> FlatModule | None:
     path = config.distill.teacher
     if not path:
         return None
-    teacher_config, model = export.load_model(path)
-    if teacher_config.vocab_size != config.model.vocab_size:
+    teacher = checkpoints.load(path, dtype=jnp.float32)
+    size, wanted = teacher.config.vocab_size, config.model.vocab_size
+    if size != wanted:
         raise UserError(
-            f"the teacher {path} has {teacher_config.vocab_size} tokens, not the "
-            f"vocabulary's {config.model.vocab_size}; give --vocabulary={path}"
+            f"the teacher {path} has {size} tokens, not the vocabulary's {wanted}; "
+            f"give --vocabulary={path}"
         )
-    return FlatModule(model)
+    return FlatModule(teacher.model)
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], folder) -> None:

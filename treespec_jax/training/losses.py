@@ -13,7 +13,7 @@ def row_logits(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     causal_BTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-    hidden_DR, _ = model(tokens_BT, positions_BT, causal_BTT)
+    hidden_DR = model(tokens_BT, positions_BT, causal_BTT).hidden
     return model.logits(hidden_DR)
 
 

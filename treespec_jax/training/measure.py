@@ -80,14 +80,14 @@ def continue_greedily(model: FlatModule, prompt: list[int], count: int, eos: int
     total = len(prompt) + count
 
     @jax.jit
-    def next_token(leaves, tokens_1T, at):
+    def next_token(leaves, tokens_1T, row):
         logits_RV = row_logits(model.bind(leaves), tokens_1T)
-        return jnp.argmax(logits_RV[at])
+        return jnp.argmax(logits_RV[row])
 
-    row = np.zeros((1, total), np.int32)
-    row[0, : len(prompt)] = prompt
-    for at in range(len(prompt), total):
-        row[0, at] = next_token(model.leaves, row, at - 1)
-        if row[0, at] == eos:
+    tokens = np.zeros((1, total), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for index in range(len(prompt), total):
+        tokens[0, index] = next_token(model.leaves, tokens, index - 1)
+        if tokens[0, index] == eos:
             break
-    return row[0, len(prompt) : at + 1].tolist()
+    return tokens[0, len(prompt) : index + 1].tolist()
