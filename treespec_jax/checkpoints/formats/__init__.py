@@ -49,14 +49,18 @@ def describe(path: str | Path, tokenizer: str | Path | None = None) -> Descripti
     """
     path = Path(path).expanduser()
     found = find_format(path)
-    header = found.describe(path)
-    config, reader = header.config, None
+    about = found.describe(path)
     if tokenizer is not None:
         reader = load_tokenizer(tokenizer)
-    elif header.tokenizer is not None:
-        reader = header.tokenizer()
-    if reader is not None:
-        check_rows(reader, config.vocab_size, chosen=tokenizer is not None)
-        ends = tuple(dict.fromkeys([*config.eos_ids, *reader.eos_ids]))
-        config = dataclasses.replace(config, bos_id=reader.bos_id, eos_ids=ends)
-    return Description(config, reader, path, found, header.dtype, header.notes)
+    else:
+        reader = found.read_tokenizer(path)
+    if reader is None:
+        return about
+    chosen = tokenizer is not None or found.tokenizer_chosen
+    check_rows(reader, about.config.vocab_size, chosen)
+    config = dataclasses.replace(
+        about.config,
+        bos_id=reader.bos_id,
+        eos_ids=tuple(dict.fromkeys([*about.config.eos_ids, *reader.eos_ids])),
+    )
+    return dataclasses.replace(about, config=config, tokenizer=reader)

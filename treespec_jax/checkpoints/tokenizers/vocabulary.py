@@ -22,7 +22,8 @@ def check_rows(tokenizer: Tokenizer, rows: int, chosen: bool = False) -> str | N
     Args:
       tokenizer: of the model.
       rows: V, of the model's embedding.
-      chosen: whether the user named it, so that a small one is meant.
+      chosen: whether a user named it, now or when the checkpoint was written, so that a
+        small one is meant.
 
     Returns:
       what to know of a difference that does no harm, or None.
