@@ -75,22 +75,24 @@ def abstract_parameters(config: ModelConfig, dtype: np.dtype):
     graph, state = nnx.split(
         nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     )
-    flat = {dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
-    return graph, state, flat
+    return graph, state, _by_path(state)
 
 
-def dotted(path: Sequence[Any]) -> str:
-    """("layers", 0, "mlp") -> "layers.0.mlp"."""
-    return ".".join(map(str, path))
+def parameters_of(model: Transformer) -> dict[str, Any]:
+    """The parameters of a model by dotted path, "layers.0.mlp.down" for example."""
+    return _by_path(nnx.state(model, nnx.Param))
+
+
+def _by_path(state) -> dict[str, Any]:
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
 def concrete(graph, state, arrays: Mapping[str, jax.Array]) -> Transformer:
     """Puts arrays, by dotted path, into an abstract model."""
-    filled = [
-        (path, leaf.replace(arrays[dotted(path)]))
-        for path, leaf in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    leaves = [leaf.replace(arrays[name]) for name, leaf in _by_path(state).items()]
+    filled = nnx.from_flat_state(zip(paths, leaves, strict=True))
+    return nnx.merge(graph, filled)
 
 
 class Parameters:

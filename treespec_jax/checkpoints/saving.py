@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import traverse_util
 
 from treespec_jax.checkpoints.files import cause, read_json
 from treespec_jax.checkpoints.formats import Description
@@ -32,7 +32,7 @@ from treespec_jax.checkpoints.formats.native import (
     checksum,
 )
 from treespec_jax.checkpoints.loading import LoadedModel
-from treespec_jax.checkpoints.placement import Item, check_dtype, dotted
+from treespec_jax.checkpoints.placement import Item, check_dtype, parameters_of
 from treespec_jax.errors import UserError
 
 _GROUP = 64 << 20
@@ -58,10 +58,7 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
     path = Path(path).expanduser().absolute()
     wanted = check_dtype(dtype or loaded.dtype)
     check_output(path)
-    leaves = {
-        dotted(path): leaf
-        for path, leaf in nnx.to_flat_state(nnx.state(loaded.model, nnx.Param))
-    }
+    leaves = parameters_of(loaded.model)
     items = [Item(name, leaf.size * wanted.itemsize) for name, leaf in leaves.items()]
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     files: dict[str, Any] = {}

@@ -47,10 +47,13 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
 from treespec_jax.checkpoints.loading import LoadedModel
-from treespec_jax.checkpoints.placement import abstract_parameters, concrete, dotted
+from treespec_jax.checkpoints.placement import (
+    abstract_parameters,
+    concrete,
+    parameters_of,
+)
 from treespec_jax.config import ModelConfig, RotaryConfig, check_int
 from treespec_jax.errors import UserError
 
@@ -125,10 +128,8 @@ def widened_config(config: ModelConfig, sizes: Mapping[str, int | None]) -> Mode
         if config.local_rotary is not None:
             constants["local_rotary"] = _slower(config.local_rotary, ratio)
         constants["attention_scale"] = config.attention_scale or config.head_dim**-0.5
-    constants["local_layers"] = tuple(
-        _layer_position(config.num_layers, wide["num_layers"], layer)
-        for layer in config.local_layers
-    )
+    positions = _layer_positions(config, wide["num_layers"])
+    constants["local_layers"] = tuple(positions[i] for i in config.local_layers)
     larger = dataclasses.replace(config, **wide, **constants)
     _head_groups(config, larger)
     return larger
@@ -144,8 +145,8 @@ def widen(loaded: LoadedModel, config: ModelConfig, seed: int = 0) -> LoadedMode
     """
     old = loaded.config
     small = {
-        dotted(path): np.asarray(leaf[...])
-        for path, leaf in nnx.to_flat_state(nnx.state(loaded.model, nnx.Param))
+        path: np.asarray(leaf[...])
+        for path, leaf in parameters_of(loaded.model).items()
     }
     graph, state, shapes = abstract_parameters(config, loaded.dtype)
     rng = np.random.default_rng(seed)
@@ -153,20 +154,15 @@ def widen(loaded: LoadedModel, config: ModelConfig, seed: int = 0) -> LoadedMode
         path: _random(rng, path, leaf.shape, config).astype(loaded.dtype)
         for path, leaf in shapes.items()
     }
-    positions = [
-        _layer_position(old.num_layers, config.num_layers, layer)
-        for layer in range(old.num_layers)
-    ]
+    positions = _layer_positions(old, config.num_layers)
     for i in range(config.num_layers):
         if i in positions:
             before = _below(small, f"layers.{positions.index(i)}.")
             filled = _fill_layer(_below(wide, f"layers.{i}."), before, old, config)
+            wide |= {f"layers.{i}.{name}": values for name, values in filled.items()}
         else:
-            filled = {
-                name: np.zeros_like(wide[f"layers.{i}.{name}"])
-                for name in ("attention.out", "mlp.down")
-            }
-        wide |= {f"layers.{i}.{name}": values for name, values in filled.items()}
+            for name in ("attention.out", "mlp.down"):
+                wide[f"layers.{i}.{name}"][:] = 0
     wide |= _fill_vocabulary(wide, small, old, config)
     arrays = {path: jax.device_put(values) for path, values in wide.items()}
     model = concrete(graph, state, arrays)
@@ -185,9 +181,9 @@ def _slower(rotary: RotaryConfig, ratio: float) -> RotaryConfig:
     return dataclasses.replace(rotary, theta=theta)
 
 
-def _layer_position(count: int, wide_count: int, layer: int) -> int:
-    """Index of an old layer in the larger model."""
-    return layer * wide_count // count
+def _layer_positions(config: ModelConfig, count: int) -> list[int]:
+    """Indices of the old layers among `count` layers."""
+    return [layer * count // config.num_layers for layer in range(config.num_layers)]
 
 
 def _head_groups(config: ModelConfig, wide: ModelConfig) -> list[range]:
@@ -289,6 +285,4 @@ def _below(arrays: Arrays, prefix: str) -> Arrays:
 
 def _padded(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """`values` with zeros behind them along every axis."""
-    full = np.zeros(shape, values.dtype)
-    full[tuple(slice(size) for size in values.shape)] = values
-    return full
+    return np.pad(values, [(0, n) for n in np.subtract(shape, values.shape)])

@@ -138,7 +138,15 @@ class Tokenizer:
             )
 
     def _named_tokens(self) -> dict[str, str]:
-        """Spellings by role, "bos_token" for example, for the chat template."""
+        """Spellings by role, "bos_token" for example, for the chat template.
+
+        What a configuration leaves out of its roles is left out on purpose.
+        """
+        named = {role: token.content for role, token in self._settings.named.items()}
+        return named or self._model_tokens()
+
+    def _model_tokens(self) -> dict[str, str]:
+        """Spellings by role that the vocabulary itself knows."""
         return {}
 
     def _encode(self, text: str) -> list[int]:

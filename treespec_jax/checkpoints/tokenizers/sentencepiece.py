@@ -66,13 +66,10 @@ class SentencePieceTokenizer(Tokenizer):
             return self._added[token].content
         return self._model.id_to_piece(token) if token < self.core_size else ""
 
-    def _named_tokens(self) -> dict[str, str]:
+    def _model_tokens(self) -> dict[str, str]:
         ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
         ids["unk_token"] = self._model.unk_id()
-        found = {role: self._model.id_to_piece(i) for role, i in ids.items() if i >= 0}
-        named = {role: token.content for role, token in self._settings.named.items()}
-        # What a configuration leaves out of its roles is left out on purpose.
-        return named or found
+        return {role: self._model.id_to_piece(i) for role, i in ids.items() if i >= 0}
 
     def _encode(self, text: str) -> list[int]:
         if self._split is None:

@@ -62,10 +62,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._check(token)
         return self._model.id_to_token(token) or ""
 
-    def _named_tokens(self) -> dict[str, str]:
-        named = {role: token.content for role, token in self._settings.named.items()}
-        front = {} if self.bos_id is None else {"bos_token": self.piece(self.bos_id)}
-        return named or front
+    def _model_tokens(self) -> dict[str, str]:
+        return {} if self.bos_id is None else {"bos_token": self.piece(self.bos_id)}
 
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -74,16 +72,11 @@ class HuggingFaceTokenizer(Tokenizer):
         """Adds what the settings know and the vocabulary does not, in order of id."""
         import tokenizers
 
-        known = {
-            token.content for token in self._model.get_added_tokens_decoder().values()
-        }
-        listed = {token.content for token in settings.added.values()}
         wanted = list(settings.added.values())
-        wanted += [
-            token
-            for token in (*settings.named.values(), *settings.others)
-            if token.content not in known | listed
-        ]
+        known = self._model.get_added_tokens_decoder().values()
+        contents = {token.content for token in (*known, *wanted)}
+        others = (*settings.named.values(), *settings.others)
+        wanted += [token for token in others if token.content not in contents]
         self._model.add_tokens(
             [tokenizers.AddedToken(**dataclasses.asdict(token)) for token in wanted]
         )
