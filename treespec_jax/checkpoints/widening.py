@@ -59,15 +59,7 @@ from treespec_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]  # by dotted path
 
-SIZES = (
-    "vocab_size",
-    "embed_dim",
-    "mlp_dim",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-)
+SIZES = ModelConfig.SIZES
 # m and b · a · m of the docstring. float16 holds m.
 _MARK, _STRENGTH = 3e4, 1e6
 # Each normalises, multiplies or caps something that the formulas above do not cover.

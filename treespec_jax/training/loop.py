@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from flax import nnx
+from flax import nnx, traverse_util
 
 from treespec_jax import checkpoints
 from treespec_jax.errors import UserError
@@ -134,16 +137,7 @@ def train(config: TrainConfig) -> Result:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a run reads and writes.
-
-    Attributes:
-      flat: the model.
-      teacher: or None.
-      rows: of text.
-      newest: store of the latest state.
-      best: store of the best parameters.
-      notes: kept beside the latest state.
-    """
+    """What a run reads and writes; `notes` lie beside the newest state."""
 
     flat: FlatModule
     teacher: FlatModule | None
@@ -176,7 +170,7 @@ def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
         total=total, initial=start, unit="step", disable=not run.progress, mininterval=2
     )
     saved_at, saved_step = time.monotonic(), start
-    with bar, _Interruption() as interruption:
+    with bar, _interruption() as interruption:
         for step in range(start + 1, last + 1):
             rows_BT = batches[step - 1]
             shape = (-1, cfg.micro_rows, rows_BT.shape[1])
@@ -204,7 +198,7 @@ def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
             if time.monotonic() - saved_at >= run.save_minutes * 60:
                 save(step)
                 saved_at, saved_step = time.monotonic(), step
-            if interruption.wanted:
+            if interruption.is_set():
                 break
     if int(state.step) > saved_step:
         save(int(state.step))
@@ -213,26 +207,19 @@ def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
     return state
 
 
-class _Interruption:
-    """Turns SIGTERM and SIGINT into a wish to stop after the running step."""
-
-    def __init__(self):
-        self.wanted = False
-
-    def __enter__(self):
-        def stop(signum, frame):
-            self.wanted = True
-
-        try:
-            self._before = {
-                s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)
-            }
-        except ValueError:  # not the main thread: nobody sends signals to it
-            self._before = {}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
+@contextlib.contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets, to stop after the running step."""
+    wanted = threading.Event()
+    handlers = {}
+    # Outside the main thread handlers cannot be set, and nobody sends signals.
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.signal(number, lambda *_: wanted.set())
+    try:
+        yield wanted
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -281,16 +268,10 @@ def _teacher(config: TrainConfig) -> FlatModule | None:
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], folder) -> None:
     """Raises UserError naming the first setting in which a resumed run differs."""
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            _check_same(
-                {f"{name}.{k}": v for k, v in old.items()},
-                {f"{name}.{k}": v for k, v in new.items()},
-                folder,
-            )
-        elif old != new:
+    old, new = (traverse_util.flatten_dict(each, sep=".") for each in (before, now))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
             raise UserError(
-                f"{folder} holds a run with {name}={old!r}, not {new!r}; "
-                "choose another --output or the old settings"
+                f"{folder} holds a run with {name}={old.get(name)!r}, not "
+                f"{new.get(name)!r}; choose another --output or the old settings"
             )

@@ -21,13 +21,17 @@ def make_held_out_loss(model: FlatModule):
         return cross_entropy(logits, rows[:, 1:].reshape(-1))
 
     def held_out_loss(leaves, rows: np.ndarray, micro_rows: int) -> float:
-        micro_rows = min(micro_rows, len(rows))
-        # Whole passes only, so that one compilation serves all of them.
-        whole = len(rows) - len(rows) % micro_rows
-        passes = rows[:whole].reshape(-1, micro_rows, rows.shape[1])
+        passes = _passes(rows, micro_rows)
         return float(np.mean([mean_loss(leaves, part) for part in passes]))
 
     return held_out_loss
+
+
+def _passes(rows: np.ndarray, micro_rows: int) -> np.ndarray:
+    """[passes, M, T + 1]; whole passes only, so that one compilation serves all."""
+    micro_rows = min(micro_rows, len(rows))
+    whole = len(rows) - len(rows) % micro_rows
+    return rows[:whole].reshape(-1, micro_rows, rows.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +66,10 @@ def agreement(
         kl = kl_divergence(target_RV, drafter_RV)
         return jnp.mean(hit_R4[:, 0]), jnp.mean(jnp.any(hit_R4, axis=-1)), kl
 
-    micro_rows = min(micro_rows, len(rows))
-    whole = len(rows) - len(rows) % micro_rows
-    parts = [
-        measure(target.leaves, drafter.leaves, rows[i : i + micro_rows, :-1])
-        for i in range(0, whole, micro_rows)
-    ]
-    top1, top4, kl = np.mean(np.array(parts), axis=0)
-    return Agreement(float(top1), float(top4), float(kl), whole * (rows.shape[1] - 1))
+    passes = _passes(rows, micro_rows)[..., :-1]
+    parts = [measure(target.leaves, drafter.leaves, tokens) for tokens in passes]
+    means = np.mean(np.array(parts), axis=0).tolist()
+    return Agreement(*means, positions=passes.size)
 
 
 def continue_greedily(model: FlatModule, prompt: list[int], count: int, eos: int):

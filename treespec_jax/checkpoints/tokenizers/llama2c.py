@@ -18,7 +18,8 @@ class Llama2cTokenizer(Tokenizer):
 
     Args:
       data: contents of such a file.
-      settings: only its `source`, `bos_id`, `eos_ids` and `template` count.
+      settings: only its `source`, `bos_id`, `eos_ids`, `template` and the
+        template's `named` tokens count.
 
     Raises:
       UserError: the data is cut short.
