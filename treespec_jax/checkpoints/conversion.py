@@ -93,7 +93,12 @@ def convert(
         resumed = sum(g.nbytes for g in groups if g.name in journal.done)
         for group in progress(groups):
             if group.name not in journal.done:
-                arrays = _read(parameters, group, partial)
+                try:
+                    arrays = {i.path: parameters.read(i.path) for i in group.items}
+                except UserError:
+                    # The source is at fault: nobody will go on from here.
+                    shutil.rmtree(partial, ignore_errors=True)
+                    raise
                 journal.add(group.name, write_group(partial, group.name, arrays))
         files = {
             name: sums for g in groups for name, sums in journal.done[g.name].items()
@@ -102,15 +107,6 @@ def convert(
         (path / _JOURNAL).unlink()
     count = sum(group.nbytes for group in groups) // parameters.dtype.itemsize
     return Converted(parameters.dtype, count, resumed)
-
-
-def _read(parameters: Parameters, group: Group, partial: Path) -> dict[str, np.ndarray]:
-    try:
-        return {item.path: parameters.read(item.path) for item in group.items}
-    except UserError:
-        # The source is at fault: nobody will go on from here.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 class _Journal:

@@ -119,22 +119,17 @@ class Parameters:
         self.source = tensors.source
         if self.dtype is None:
             self.dtype = check_dtype(self.source.dtype)
-        self._graph, self._state, self._flat = abstract_parameters(
-            about.config, self.dtype
-        )
-        pieces = tensors.pieces
+        abstract = abstract_parameters(about.config, self.dtype)
+        self._graph, self._state, self._flat = abstract
+        pieces, flat = tensors.pieces, self._flat.items()
         if pieces is None:
-            pieces = [
-                Piece(path, leaf.shape, path) for path, leaf in self._flat.items()
-            ]
+            pieces = [Piece(path, leaf.shape, path) for path, leaf in flat]
         _check_tensors(pieces, self.source, set(tensors.ignored), about.config.family)
         self._pieces = defaultdict(list)
         for piece in pieces:
             self._pieces[piece.path].append(piece)
-        self.items = [
-            Item(path, leaf.size * self.dtype.itemsize)
-            for path, leaf in self._flat.items()
-        ]
+        width = self.dtype.itemsize
+        self.items = [Item(path, leaf.size * width) for path, leaf in flat]
 
     def read(self, path: str, box: Box | None = None) -> np.ndarray:
         """A parameter, or the part of it in `box`.

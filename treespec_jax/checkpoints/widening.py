@@ -59,7 +59,6 @@ from treespec_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]  # by dotted path
 
-SIZES = ModelConfig.SIZES
 # m and b · a · m of the docstring. float16 holds m.
 _MARK, _STRENGTH = 3e4, 1e6
 # Each normalises, multiplies or caps something that the formulas above do not cover.
@@ -77,7 +76,8 @@ def widened_config(config: ModelConfig, sizes: Mapping[str, int | None]) -> Mode
 
     Args:
       config: of the model to widen.
-      sizes: new values of some of SIZES; None, or a missing name, keeps the old one.
+      sizes: new values of some of `ModelConfig.SIZES`; None, or a missing name, keeps
+        the old one.
 
     Raises:
       UserError: an architecture that cannot be widened, or a size that cannot be
@@ -91,15 +91,16 @@ def widened_config(config: ModelConfig, sizes: Mapping[str, int | None]) -> Mode
             )
     chosen = {name: size for name, size in sizes.items() if size is not None}
     for name, size in chosen.items():
-        if name not in SIZES:
-            raise UserError(f"size {name!r} is unknown; choose from {', '.join(SIZES)}")
+        if name not in config.SIZES:
+            known = ", ".join(config.SIZES)
+            raise UserError(f"size {name!r} is unknown; choose from {known}")
         check_int(name, size, 1)
         if size < getattr(config, name):
             raise UserError(
                 f"{name}={size} is below the model's {getattr(config, name)}; a model "
                 "can only grow"
             )
-    wide = {name: chosen.get(name, getattr(config, name)) for name in SIZES}
+    wide = {name: chosen.get(name, getattr(config, name)) for name in config.SIZES}
     growth = config.embed_dim / wide["embed_dim"]
     constants = {"norm_eps": config.norm_eps * growth}
     if wide["vocab_size"] > config.vocab_size:
@@ -116,9 +117,9 @@ def widened_config(config: ModelConfig, sizes: Mapping[str, int | None]) -> Mode
             )
     if wide["head_dim"] > config.head_dim:
         ratio = wide["head_dim"] / config.head_dim
-        constants["rotary"] = _slower(config.rotary, ratio)
-        if config.local_rotary is not None:
-            constants["local_rotary"] = _slower(config.local_rotary, ratio)
+        for name in ("rotary", "local_rotary"):
+            if getattr(config, name) is not None:
+                constants[name] = _slower(getattr(config, name), ratio)
         constants["attention_scale"] = config.attention_scale or config.head_dim**-0.5
     positions = _layer_positions(config, wide["num_layers"])
     constants["local_layers"] = tuple(positions[i] for i in config.local_layers)
@@ -203,10 +204,8 @@ def _random(
     rng: np.random.Generator, path: str, shape: Sequence[int], config: ModelConfig
 ) -> np.ndarray:
     """Weights that keep activations near 1; scales of 1, biases of 0."""
-    if path.endswith("scale"):
-        return np.ones(shape, np.float32)
-    if path.endswith("bias"):
-        return np.zeros(shape, np.float32)
+    if path.endswith(("scale", "bias")):
+        return np.full(shape, path.endswith("scale"), np.float32)
     normal = rng.standard_normal(shape, np.float32)
     return normal * np.float32(config.embed_dim**-0.5)
 

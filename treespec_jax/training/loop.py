@@ -70,15 +70,13 @@ def train(config: TrainConfig) -> Result:
     folder = pathlib.Path(run.output)
     newest, best = Store(folder / "newest"), Store(folder / "best")
     tokenizer = _tokenizer(config, folder)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model,
-            vocab_size=tokenizer.get_piece_size(),
-            bos_id=tokenizer.bos_id(),
-            eos_ids=(tokenizer.eos_id(),),
-        ),
+    model_config = dataclasses.replace(
+        config.model,
+        vocab_size=tokenizer.get_piece_size(),
+        bos_id=tokenizer.bos_id(),
+        eos_ids=(tokenizer.eos_id(),),
     )
+    config = dataclasses.replace(config, model=model_config)
     documents = [data.read_documents(source) for source in config.data.sources]
     rows = data.load_rows(config.data, documents, tokenizer.encode)
     teacher = _teacher(config)
@@ -86,9 +84,8 @@ def train(config: TrainConfig) -> Result:
     model = Transformer(config.model, rngs=nnx.Rngs(config.seed))
     flat = FlatModule(model)
     optimizer = make_optimizer(config.optimizer)
-    state = TrainState(
-        flat.leaves, optimizer.init(flat.leaves), jnp.zeros((), jnp.int32)
-    )
+    start = jnp.zeros((), jnp.int32)
+    state = TrainState(flat.leaves, optimizer.init(flat.leaves), start)
     identity = config.identity() | {"text": rows.fingerprint}
     identity = json.loads(json.dumps(identity))  # as it will be read back
     notes = newest.notes() or {"identity": identity, "curve": []}
@@ -105,11 +102,9 @@ def train(config: TrainConfig) -> Result:
     best_notes = best.notes()
     leaves = best.restore(flat.leaves)
     final = FlatModule(flat.bind(leaves))
-    prompt = [vocabulary.BOS, *tokenizer.encode(run.sample)]
-    prompt = prompt[: config.data.row_tokens // 2]
-    sample = prompt + measure.continue_greedily(
-        final, prompt, config.data.row_tokens // 2, vocabulary.EOS
-    )
+    half = config.data.row_tokens // 2
+    prompt = [vocabulary.BOS, *tokenizer.encode(run.sample)][:half]
+    sample = prompt + measure.continue_greedily(final, prompt, half, vocabulary.EOS)
     micro_rows = config.data.micro_rows
     exported = checkpoints.LoadedModel(
         config.model,

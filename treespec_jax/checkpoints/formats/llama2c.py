@@ -153,7 +153,7 @@ def _layout(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 def _config(path: Path, values: tuple[int, ...]) -> ModelConfig:
     dim, hidden, layers, heads, kv_heads, vocab, positions = values
-    sizes = (dim, hidden, layers, heads, kv_heads, abs(vocab), positions)
+    sizes = (*values[:5], abs(vocab), positions)
     plausible = all(0 < size < 1 << 24 for size in sizes)
     if not plausible or dim % heads or heads % kv_heads or (dim // heads) % 2:
         raise UserError(

@@ -94,9 +94,10 @@ class Llama2cTokenizer(Tokenizer):
         while heap:
             _, index, first, second, joined = heapq.heappop(heap)
             follower = after[index]
-            if follower >= count or (tokens[index], tokens[follower]) != (
-                first,
-                second,
+            if (
+                follower >= count
+                or tokens[index] != first
+                or tokens[follower] != second
             ):
                 continue
             tokens[index], tokens[follower] = joined, -1

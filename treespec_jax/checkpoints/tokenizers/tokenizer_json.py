@@ -42,10 +42,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_padding()
         self.core_size = _size(self._model.get_vocab(with_added_tokens=False))
         self._add_tokens(settings)
-        named = {
-            role: self._model.token_to_id(token.content)
-            for role, token in settings.named.items()
-        }
+        find, roles = self._model.token_to_id, settings.named.items()
+        named = {role: find(token.content) for role, token in roles}
         bos_id, eos_ids = settings.bos_id, settings.eos_ids
         if bos_id is None:
             bos_id = _front(self._model)
