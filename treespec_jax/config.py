@@ -212,18 +212,19 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = (2,)
 
     ACTIVATIONS: ClassVar = ("silu", "gelu_tanh")
+    # Of the parameters.
+    SIZES: ClassVar = (
+        "vocab_size",
+        "embed_dim",
+        "mlp_dim",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+    )
 
     def __post_init__(self):
-        for name in [
-            "vocab_size",
-            "embed_dim",
-            "mlp_dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_positions",
-        ]:
+        for name in (*self.SIZES, "max_positions"):
             check_int(f"model.{name}", getattr(self, name), 1)
         check_float("model.norm_eps", self.norm_eps, 0)
         for name in [

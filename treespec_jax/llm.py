@@ -15,8 +15,7 @@ import numpy as np
 from treespec_jax import limits, speculation
 from treespec_jax.checkpoints import Description, LoadedModel, describe, load
 from treespec_jax.checkpoints.chat import check_conversations, check_messages
-from treespec_jax.checkpoints.pairs import check_pair
-from treespec_jax.checkpoints.tokenizers import Tokenizer
+from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.completions import Completion, Generation, Messages, Prompt
 from treespec_jax.config import (
     EngineSettings,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from treespec_jax.checkpoints.streaming import TextStream
+from treespec_jax.checkpoints.tokenizers import TextStream
 from treespec_jax.config import ModelConfig
 
 SMALL = ModelConfig(

@@ -9,7 +9,7 @@ import pytest
 
 from treespec_jax import limits
 from treespec_jax.checkpoints import describe, load, save
-from treespec_jax.checkpoints.pairs import check_pair
+from treespec_jax.checkpoints.tokenizers import check_pair
 from treespec_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tests.checkpoints.support import CHARACTERS, check_stream
 from treespec_jax.checkpoints import load_tokenizer
-from treespec_jax.checkpoints.streaming import TextStream
-from treespec_jax.checkpoints.tokenizers import SentencePieceTokenizer
+from treespec_jax.checkpoints.tokenizers import TextStream
+from treespec_jax.checkpoints.tokenizers.sentencepiece import SentencePieceTokenizer
 from treespec_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizers"

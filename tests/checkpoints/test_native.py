@@ -27,6 +27,8 @@ from treespec_jax.checkpoints import (
     saving,
 )
 from treespec_jax.checkpoints.formats import native
+from treespec_jax.checkpoints.tokenizers import check_rows
+from treespec_jax.checkpoints.widening import widen, widened_config
 from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer
 
@@ -74,6 +76,19 @@ def test_hugging_face_round_trip(name, tmp_path):
     assert same_parameters(original.model, again.model)
     assert again.config == original.config
     assert (again.dtype, again.tokenizer) == (original.dtype, None)
+
+
+def test_a_stored_tokenizer_may_be_far_smaller_than_the_embedding(small, tmp_path):
+    """A widened model has more rows than tokens; its folder needs no --tokenizer."""
+    large = widen(
+        small, widened_config(small.config, {"vocab_size": 900, "embed_dim": 18})
+    )
+    save(large, tmp_path / "large")
+    again = load(tmp_path / "large")
+    assert again.config.vocab_size == 900
+    assert again.tokenizer.vocab_size == small.tokenizer.vocab_size
+    with pytest.raises(UserError, match="more than padding explains"):
+        check_rows(again.tokenizer, 900)
 
 
 def test_dtype_on_the_way_out_and_in(small, tmp_path):

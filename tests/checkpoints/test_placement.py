@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.checkpoints.support import SMALL
 from treespec_jax.checkpoints import placement
-from treespec_jax.checkpoints.formats import llama2c
+from treespec_jax.checkpoints.formats import Description, llama2c
+from treespec_jax.checkpoints.pieces import Tensors
 from treespec_jax.checkpoints.placement import Parameters
 from treespec_jax.errors import UserError
 
@@ -59,8 +61,13 @@ def source():
 
 @pytest.fixture(scope="module")
 def parameters(source):
-    table = llama2c.name_table(SMALL)
-    return Parameters(SMALL, np.dtype("float32"), table, source)
+    return parameters_of(source)
+
+
+def parameters_of(source, dtype="float32"):
+    tensors = Tensors(source, llama2c.name_table(SMALL))
+    kind = types.SimpleNamespace(open=lambda _: tensors)
+    return Parameters(Description(SMALL, None, source.path, kind), dtype)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +146,7 @@ def test_a_part_is_read_without_the_rest(parameters, source, path, box, parts):
 def test_values_that_a_part_does_not_hold_are_not_looked_at(source):
     broken = ArraySource({n: a.copy() for n, a in source.arrays.items()})
     broken.arrays["w2.0"][3, 20] = np.nan
-    table = llama2c.name_table(SMALL)
-    parameters = Parameters(SMALL, np.dtype("float32"), table, broken)
+    parameters = parameters_of(broken)
     parameters.read("layers.0.mlp.down", ((0, 16), (0, 12)))
     with pytest.raises(UserError, match="memory: tensor w2.0 holds NaN or infinity"):
         parameters.read("layers.0.mlp.down", ((0, 16), (12, 24)))
@@ -149,8 +155,7 @@ def test_values_that_a_part_does_not_hold_are_not_looked_at(source):
 def test_values_beyond_float16(source):
     large = ArraySource({n: a.copy() for n, a in source.arrays.items()})
     large.arrays["w2.0"][3, 20] = 70000
-    table = llama2c.name_table(SMALL)
-    parameters = Parameters(SMALL, np.dtype("float16"), table, large)
+    parameters = parameters_of(large, "float16")
     with pytest.raises(UserError, match="w2.0 holds values above float16's 65504"):
         parameters.read("layers.0.mlp.down")
 

@@ -10,13 +10,10 @@ import pytest
 
 from treespec_jax.checkpoints import load_tokenizer
 from treespec_jax.checkpoints.chat import TemplateSource
-from treespec_jax.checkpoints.tokenizers import (
-    AddedToken,
-    HuggingFaceTokenizer,
-    Llama2cTokenizer,
-    SentencePieceTokenizer,
-    TokenizerSettings,
-)
+from treespec_jax.checkpoints.tokenizers.llama2c import Llama2cTokenizer
+from treespec_jax.checkpoints.tokenizers.sentencepiece import SentencePieceTokenizer
+from treespec_jax.checkpoints.tokenizers.settings import AddedToken, TokenizerSettings
+from treespec_jax.checkpoints.tokenizers.tokenizer_json import HuggingFaceTokenizer
 from treespec_jax.errors import UserError
 
 SPACE = "\u2581"

@@ -14,12 +14,12 @@ from tests.checkpoints.support import (
     write_llama2c_tokenizer,
 )
 from treespec_jax.checkpoints.tokenizers import (
-    SentencePieceTokenizer,
     TextStream,
     Tokenizer,
     compare_vocabularies,
     load_tokenizer,
 )
+from treespec_jax.checkpoints.tokenizers.sentencepiece import SentencePieceTokenizer
 from treespec_jax.errors import UserError
 
 TEXTS = [

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.support import write_llama2c_tokenizer
-from treespec_jax.checkpoints import (
+from treespec_jax.checkpoints import describe, load_tokenizer
+from treespec_jax.checkpoints.tokenizers import (
+    check_pair,
     check_rows,
     compare_vocabularies,
-    describe,
-    load_tokenizer,
 )
-from treespec_jax.checkpoints.pairs import check_pair
 from treespec_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizers"

@@ -92,7 +92,7 @@ def test_nothing_to_fit():
 
 def test_what_is_kept_beside_a_drafter(tmp_path):
     assert files.read_tau(tmp_path) is None
-    file = files.place(tmp_path, "")
+    file = files.output_file(tmp_path, "")
     files.write(file, {"tau": 0.45})
     assert files.read_tau(tmp_path) == 0.45
     assert [p.name for p in tmp_path.iterdir()] == [files.NAME]
@@ -104,10 +104,10 @@ def test_what_is_kept_beside_a_drafter(tmp_path):
     model.write_bytes(b"")
     assert files.read_tau(model) is None
     with pytest.raises(UserError, match="--output=FILE"):
-        files.place(model, "")
-    assert files.place(model, tmp_path / "own.json") == tmp_path / "own.json"
+        files.output_file(model, "")
+    assert files.output_file(model, tmp_path / "own.json") == tmp_path / "own.json"
     with pytest.raises(UserError, match="cannot write"):
-        files.place(model, tmp_path / "none" / "own.json")
+        files.output_file(model, tmp_path / "none" / "own.json")
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import importlib
 
-from treespec_jax.checkpoints.description import describe
-from treespec_jax.checkpoints.formats import Description
-from treespec_jax.checkpoints.tokenizers import (
-    TextStream,
-    Tokenizer,
-    check_rows,
-    compare_vocabularies,
-    load_tokenizer,
-)
+from treespec_jax.checkpoints.formats import Description, describe
+from treespec_jax.checkpoints.tokenizers import load_tokenizer
 
 # Loaded on first use: a checkpoint can be described without starting jax.
 _WITH_JAX = {
-    "LoadedModel": "treespec_jax.checkpoints.loaded",
+    "LoadedModel": "treespec_jax.checkpoints.loading",
     "check_output": "treespec_jax.checkpoints.saving",
     "convert": "treespec_jax.checkpoints.conversion",
     "load": "treespec_jax.checkpoints.loading",
     "save": "treespec_jax.checkpoints.saving",
 }
 
-__all__ = [
-    "Description",
-    "LoadedModel",
-    "TextStream",
-    "Tokenizer",
-    "check_output",
-    "check_rows",
-    "compare_vocabularies",
-    "convert",
-    "describe",
-    "load",
-    "load_tokenizer",
-    "save",
-]
+__all__ = ["Description", "describe", "load_tokenizer", *_WITH_JAX]
 
 
 def __getattr__(name: str):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from treespec_jax.config import check_float
 from treespec_jax.errors import UserError
 
 NAME = "calibration.json"
@@ -26,18 +25,18 @@ def read_tau(checkpoint: str | Path) -> float | None:
         return None
     try:
         tau = json.loads(file.read_text())["tau"]
-    except (OSError, ValueError, KeyError, TypeError):
-        tau = None
-    good = isinstance(tau, (int, float)) and not isinstance(tau, bool)
-    if not good or not math.isfinite(tau) or tau <= 0:
+        if isinstance(tau, (bool, str)):
+            raise TypeError
+        check_float("tau", tau, 0, open_low=True)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         raise UserError(
             f"{file} does not hold a tau above 0; fit it again with "
             "scripts/calibrate_drafter.py, or delete the file"
-        )
+        ) from None
     return float(tau)
 
 
-def place(checkpoint: str | Path, output: str | Path | None) -> Path:
+def output_file(checkpoint: str | Path, output: str | Path | None) -> Path:
     """The file to write to, known to be writable.
 
     Args:
@@ -68,17 +67,12 @@ def write(file: Path, values: Mapping[str, Any]) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
-    name = None
+    partial = file.with_name(f".{file.name}-{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, prefix=f".{file.name}-", delete=False
-        ) as work:
-            name = work.name
-            work.write(json.dumps(dict(values), indent=2) + "\n")
-        os.replace(name, file)
+        partial.write_text(json.dumps(dict(values), indent=2) + "\n")
+        os.replace(partial, file)
     except OSError as error:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {file}: {error.strerror}; give --output=FILE"
         ) from None

@@ -20,11 +20,8 @@ from treespec_jax.errors import UserError
 
 Message = Mapping[str, Any]
 
-_JINJA, _CONFIG, _PROCESSOR = (
-    "chat_template.jinja",
-    "tokenizer_config.json",
-    "chat_template.json",
-)
+_JINJA, _PROCESSOR = "chat_template.jinja", "chat_template.json"
+_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILES = (_JINJA, _PROCESSOR)
 
 
@@ -83,8 +80,6 @@ class ChatTemplate:
         Raises:
           UserError: malformed messages, or the template refuses them, with its words.
         """
-        from jinja2 import TemplateError
-
         values = {
             "add_generation_prompt": True,
             "tools": None,
@@ -97,12 +92,11 @@ class ChatTemplate:
             return self._program.render(values)
         except _Refused as error:
             raise UserError(f"the chat template refuses: {error}") from None
-        # Anything may come out of a program, of messages it was not written for.
-        except (TemplateError, ArithmeticError, LookupError) as error:
-            reason = first_line(error)
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
-            reason = first_line(error)
-        raise UserError(f"{self._source}: the chat template fails: {reason}") from None
+        except Exception as error:
+            # A program raises anything for messages that it was not written for.
+            raise UserError(
+                f"{self._source}: the chat template fails: {first_line(error)}"
+            ) from None
 
 
 def find_template(files: Mapping[str, bytes], folder: Path) -> TemplateSource | None:
@@ -132,14 +126,6 @@ def find_template(files: Mapping[str, bytes], folder: Path) -> TemplateSource | 
             if found:
                 return TemplateSource(_programs(found), str(folder / name))
     return None
-
-
-def no_template(tokenizer: str) -> UserError:
-    """The error of a conversation for a tokenizer that came without a template."""
-    return UserError(
-        f"no chat template beside {tokenizer}: neither {_JINJA} nor a chat_template in "
-        f"{_CONFIG}; take a model that was trained for chat, or generate without it"
-    )
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
@@ -225,17 +211,9 @@ def _refuse(message: str) -> None:
     raise _Refused(" ".join(str(message).split()))
 
 
-def _to_json(
-    value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """Without the escapes for web pages that Jinja's own filter makes."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 @functools.cache
@@ -261,7 +239,5 @@ def _environment():
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
-        form
-    )
+    environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
     return environment

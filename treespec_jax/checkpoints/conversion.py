@@ -24,10 +24,8 @@ import numpy as np
 
 from treespec_jax.checkpoints.formats import Description
 from treespec_jax.checkpoints.formats.native import PARAMS, check_files
-from treespec_jax.checkpoints.loading import open_parameters
-from treespec_jax.checkpoints.placement import Parameters, check_dtype
+from treespec_jax.checkpoints.placement import Parameters
 from treespec_jax.checkpoints.saving import (
-    Contents,
     Group,
     check_output,
     finish,
@@ -37,7 +35,7 @@ from treespec_jax.checkpoints.saving import (
 )
 from treespec_jax.errors import UserError
 
-JOURNAL = "journal.jsonl"
+_JOURNAL = "journal.jsonl"
 _VERSION = 1
 # As much of a file as its header takes; the rest is known by size and time.
 _HEAD = 1 << 20
@@ -85,36 +83,30 @@ def convert(
     """
     path = Path(output).expanduser().absolute()
     check_output(path)
-    wanted = None if dtype is None else check_dtype(dtype)
-    parameters, wanted = open_parameters(about, wanted)
+    parameters = Parameters(about, dtype)
     partial = path.with_name(f".{path.name}.partial")
     groups = grouped(parameters.items)
     with writing(path, _HINT), _locked(partial) as file:
-        journal = _Journal(file, partial, _fingerprint(about, parameters, wanted))
+        journal = _Journal(file, partial, _fingerprint(about, parameters))
         if restart or not journal.goes_on():
             journal.start()
         resumed = sum(g.nbytes for g in groups if g.name in journal.done)
         for group in progress(groups):
             if group.name not in journal.done:
-                arrays = _read(parameters, group, partial)
+                try:
+                    arrays = {i.path: parameters.read(i.path) for i in group.items}
+                except UserError:
+                    # The source is at fault: nobody will go on from here.
+                    shutil.rmtree(partial, ignore_errors=True)
+                    raise
                 journal.add(group.name, write_group(partial, group.name, arrays))
         files = {
             name: sums for g in groups for name, sums in journal.done[g.name].items()
         }
-        contents = Contents(about.config, about.tokenizer, about.path.name, wanted)
-        finish(partial, path, contents, files)
-        (path / JOURNAL).unlink()
-    count = sum(group.nbytes for group in groups) // wanted.itemsize
-    return Converted(wanted, count, resumed)
-
-
-def _read(parameters: Parameters, group: Group, partial: Path) -> dict[str, np.ndarray]:
-    try:
-        return {item.path: parameters.read(item.path) for item in group.items}
-    except UserError:
-        # The source is at fault: nobody will go on from here.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        finish(partial, path, about, about.path.name, parameters.dtype, files)
+        (path / _JOURNAL).unlink()
+    count = sum(group.nbytes for group in groups) // parameters.dtype.itemsize
+    return Converted(parameters.dtype, count, resumed)
 
 
 class _Journal:
@@ -158,7 +150,7 @@ class _Journal:
         for rest in self._partial.iterdir():
             if rest.is_dir():
                 shutil.rmtree(rest)
-            elif rest.name != JOURNAL:
+            elif rest.name != _JOURNAL:
                 rest.unlink()
         self._file.truncate(0)
         self._append(self._header)
@@ -178,7 +170,7 @@ class _Journal:
 def _locked(partial: Path) -> Iterator[IO[str]]:
     """The journal, opened for one process alone; a kill opens it again."""
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / JOURNAL).open("a+", encoding="utf-8") as file:
+    with (partial / _JOURNAL).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -188,14 +180,12 @@ def _locked(partial: Path) -> Iterator[IO[str]]:
         yield file
 
 
-def _fingerprint(
-    about: Description, parameters: Parameters, dtype: np.dtype
-) -> dict[str, Any]:
+def _fingerprint(about: Description, parameters: Parameters) -> dict[str, Any]:
     """What two runs must have in common for one to go on after the other."""
     fingerprint = {
         "version": _VERSION,
         "source": str(about.path.absolute()),
-        "dtype": dtype.name,
+        "dtype": parameters.dtype.name,
         "model": dataclasses.asdict(about.config),
         "groups": [[g.name, g.nbytes] for g in grouped(parameters.items)],
         "files": [_stamp(file) for file in parameters.source.files()],

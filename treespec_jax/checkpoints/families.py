@@ -24,7 +24,7 @@ class Family:
     Attributes:
       name: `ModelConfig.family`.
       architectures: of `config.json` that are of this family.
-      model_types: the same of `model_type`.
+      model_types: the same of `model_type`; empty: the name alone.
       fixed: fields of `ModelConfig` that all its models have in common.
       defaults: of `config.json`, as transformers has them; sizes that are not here are
         required.
@@ -42,7 +42,7 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    model_types: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windows: str = "never"
@@ -55,6 +55,10 @@ class Family:
     roots: tuple[str, ...] = ("model",)
     heads: tuple[str, ...] = ("lm_head",)
     unused: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.model_types:
+            object.__setattr__(self, "model_types", (self.name,))
 
 
 _GEMMA = dict(scaled_embeddings=True, unit_offset_norms=True)
@@ -82,13 +86,11 @@ FAMILIES = {
         Family(
             "llama",
             ("LlamaForCausalLM",),
-            ("llama",),
             defaults=dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
         ),
         Family(
             "mistral",
             ("MistralForCausalLM",),
-            ("mistral",),
             defaults=dict(
                 max_position_embeddings=131072,
                 num_key_value_heads=8,
@@ -101,7 +103,6 @@ FAMILIES = {
         Family(
             "qwen2",
             ("Qwen2ForCausalLM",),
-            ("qwen2",),
             fixed=dict(qkv_bias=True),
             defaults=_QWEN_DEFAULTS,
             windows="later",
@@ -110,7 +111,6 @@ FAMILIES = {
         Family(
             "qwen3",
             ("Qwen3ForCausalLM",),
-            ("qwen3",),
             fixed=dict(qk_norm=True),
             defaults=dict(_QWEN_DEFAULTS, head_dim=128),
             windows="later",
@@ -118,7 +118,6 @@ FAMILIES = {
         Family(
             "gemma",
             ("GemmaForCausalLM",),
-            ("gemma",),
             fixed=_GEMMA,
             defaults=dict(
                 _GEMMA_DEFAULTS,
@@ -133,7 +132,6 @@ FAMILIES = {
         Family(
             "gemma2",
             ("Gemma2ForCausalLM",),
-            ("gemma2",),
             fixed=dict(_GEMMA, post_norms=True),
             defaults=dict(
                 _GEMMA_DEFAULTS,
@@ -153,7 +151,7 @@ FAMILIES = {
         Family(
             "gemma3",
             ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-            ("gemma3_text", "gemma3"),
+            model_types=("gemma3_text", "gemma3"),
             fixed=dict(_GEMMA, post_norms=True, qk_norm=True),
             defaults=dict(
                 _GEMMA_DEFAULTS,

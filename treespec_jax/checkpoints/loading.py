@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,36 @@ import jax
 import numpy as np
 
 from treespec_jax.checkpoints import calibration
-from treespec_jax.checkpoints.description import describe
-from treespec_jax.checkpoints.formats import Description
-from treespec_jax.checkpoints.loaded import LoadedModel
-from treespec_jax.checkpoints.placement import Parameters, Progress, check_dtype
+from treespec_jax.checkpoints.formats import Description, describe
+from treespec_jax.checkpoints.placement import Parameters, Progress
+from treespec_jax.checkpoints.tokenizers import Tokenizer
+from treespec_jax.config import ModelConfig
+from treespec_jax.models.transformer import Transformer
 from treespec_jax.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights.
+
+    Attributes:
+      config: shape and constants; `bos_id` is the tokenizer's if there is one, and
+        `eos_ids` holds its ends of text too.
+      model: the decoder, its parameters in `dtype`.
+      tokenizer: or None if the checkpoint has none.
+      source: name of the file or folder that it came from.
+      dtype: of the parameters.
+      notes: what of the checkpoint was left out, a line each.
+      tau: fitted for it as a drafter, or None (`calibration`).
+    """
+
+    config: ModelConfig
+    model: Transformer
+    tokenizer: Tokenizer | None
+    source: str
+    dtype: np.dtype
+    notes: tuple[str, ...] = ()
+    tau: float | None = None
 
 
 def load(
@@ -44,41 +70,17 @@ def load(
         the tokenizer does not fit the embedding (see `check_rows`); a calibration
         beside it holds no tau; a rule names an axis that the mesh does not have.
     """
-    wanted = None if dtype is None else check_dtype(dtype)
     if not isinstance(checkpoint, Description):
-        about = describe(checkpoint, tokenizer)
+        checkpoint = describe(checkpoint, tokenizer)
     elif tokenizer is not None:
-        about = describe(checkpoint.path, tokenizer)
-    else:
-        about = checkpoint
-    parameters, wanted = open_parameters(about, wanted)
-    model = parameters.build(progress, mesh, rules)
+        checkpoint = describe(checkpoint.path, tokenizer)
+    parameters = Parameters(checkpoint, dtype)
     return LoadedModel(
-        about.config,
-        model,
-        about.tokenizer,
-        about.path.name,
-        wanted,
-        about.notes,
-        calibration.read_tau(about.path),
+        checkpoint.config,
+        parameters.build(progress, mesh, rules),
+        checkpoint.tokenizer,
+        checkpoint.path.name,
+        parameters.dtype,
+        checkpoint.notes,
+        calibration.read_tau(checkpoint.path),
     )
-
-
-def open_parameters(
-    about: Description, dtype: np.dtype | None
-) -> tuple[Parameters, np.dtype]:
-    """The parameters of a described checkpoint, unread, and their dtype.
-
-    Args:
-      about: as `describe` gave it.
-      dtype: to cast to; None: as stored.
-
-    Raises:
-      UserError: the tensors are not those of the configuration.
-    """
-    tensors = about.format.open(about)
-    dtype = dtype or check_dtype(tensors.source.dtype)
-    parameters = Parameters(
-        about.config, dtype, tensors.pieces, tensors.source, tensors.ignored
-    )
-    return parameters, dtype

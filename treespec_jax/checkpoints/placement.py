@@ -22,6 +22,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
 
+from treespec_jax.checkpoints.formats import Description
 from treespec_jax.checkpoints.pieces import Piece, TensorSource
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
@@ -74,66 +75,61 @@ def abstract_parameters(config: ModelConfig, dtype: np.dtype):
     graph, state = nnx.split(
         nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     )
-    flat = {dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
-    return graph, state, flat
+    return graph, state, _by_path(state)
 
 
-def dotted(path: Sequence[Any]) -> str:
-    """("layers", 0, "mlp") -> "layers.0.mlp"."""
-    return ".".join(map(str, path))
+def parameters_of(model: Transformer) -> dict[str, Any]:
+    """The parameters of a model by dotted path, "layers.0.mlp.down" for example."""
+    return _by_path(nnx.state(model, nnx.Param))
+
+
+def _by_path(state) -> dict[str, Any]:
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
 def concrete(graph, state, arrays: Mapping[str, jax.Array]) -> Transformer:
     """Puts arrays, by dotted path, into an abstract model."""
-    filled = [
-        (path, leaf.replace(arrays[dotted(path)]))
-        for path, leaf in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    leaves = [leaf.replace(arrays[name]) for name, leaf in _by_path(state).items()]
+    filled = nnx.from_flat_state(zip(paths, leaves, strict=True))
+    return nnx.merge(graph, filled)
 
 
 class Parameters:
     """The parameters of a checkpoint, each read when it is asked for.
 
     Args:
-      config: shape of the model.
-      dtype: of the parameters; tensors are cast on the way.
-      pieces: the name table; together they fill every parameter. None: the tensors are
-        the parameters.
-      source: of the tensors.
-      ignored: names of tensors that may be there and are of no use.
+      about: the checkpoint, as `describe` gave it.
+      dtype: float32, bfloat16 or float16, to which tensors are cast on the way; None:
+        as stored.
 
     Attributes:
+      dtype: of the parameters.
       items: what there is to read, in the order of the model.
-      source: as given.
+      source: of the tensors.
 
     Raises:
       UserError: a tensor is missing, unread, of the wrong shape or of a dtype that is
         not floating. Nothing has been read by then.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: np.dtype,
-        pieces: Sequence[Piece] | None,
-        source: TensorSource,
-        ignored: Iterable[str] = (),
-    ):
-        self.source = source
-        self._dtype = dtype
-        self._graph, self._state, self._flat = abstract_parameters(config, dtype)
+    def __init__(self, about: Description, dtype: Any = None):
+        self.dtype = None if dtype is None else check_dtype(dtype)
+        tensors = about.format.open(about)
+        self.source = tensors.source
+        if self.dtype is None:
+            self.dtype = check_dtype(self.source.dtype)
+        abstract = abstract_parameters(about.config, self.dtype)
+        self._graph, self._state, self._flat = abstract
+        pieces, flat = tensors.pieces, self._flat.items()
         if pieces is None:
-            pieces = [
-                Piece(path, leaf.shape, path) for path, leaf in self._flat.items()
-            ]
-        _check_tensors(pieces, source, set(ignored), config.family)
+            pieces = [Piece(path, leaf.shape, path) for path, leaf in flat]
+        _check_tensors(pieces, self.source, set(tensors.ignored), about.config.family)
         self._pieces = defaultdict(list)
         for piece in pieces:
             self._pieces[piece.path].append(piece)
-        self.items = [
-            Item(path, leaf.size * dtype.itemsize) for path, leaf in self._flat.items()
-        ]
+        width = self.dtype.itemsize
+        self.items = [Item(path, leaf.size * width) for path, leaf in flat]
 
     def read(self, path: str, box: Box | None = None) -> np.ndarray:
         """A parameter, or the part of it in `box`.
@@ -144,7 +140,7 @@ class Parameters:
         """
         shape = self._flat[path].shape
         box = box or tuple((0, size) for size in shape)
-        buffer = memory.empty(tuple(stop - start for start, stop in box), self._dtype)
+        buffer = memory.empty(tuple(stop - start for start, stop in box), self.dtype)
         for piece in self._pieces[path]:
             _fill(buffer, box, shape, piece, self.source)
         return buffer
@@ -190,16 +186,7 @@ class Parameters:
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def check_shape(where, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
-    """Raises UserError, with both shapes, unless they are equal."""
-    if tuple(found) != tuple(wanted):
-        raise UserError(
-            f"{where}: tensor {name} has shape {list(found)}, the configuration wants "
-            f"{list(wanted)}; configuration and weights do not belong together"
-        )
-
-
-def check_finite(array: np.ndarray, name: str, where, reason: str = _BROKEN) -> None:
+def _check_finite(array: np.ndarray, name: str, where, reason: str = _BROKEN) -> None:
     """Raises UserError, with the reason, if an array holds NaN or infinity.
 
     Looks at the exponent bits, in blocks, because numpy's own test takes a temporary
@@ -224,7 +211,13 @@ def _check_tensors(
                 f"{source.path}: tensor {piece.name} is missing, which models of "
                 f"family {family} have; the file is incomplete or of another family"
             )
-        check_shape(source.path, piece.name, shapes[piece.name], piece.shape)
+        found, wanted = list(shapes[piece.name]), list(piece.shape)
+        if found != wanted:
+            raise UserError(
+                f"{source.path}: tensor {piece.name} has shape {found}, the "
+                f"configuration wants {wanted}; configuration and weights do not "
+                "belong together"
+            )
         kind = dtypes[piece.name]
         if kind not in (*DTYPES, "float64"):
             raise UserError(
@@ -250,11 +243,7 @@ def _fill(
     local, sizes, wanted = overlap
     view = buffer[local]
     for block in _blocks(wanted, sizes, piece.interleaved):
-        part = tuple(
-            slice(start - first, stop - first)
-            for (start, stop), (first, _) in zip(block, wanted, strict=True)
-        )
-        _copy(view[part], block, sizes, piece, source)
+        _copy(view[_within(block, wanted)], block, sizes, piece, source)
 
 
 def _copy(
@@ -264,21 +253,25 @@ def _copy(
     whole = len(sizes) - 2 if piece.interleaved else None
     region, read = _region(piece.shape, sizes, block, whole)
     tensor = source.read(piece.name, region)
-    check_finite(tensor, piece.name, source.path)
+    _check_finite(tensor, piece.name, source.path)
     tensor = tensor.reshape([stop - start for start, stop in read])
     if piece.interleaved:
         *lead, rows, width = tensor.shape
         pairs = tensor.reshape(*lead, rows // 2, 2, width)
         tensor = np.swapaxes(pairs, -3, -2).reshape(tensor.shape)
-    inner = tuple(
-        slice(start - first, stop - first)
-        for (start, stop), (first, _) in zip(block, read, strict=True)
-    )
     with np.errstate(over="ignore"):
-        np.copyto(into, tensor[inner], casting="unsafe")
+        np.copyto(into, tensor[_within(block, read)], casting="unsafe")
     if into.dtype.name == "float16" and tensor.dtype.name != "float16":
         reason = "holds values above float16's 65504; choose bfloat16 or float32"
-        check_finite(np.ascontiguousarray(into), piece.name, source.path, reason)
+        _check_finite(np.ascontiguousarray(into), piece.name, source.path, reason)
+
+
+def _within(inner: Box, outer: Box) -> tuple[slice, ...]:
+    """Where `inner` lies in an array of `outer`."""
+    return tuple(
+        slice(start - first, stop - first)
+        for (start, stop), (first, _) in zip(inner, outer, strict=True)
+    )
 
 
 def _overlap(

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import traverse_util
 
 from treespec_jax.checkpoints.files import cause, read_json
+from treespec_jax.checkpoints.formats import Description
 from treespec_jax.checkpoints.formats.native import (
     FORMAT,
     METADATA,
@@ -30,10 +31,8 @@ from treespec_jax.checkpoints.formats.native import (
     VERSION,
     checksum,
 )
-from treespec_jax.checkpoints.loaded import LoadedModel
-from treespec_jax.checkpoints.placement import Item, check_dtype, dotted
-from treespec_jax.checkpoints.tokenizers import Tokenizer
-from treespec_jax.config import ModelConfig
+from treespec_jax.checkpoints.loading import LoadedModel
+from treespec_jax.checkpoints.placement import Item, check_dtype, parameters_of
 from treespec_jax.errors import UserError
 
 _GROUP = 64 << 20
@@ -59,10 +58,7 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
     path = Path(path).expanduser().absolute()
     wanted = check_dtype(dtype or loaded.dtype)
     check_output(path)
-    leaves = {
-        dotted(path): leaf
-        for path, leaf in nnx.to_flat_state(nnx.state(loaded.model, nnx.Param))
-    }
+    leaves = parameters_of(loaded.model)
     items = [Item(name, leaf.size * wanted.itemsize) for name, leaf in leaves.items()]
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     files: dict[str, Any] = {}
@@ -80,8 +76,7 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
                         )
                     arrays[item.path] = value
                 files |= write_group(partial, group.name, arrays)
-            contents = Contents(loaded.config, loaded.tokenizer, loaded.source, wanted)
-            finish(partial, path, contents, files)
+            finish(partial, path, loaded, loaded.source, wanted, files)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -125,7 +120,7 @@ def write_group(
 
     params = folder / PARAMS
     params.mkdir(parents=True, exist_ok=True)
-    tree = _nested(arrays)
+    tree = traverse_util.unflatten_dict(arrays, sep=".")
     # Weights hardly compress: without, files are a seventh larger, and are written and
     # read four times as fast.
     handler = ocp.PyTreeCheckpointHandler(
@@ -144,43 +139,33 @@ def write_group(
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """What a folder holds besides its parameters.
-
-    Attributes:
-      config: of the model.
-      tokenizer: or None.
-      source: name of the file or folder that the model came from.
-      dtype: of the parameters.
-    """
-
-    config: ModelConfig
-    tokenizer: Tokenizer | None
-    source: str
-    dtype: np.dtype
-
-
 def finish(
-    partial: Path, path: Path, contents: Contents, files: Mapping[str, Any]
+    partial: Path,
+    path: Path,
+    model: LoadedModel | Description,
+    source: str,
+    dtype: np.dtype,
+    files: Mapping[str, Any],
 ) -> None:
-    """Adds the contents to a folder of parameters and renames it to its final name.
+    """Completes a folder of parameters and renames it to its final name.
 
     Args:
       partial: the folder, whose parameters are written.
       path: the final name; an earlier folder there is replaced.
-      contents: what to add.
+      model: its configuration and tokenizer are added.
+      source: name of the file or folder that the model came from.
+      dtype: of the parameters.
       files: sizes and checksums of the parameters' files, by name.
     """
-    tokenizer = contents.tokenizer
+    tokenizer = model.tokenizer
     if tokenizer is not None:
         tokenizer.save(partial)
     about = {
         "format": FORMAT,
         "version": VERSION,
-        "source": contents.source,
-        "dtype": contents.dtype.name,
-        "model": dataclasses.asdict(contents.config),
+        "source": source,
+        "dtype": dtype.name,
+        "model": dataclasses.asdict(model.config),
         "tokenizer": tokenizer
         and {
             "file": tokenizer.file_name,
@@ -261,15 +246,3 @@ def _quiet() -> Iterator[None]:
 def _is_finite(array: jax.Array) -> jax.Array:
     # Where the shards are: the host need not hold them.
     return jnp.isfinite(array).all()
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree

@@ -47,24 +47,18 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
-from treespec_jax.checkpoints.loaded import LoadedModel
-from treespec_jax.checkpoints.placement import abstract_parameters, concrete, dotted
+from treespec_jax.checkpoints.loading import LoadedModel
+from treespec_jax.checkpoints.placement import (
+    abstract_parameters,
+    concrete,
+    parameters_of,
+)
 from treespec_jax.config import ModelConfig, RotaryConfig, check_int
 from treespec_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]  # by dotted path
 
-SIZES = (
-    "vocab_size",
-    "embed_dim",
-    "mlp_dim",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-)
 # m and b · a · m of the docstring. float16 holds m.
 _MARK, _STRENGTH = 3e4, 1e6
 # Each normalises, multiplies or caps something that the formulas above do not cover.
@@ -82,7 +76,8 @@ def widened_config(config: ModelConfig, sizes: Mapping[str, int | None]) -> Mode
 
     Args:
       config: of the model to widen.
-      sizes: new values of some of SIZES; None, or a missing name, keeps the old one.
+      sizes: new values of some of `ModelConfig.SIZES`; None, or a missing name, keeps
+        the old one.
 
     Raises:
       UserError: an architecture that cannot be widened, or a size that cannot be
@@ -96,15 +91,16 @@ def widened_config(config: ModelConfig, sizes: Mapping[str, int | None]) -> Mode
             )
     chosen = {name: size for name, size in sizes.items() if size is not None}
     for name, size in chosen.items():
-        if name not in SIZES:
-            raise UserError(f"size {name!r} is unknown; choose from {', '.join(SIZES)}")
+        if name not in config.SIZES:
+            known = ", ".join(config.SIZES)
+            raise UserError(f"size {name!r} is unknown; choose from {known}")
         check_int(name, size, 1)
         if size < getattr(config, name):
             raise UserError(
                 f"{name}={size} is below the model's {getattr(config, name)}; a model "
                 "can only grow"
             )
-    wide = {name: chosen.get(name, getattr(config, name)) for name in SIZES}
+    wide = {name: chosen.get(name, getattr(config, name)) for name in config.SIZES}
     growth = config.embed_dim / wide["embed_dim"]
     constants = {"norm_eps": config.norm_eps * growth}
     if wide["vocab_size"] > config.vocab_size:
@@ -121,14 +117,12 @@ def widened_config(config: ModelConfig, sizes: Mapping[str, int | None]) -> Mode
             )
     if wide["head_dim"] > config.head_dim:
         ratio = wide["head_dim"] / config.head_dim
-        constants["rotary"] = _slower(config.rotary, ratio)
-        if config.local_rotary is not None:
-            constants["local_rotary"] = _slower(config.local_rotary, ratio)
+        for name in ("rotary", "local_rotary"):
+            if getattr(config, name) is not None:
+                constants[name] = _slower(getattr(config, name), ratio)
         constants["attention_scale"] = config.attention_scale or config.head_dim**-0.5
-    constants["local_layers"] = tuple(
-        _layer_position(config.num_layers, wide["num_layers"], layer)
-        for layer in config.local_layers
-    )
+    positions = _layer_positions(config, wide["num_layers"])
+    constants["local_layers"] = tuple(positions[i] for i in config.local_layers)
     larger = dataclasses.replace(config, **wide, **constants)
     _head_groups(config, larger)
     return larger
@@ -144,8 +138,8 @@ def widen(loaded: LoadedModel, config: ModelConfig, seed: int = 0) -> LoadedMode
     """
     old = loaded.config
     small = {
-        dotted(path): np.asarray(leaf[...])
-        for path, leaf in nnx.to_flat_state(nnx.state(loaded.model, nnx.Param))
+        path: np.asarray(leaf[...])
+        for path, leaf in parameters_of(loaded.model).items()
     }
     graph, state, shapes = abstract_parameters(config, loaded.dtype)
     rng = np.random.default_rng(seed)
@@ -153,20 +147,15 @@ def widen(loaded: LoadedModel, config: ModelConfig, seed: int = 0) -> LoadedMode
         path: _random(rng, path, leaf.shape, config).astype(loaded.dtype)
         for path, leaf in shapes.items()
     }
-    positions = [
-        _layer_position(old.num_layers, config.num_layers, layer)
-        for layer in range(old.num_layers)
-    ]
+    positions = _layer_positions(old, config.num_layers)
     for i in range(config.num_layers):
         if i in positions:
             before = _below(small, f"layers.{positions.index(i)}.")
             filled = _fill_layer(_below(wide, f"layers.{i}."), before, old, config)
+            wide |= {f"layers.{i}.{name}": values for name, values in filled.items()}
         else:
-            filled = {
-                name: np.zeros_like(wide[f"layers.{i}.{name}"])
-                for name in ("attention.out", "mlp.down")
-            }
-        wide |= {f"layers.{i}.{name}": values for name, values in filled.items()}
+            for name in ("attention.out", "mlp.down"):
+                wide[f"layers.{i}.{name}"][:] = 0
     wide |= _fill_vocabulary(wide, small, old, config)
     arrays = {path: jax.device_put(values) for path, values in wide.items()}
     model = concrete(graph, state, arrays)
@@ -185,9 +174,9 @@ def _slower(rotary: RotaryConfig, ratio: float) -> RotaryConfig:
     return dataclasses.replace(rotary, theta=theta)
 
 
-def _layer_position(count: int, wide_count: int, layer: int) -> int:
-    """Index of an old layer in the larger model."""
-    return layer * wide_count // count
+def _layer_positions(config: ModelConfig, count: int) -> list[int]:
+    """Indices of the old layers among `count` layers."""
+    return [layer * count // config.num_layers for layer in range(config.num_layers)]
 
 
 def _head_groups(config: ModelConfig, wide: ModelConfig) -> list[range]:
@@ -215,10 +204,8 @@ def _random(
     rng: np.random.Generator, path: str, shape: Sequence[int], config: ModelConfig
 ) -> np.ndarray:
     """Weights that keep activations near 1; scales of 1, biases of 0."""
-    if path.endswith("scale"):
-        return np.ones(shape, np.float32)
-    if path.endswith("bias"):
-        return np.zeros(shape, np.float32)
+    if path.endswith(("scale", "bias")):
+        return np.full(shape, path.endswith("scale"), np.float32)
     normal = rng.standard_normal(shape, np.float32)
     return normal * np.float32(config.embed_dim**-0.5)
 
@@ -289,6 +276,4 @@ def _below(arrays: Arrays, prefix: str) -> Arrays:
 
 def _padded(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """`values` with zeros behind them along every axis."""
-    full = np.zeros(shape, values.dtype)
-    full[tuple(slice(size) for size in values.shape)] = values
-    return full
+    return np.pad(values, [(0, n) for n in np.subtract(shape, values.shape)])

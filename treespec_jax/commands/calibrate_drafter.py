@@ -59,7 +59,7 @@ def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
     """
     from treespec_jax.measurement import machine, rounds
 
-    file = files.place(settings.speculative.model, output)
+    file = files.output_file(settings.speculative.model, output)
     texts = prompts.read_or_stories(prompts_file)
     loading.check(settings, texts, [settings.speculative.tree])
     pair = loading.load_pair(settings)

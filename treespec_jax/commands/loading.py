@@ -45,7 +45,7 @@ def check(
         max_len, or a logit bias for a token that the target lacks.
     """
     from treespec_jax.checkpoints import describe
-    from treespec_jax.checkpoints.pairs import check_pair
+    from treespec_jax.checkpoints.tokenizers import check_pair
 
     tokenizer = settings.tokenizer or None
     target = describe(settings.target, tokenizer)

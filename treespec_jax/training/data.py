@@ -135,10 +135,10 @@ class Batches:
 
     def __getitem__(self, step: int) -> np.ndarray:
         """int32 [batch_rows, T + 1] of this step."""
-        epoch, at = divmod(step, self.per_epoch)
+        epoch, index = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffled(epoch), epoch
-        chosen = self._order[at * self._batch_rows : (at + 1) * self._batch_rows]
+        chosen = self._order[index * self._batch_rows :][: self._batch_rows]
         return np.stack([self._rows.train[source][row] for source, row in chosen])
 
     def _shuffled(self, epoch: int) -> np.ndarray:

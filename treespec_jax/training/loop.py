@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from flax import nnx
+from flax import nnx, traverse_util
 
+from treespec_jax import checkpoints
 from treespec_jax.errors import UserError
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.training import curve, data, export, measure, vocabulary
+from treespec_jax.training import curve, data, measure, vocabulary
 from treespec_jax.training.settings import TrainConfig
 from treespec_jax.training.state import (
     TrainState,
@@ -66,15 +70,13 @@ def train(config: TrainConfig) -> Result:
     folder = pathlib.Path(run.output)
     newest, best = Store(folder / "newest"), Store(folder / "best")
     tokenizer = _tokenizer(config, folder)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model,
-            vocab_size=tokenizer.get_piece_size(),
-            bos_id=tokenizer.bos_id(),
-            eos_ids=(tokenizer.eos_id(),),
-        ),
+    model_config = dataclasses.replace(
+        config.model,
+        vocab_size=tokenizer.get_piece_size(),
+        bos_id=tokenizer.bos_id(),
+        eos_ids=(tokenizer.eos_id(),),
     )
+    config = dataclasses.replace(config, model=model_config)
     documents = [data.read_documents(source) for source in config.data.sources]
     rows = data.load_rows(config.data, documents, tokenizer.encode)
     teacher = _teacher(config)
@@ -82,9 +84,8 @@ def train(config: TrainConfig) -> Result:
     model = Transformer(config.model, rngs=nnx.Rngs(config.seed))
     flat = FlatModule(model)
     optimizer = make_optimizer(config.optimizer)
-    state = TrainState(
-        flat.leaves, optimizer.init(flat.leaves), jnp.zeros((), jnp.int32)
-    )
+    start = jnp.zeros((), jnp.int32)
+    state = TrainState(flat.leaves, optimizer.init(flat.leaves), start)
     identity = config.identity() | {"text": rows.fingerprint}
     identity = json.loads(json.dumps(identity))  # as it will be read back
     notes = newest.notes() or {"identity": identity, "curve": []}
@@ -101,19 +102,20 @@ def train(config: TrainConfig) -> Result:
     best_notes = best.notes()
     leaves = best.restore(flat.leaves)
     final = FlatModule(flat.bind(leaves))
-    prompt = [vocabulary.BOS, *tokenizer.encode(run.sample)]
-    prompt = prompt[: config.data.row_tokens // 2]
-    sample = prompt + measure.continue_greedily(
-        final, prompt, config.data.row_tokens // 2, vocabulary.EOS
-    )
+    half = config.data.row_tokens // 2
+    prompt = [vocabulary.BOS, *tokenizer.encode(run.sample)][:half]
+    sample = prompt + measure.continue_greedily(final, prompt, half, vocabulary.EOS)
     micro_rows = config.data.micro_rows
-    path = export.save_model(
-        folder / "model",
+    exported = checkpoints.LoadedModel(
         config.model,
         flat.bind(leaves),
-        folder / vocabulary.FILE_NAME,
-        run.export_dtype,
+        checkpoints.load_tokenizer(folder / vocabulary.FILE_NAME),
+        # Not the path: a checkpoint travels.
+        source=folder.name,
+        dtype=jnp.dtype("float32"),
     )
+    path = folder / "model"
+    checkpoints.save(exported, path, dtype=run.export_dtype)
     agreement = None
     if teacher is not None:
         agreement = measure.agreement(teacher, final, rows.held_out, micro_rows)
@@ -130,16 +132,7 @@ def train(config: TrainConfig) -> Result:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a run reads and writes.
-
-    Attributes:
-      flat: the model.
-      teacher: or None.
-      rows: of text.
-      newest: store of the latest state.
-      best: store of the best parameters.
-      notes: kept beside the latest state.
-    """
+    """What a run reads and writes; `notes` lie beside the newest state."""
 
     flat: FlatModule
     teacher: FlatModule | None
@@ -172,7 +165,7 @@ def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
         total=total, initial=start, unit="step", disable=not run.progress, mininterval=2
     )
     saved_at, saved_step = time.monotonic(), start
-    with bar, _Interruption() as interruption:
+    with bar, _interruption() as interruption:
         for step in range(start + 1, last + 1):
             rows_BT = batches[step - 1]
             shape = (-1, cfg.micro_rows, rows_BT.shape[1])
@@ -200,7 +193,7 @@ def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
             if time.monotonic() - saved_at >= run.save_minutes * 60:
                 save(step)
                 saved_at, saved_step = time.monotonic(), step
-            if interruption.wanted:
+            if interruption.is_set():
                 break
     if int(state.step) > saved_step:
         save(int(state.step))
@@ -209,26 +202,19 @@ def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
     return state
 
 
-class _Interruption:
-    """Turns SIGTERM and SIGINT into a wish to stop after the running step."""
-
-    def __init__(self):
-        self.wanted = False
-
-    def __enter__(self):
-        def stop(signum, frame):
-            self.wanted = True
-
-        try:
-            self._before = {
-                s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)
-            }
-        except ValueError:  # not the main thread: nobody sends signals to it
-            self._before = {}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
+@contextlib.contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets, to stop after the running step."""
+    wanted = threading.Event()
+    handlers = {}
+    # Outside the main thread handlers cannot be set, and nobody sends signals.
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.signal(number, lambda *_: wanted.set())
+    try:
+        yield wanted
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -241,51 +227,46 @@ def _tokenizer(config: TrainConfig, folder: pathlib.Path):
 
     It lies in the run's folder from then on.
     """
-    own, wanted = folder / vocabulary.FILE_NAME, config.vocabulary
+    file, wanted = folder / vocabulary.FILE_NAME, config.vocabulary
     given = None
     if wanted.path:
         given = vocabulary.load(wanted.path).serialized_model_proto()
-    if own.exists():
-        if given is not None and given != own.read_bytes():
+    if file.exists():
+        if given is not None and given != file.read_bytes():
             raise UserError(
                 f"{folder} holds a run with another vocabulary than {wanted.path}; "
                 "choose another --output"
             )
-        return vocabulary.load(own)
+        return vocabulary.load(file)
     if given is None:
         documents = [data.read_documents(s) for s in config.data.sources]
         given = vocabulary.train((d for ds in documents for d in ds), wanted.size)
-    partial = own.with_name(own.name + ".partial")
+    partial = file.with_name(file.name + ".partial")
     partial.write_bytes(given)
-    os.replace(partial, own)
-    return vocabulary.load(own)
+    os.replace(partial, file)
+    return vocabulary.load(file)
 
 
 def _teacher(config: TrainConfig) -> FlatModule | None:
     path = config.distill.teacher
     if not path:
         return None
-    teacher_config, model = export.load_model(path)
-    if teacher_config.vocab_size != config.model.vocab_size:
+    teacher = checkpoints.load(path, dtype=jnp.float32)
+    size, wanted = teacher.config.vocab_size, config.model.vocab_size
+    if size != wanted:
         raise UserError(
-            f"the teacher {path} has {teacher_config.vocab_size} tokens, not the "
-            f"vocabulary's {config.model.vocab_size}; give --vocabulary={path}"
+            f"the teacher {path} has {size} tokens, not the vocabulary's {wanted}; "
+            f"give --vocabulary={path}"
         )
-    return FlatModule(model)
+    return FlatModule(teacher.model)
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], folder) -> None:
     """Raises UserError naming the first setting in which a resumed run differs."""
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            _check_same(
-                {f"{name}.{k}": v for k, v in old.items()},
-                {f"{name}.{k}": v for k, v in new.items()},
-                folder,
-            )
-        elif old != new:
+    old, new = (traverse_util.flatten_dict(each, sep=".") for each in (before, now))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
             raise UserError(
-                f"{folder} holds a run with {name}={old!r}, not {new!r}; "
-                "choose another --output or the old settings"
+                f"{folder} holds a run with {name}={old.get(name)!r}, not "
+                f"{new.get(name)!r}; choose another --output or the old settings"
             )

@@ -21,13 +21,17 @@ def make_held_out_loss(model: FlatModule):
         return cross_entropy(logits, rows[:, 1:].reshape(-1))
 
     def held_out_loss(leaves, rows: np.ndarray, micro_rows: int) -> float:
-        micro_rows = min(micro_rows, len(rows))
-        # Whole passes only, so that one compilation serves all of them.
-        whole = len(rows) - len(rows) % micro_rows
-        passes = rows[:whole].reshape(-1, micro_rows, rows.shape[1])
+        passes = _passes(rows, micro_rows)
         return float(np.mean([mean_loss(leaves, part) for part in passes]))
 
     return held_out_loss
+
+
+def _passes(rows: np.ndarray, micro_rows: int) -> np.ndarray:
+    """[passes, M, T + 1]; whole passes only, so that one compilation serves all."""
+    micro_rows = min(micro_rows, len(rows))
+    whole = len(rows) - len(rows) % micro_rows
+    return rows[:whole].reshape(-1, micro_rows, rows.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +66,10 @@ def agreement(
         kl = kl_divergence(target_RV, drafter_RV)
         return jnp.mean(hit_R4[:, 0]), jnp.mean(jnp.any(hit_R4, axis=-1)), kl
 
-    micro_rows = min(micro_rows, len(rows))
-    whole = len(rows) - len(rows) % micro_rows
-    parts = [
-        measure(target.leaves, drafter.leaves, rows[i : i + micro_rows, :-1])
-        for i in range(0, whole, micro_rows)
-    ]
-    top1, top4, kl = np.mean(np.array(parts), axis=0)
-    return Agreement(float(top1), float(top4), float(kl), whole * (rows.shape[1] - 1))
+    passes = _passes(rows, micro_rows)[..., :-1]
+    parts = [measure(target.leaves, drafter.leaves, tokens) for tokens in passes]
+    means = np.mean(np.array(parts), axis=0).tolist()
+    return Agreement(*means, positions=passes.size)
 
 
 def continue_greedily(model: FlatModule, prompt: list[int], count: int, eos: int):
@@ -80,14 +80,14 @@ def continue_greedily(model: FlatModule, prompt: list[int], count: int, eos: int
     total = len(prompt) + count
 
     @jax.jit
-    def next_token(leaves, tokens_1T, at):
+    def next_token(leaves, tokens_1T, row):
         logits_RV = row_logits(model.bind(leaves), tokens_1T)
-        return jnp.argmax(logits_RV[at])
+        return jnp.argmax(logits_RV[row])
 
-    row = np.zeros((1, total), np.int32)
-    row[0, : len(prompt)] = prompt
-    for at in range(len(prompt), total):
-        row[0, at] = next_token(model.leaves, row, at - 1)
-        if row[0, at] == eos:
+    tokens = np.zeros((1, total), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for index in range(len(prompt), total):
+        tokens[0, index] = next_token(model.leaves, tokens, index - 1)
+        if tokens[0, index] == eos:
             break
-    return row[0, len(prompt) : at + 1].tolist()
+    return tokens[0, len(prompt) : index + 1].tolist()

@@ -155,9 +155,8 @@ class RunConfig:
 
     def __post_init__(self):
         check_float("run.save_minutes", self.save_minutes, 0)
-        check_int("run.eval_every", self.eval_every, 1)
-        check_int("run.eval_rows", self.eval_rows, 1)
-        check_int("run.stop_after", self.stop_after, 0)
+        for name, low in [("eval_every", 1), ("eval_rows", 1), ("stop_after", 0)]:
+            check_int(f"run.{name}", getattr(self, name), low)
         if not self.output:
             raise UserError("no output folder: give --output=FOLDER")
         if self.export_dtype not in ("bfloat16", "float32"):

@@ -5,21 +5,19 @@ A new kind takes a module here and a line in `FORMATS`. Importing this starts no
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from treespec_jax.checkpoints.formats.huggingface import HuggingFaceFormat
 from treespec_jax.checkpoints.formats.llama2c import Llama2cFormat
 from treespec_jax.checkpoints.formats.native import NativeFormat
-from treespec_jax.checkpoints.formats.protocol import Description, Format, Header
+from treespec_jax.checkpoints.formats.protocol import Description, Format
+from treespec_jax.checkpoints.tokenizers import check_rows, load_tokenizer
 from treespec_jax.errors import UserError
 
-__all__ = ["FORMATS", "Description", "Format", "Header", "find_format"]
+__all__ = ["FORMATS", "Description", "Format", "describe", "find_format"]
 
-FORMATS: tuple[Format, ...] = (
-    NativeFormat(),
-    HuggingFaceFormat(),
-    Llama2cFormat(),
-)
+FORMATS: tuple[Format, ...] = (NativeFormat(), HuggingFaceFormat(), Llama2cFormat())
 
 
 def find_format(path: Path) -> Format:
@@ -36,3 +34,33 @@ def find_format(path: Path) -> Format:
     *others, last = (known.expects for known in FORMATS)
     problem = "holds no checkpoint" if path.is_dir() else "is of an unknown kind"
     raise UserError(f"{path} {problem}; give {', '.join(others)} or {last}")
+
+
+def describe(path: str | Path, tokenizer: str | Path | None = None) -> Description:
+    """Reads what a checkpoint says about itself, without its weights; milliseconds.
+
+    Args:
+      path: as for `load`.
+      tokenizer: a file to use instead of the one found with the weights.
+
+    Raises:
+      UserError: the path is missing, unreadable or of no known kind; a setting is not
+        supported; the tokenizer does not fit the embedding (see `check_rows`).
+    """
+    path = Path(path).expanduser()
+    found = find_format(path)
+    about = found.describe(path)
+    if tokenizer is not None:
+        reader = load_tokenizer(tokenizer)
+    else:
+        reader = found.read_tokenizer(path)
+    if reader is None:
+        return about
+    chosen = tokenizer is not None or found.tokenizer_chosen
+    check_rows(reader, about.config.vocab_size, chosen)
+    config = dataclasses.replace(
+        about.config,
+        bos_id=reader.bos_id,
+        eos_ids=tuple(dict.fromkeys([*about.config.eos_ids, *reader.eos_ids])),
+    )
+    return dataclasses.replace(about, config=config, tokenizer=reader)

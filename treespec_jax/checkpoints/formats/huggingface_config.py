@@ -29,12 +29,7 @@ _REFUSED: dict[str, tuple] = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
 }
-_SCALINGS = {
-    "default": "none",
-    "linear": "linear",
-    "llama3": "llama3",
-    "yarn": "yarn",
-}
+_SCALINGS = ("default", "linear", "llama3", "yarn")
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
@@ -166,9 +161,9 @@ def _config(read: _Reader) -> ModelConfig:
         # Published settings for long texts leave the original length in place.
         stretched = math.floor(rotary.factor * rotary.original_max_positions)
         positions = max(positions, stretched)
-    scalar = read.for_family("query_pre_attn_scalar")
-    if scalar is not None:
-        scalar = read.size("query_pre_attn_scalar") ** -0.5
+    scale = None
+    if read.for_family("query_pre_attn_scalar") is not None:
+        scale = read.size("query_pre_attn_scalar") ** -0.5
     eps = read.get("rms_norm_eps")
     return ModelConfig(
         family=read.family.name,
@@ -187,7 +182,7 @@ def _config(read: _Reader) -> ModelConfig:
         norm_eps=1e-6 if eps is None else read.number("rms_norm_eps", eps),
         tied_embeddings=read.flag("tie_word_embeddings"),
         activation=_activation(read),
-        attention_scale=scalar,
+        attention_scale=scale,
         attention_soft_cap=_cap(read, "attn_logit_softcapping"),
         logit_soft_cap=_cap(read, "final_logit_softcapping"),
         bos_id=starts[0] if starts else None,
@@ -252,21 +247,19 @@ def _rotaries(
     """Of all layers, or of the global ones and of the local ones."""
     newer, older = "rope_parameters", "rope_scaling"
     values = read.values
+    used = older if values.get(older) else newer
     theta = read.number("rope_theta", read.get("rope_theta"))
     local_theta = read.for_family("rope_local_base_freq")
     local_theta = read.number("rope_local_base_freq", local_theta)
     if not read.family.local_rotary:
-        key = older if values.get(older) else newer
-        return _rotary(read, key, values.get(key), theta, positions), None
+        return _rotary(read, used, values.get(used), theta, positions), None
     both = values.get(newer) or {}
     if not isinstance(both, Mapping) or not set(both) <= {_LOCAL, _GLOBAL}:
         read.refuse(newer, both, f"settings for {_GLOBAL} and {_LOCAL}")
-    wide, local = both.get(_GLOBAL), both.get(_LOCAL)
-    if values.get(older):
-        wide = values[older]
+    wide = values[older] if used == older else both.get(_GLOBAL)
     return (
-        _rotary(read, older if values.get(older) else newer, wide, theta, positions),
-        _rotary(read, newer, local, local_theta, positions),
+        _rotary(read, used, wide, theta, positions),
+        _rotary(read, newer, both.get(_LOCAL), local_theta, positions),
     )
 
 
@@ -278,7 +271,7 @@ def _rotary(
     if not isinstance(values, Mapping):
         read.refuse(key, values, kinds)
     kind = values.get("rope_type") or values.get("type") or "default"
-    if kind not in tuple(_SCALINGS):
+    if kind not in _SCALINGS:
         read.refuse(key, values, kinds)
     if values.get("partial_rotary_factor") not in (None, 1.0):
         read.refuse(key, values, "partial_rotary_factor 1.0")
@@ -300,23 +293,15 @@ def _rotary(
         return RotaryConfig(theta)
     if kind == "linear":
         return RotaryConfig(theta, "linear", number("factor"))
-    original = read.values.get("original_max_position_embeddings")
-    if original is None:
-        original = values.get("original_max_position_embeddings")
-    if original is None:
-        original = positions
-    whole = type(original) is int and original >= 1
     name = "original_max_position_embeddings"
+    found = (read.values.get(name), values.get(name), positions)
+    original = next(value for value in found if value is not None)
+    whole = type(original) is int and original >= 1
     read.check(name, original, whole, "a whole number >= 1")
     if kind == "llama3":
-        return RotaryConfig(
-            theta,
-            "llama3",
-            number("factor"),
-            original,
-            low_freq_factor=number("low_freq_factor"),
-            high_freq_factor=number("high_freq_factor"),
-        )
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        factors = {name: number(name) for name in names}
+        return RotaryConfig(theta, "llama3", original_max_positions=original, **factors)
     truncate = values.get("truncate")
     return RotaryConfig(
         theta,

@@ -6,16 +6,19 @@ output head), then float32 tensors, each kind for all layers, in the order of `_
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from treespec_jax.checkpoints.formats.protocol import Description, Header
+from treespec_jax.checkpoints.formats.protocol import Description
 from treespec_jax.checkpoints.pieces import Piece, Tensors
-from treespec_jax.checkpoints.tokenizers import find_tokenizer, load_tokenizer
+from treespec_jax.checkpoints.tokenizers import (
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 
@@ -27,29 +30,24 @@ class Llama2cFormat:
     """See `Format`."""
 
     expects = "a .bin file (llama2.c)"
+    tokenizer_chosen = False
 
     def claims(self, path: Path) -> bool:
         return path.suffix == ".bin" and path.is_file()
 
-    def describe(self, path: Path) -> Header:
-        found = _find_tokenizer(path)
-        return Header(
-            Llama2cSource(path).config,
-            tokenizer=found and functools.partial(load_tokenizer, found),
-        )
+    def describe(self, path: Path) -> Description:
+        return Description(Llama2cSource(path).config, None, path, self)
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """The tokenizer of a file: of the same stem, or the folder's only one."""
+        same_stem = [path.with_suffix(".model"), path.with_suffix(".json")]
+        folders = find_tokenizer(path.parent)
+        found = next(filter(Path.is_file, same_stem), folders)
+        return None if found in (None, path) else load_tokenizer(found)
 
     def open(self, description: Description) -> Tensors:
         table = name_table(description.config)
-        return Tensors(Llama2cSource(description.path), table, IGNORED)
-
-
-def _find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer of a file: of the same stem, or the folder's only one."""
-    for suffix in (".model", ".json"):
-        if path.with_suffix(suffix).is_file():
-            return path.with_suffix(suffix)
-    found = find_tokenizer(path.parent)
-    return None if found == path else found
+        return Tensors(Llama2cSource(description.path), table, _IGNORED)
 
 
 class Llama2cSource:
@@ -139,27 +137,23 @@ def name_table(config: ModelConfig) -> list[Piece]:
 
 
 # The angles of rotary positions, which the model computes itself.
-IGNORED = ("rotary_cos", "rotary_sin")
+_IGNORED = ("rotary_cos", "rotary_sin")
 
 
 def _layout(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes in the order of the file."""
     shapes = {piece.name: piece.shape for piece in name_table(config)}
     kinds = ["attention_norm", "wq", "wk", "wv", "wo", "mlp_norm", "w1", "w2", "w3"]
-    names = ["embedding"]
-    names += [f"{kind}.{i}" for kind in kinds for i in range(config.num_layers)]
-    names.append("norm")
-    rotary = (config.max_positions, config.head_dim // 2)
-    layout = [(name, shapes[name]) for name in names]
-    layout += [(name, rotary) for name in IGNORED]
-    if not config.tied_embeddings:
-        layout.append(("head", shapes["head"]))
-    return layout
+    layers = [f"{kind}.{i}" for kind in kinds for i in range(config.num_layers)]
+    head = [] if config.tied_embeddings else ["head"]
+    shapes |= dict.fromkeys(_IGNORED, (config.max_positions, config.head_dim // 2))
+    names = ["embedding", *layers, "norm", *_IGNORED, *head]
+    return [(name, shapes[name]) for name in names]
 
 
 def _config(path: Path, values: tuple[int, ...]) -> ModelConfig:
     dim, hidden, layers, heads, kv_heads, vocab, positions = values
-    sizes = (dim, hidden, layers, heads, kv_heads, abs(vocab), positions)
+    sizes = (*values[:5], abs(vocab), positions)
     plausible = all(0 < size < 1 << 24 for size in sizes)
     if not plausible or dim % heads or heads % kv_heads or (dim // heads) % 2:
         raise UserError(

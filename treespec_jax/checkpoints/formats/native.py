@@ -12,7 +12,6 @@ orbax's own restore holds up to three copies of what it restores.
 from __future__ import annotations
 
 import contextlib
-import functools
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from treespec_jax.checkpoints.files import cause, read_json
-from treespec_jax.checkpoints.formats.protocol import Description, Header
+from treespec_jax.checkpoints.formats.protocol import Description
 from treespec_jax.checkpoints.pieces import Tensors
-from treespec_jax.checkpoints.tokenizers import load_tokenizer
+from treespec_jax.checkpoints.tokenizers import Tokenizer, load_tokenizer
 from treespec_jax.config import ModelConfig, from_mapping
 from treespec_jax.errors import UserError
 
@@ -36,23 +35,23 @@ class NativeFormat:
     """See `Format`."""
 
     expects = f"a folder with {METADATA} (written by convert_checkpoint.py)"
+    tokenizer_chosen = True
 
     def claims(self, path: Path) -> bool:
         return (path / METADATA).is_file()
 
-    def describe(self, path: Path) -> Header:
+    def describe(self, path: Path) -> Description:
         values = read_json(path / METADATA)
         _check(path / METADATA, values)
         config = from_mapping(ModelConfig, values["model"], f"{path / METADATA}: model")
-        tokenizer, about = None, values.get("tokenizer")
-        if about:
-            tokenizer = functools.partial(
-                load_tokenizer,
-                path / about["file"],
-                bos_id=about.get("bos_id"),
-                eos_ids=tuple(about.get("eos_ids", ())),
-            )
-        return Header(config, tokenizer, values.get("dtype"))
+        return Description(config, None, path, self, values.get("dtype"))
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        about = read_json(path / METADATA).get("tokenizer")
+        if not about:
+            return None
+        ends = tuple(about.get("eos_ids", ()))
+        return load_tokenizer(path / about["file"], about.get("bos_id"), ends)
 
     def open(self, description: Description) -> Tensors:
         return Tensors(NativeSource(description.path))

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from treespec_jax.checkpoints.pieces import Tensors
 from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What a format reads of a checkpoint to describe it.
-
-    Attributes:
-      config: shape and constants, without what the tokenizer adds.
-      tokenizer: makes the tokenizer that comes with the weights, from a file or from
-        metadata; None: there is none.
-      dtype: name of the stored parameters' dtype, where it is known without them.
-      notes: what of the checkpoint is left out, a line each.
-    """
-
-    config: ModelConfig
-    tokenizer: Callable[[], Tokenizer] | None = None
-    dtype: str | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +42,16 @@ class Format(Protocol):
     Example, a file that holds configuration, tokenizer and weights:
 
       class OneFileFormat:
-          expects = "a .one file"
+          expects, tokenizer_chosen = "a .one file", False
 
           def claims(self, path):
               return path.is_file() and path.suffix == ".one"
 
           def describe(self, path):
-              metadata = read_metadata(path)
-              return Header(
-                  make_config(metadata),
-                  tokenizer=lambda: make_tokenizer(metadata, source=str(path)),
-              )
+              return Description(make_config(read_metadata(path)), None, path, self)
+
+          def read_tokenizer(self, path):
+              return make_tokenizer(read_metadata(path), source=str(path))
 
           def open(self, description):
               table = name_table(description.config)
@@ -79,18 +59,28 @@ class Format(Protocol):
 
     Attributes:
       expects: what paths it claims, to complete "give …".
+      tokenizer_chosen: whether the tokenizer was checked when the checkpoint was
+        written, so that one with far fewer pieces than rows is meant (`check_rows`).
     """
 
     expects: str
+    tokenizer_chosen: bool
 
     def claims(self, path: Path) -> bool:
         """Whether the path is, or claims to be, a checkpoint of this kind."""
 
-    def describe(self, path: Path) -> Header:
-        """Reads what is known without the weights, in milliseconds.
+    def describe(self, path: Path) -> Description:
+        """Reads what is known without weights and tokenizer, in milliseconds.
 
         Raises:
           UserError: a file is damaged, or a setting is not supported.
+        """
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """The tokenizer that comes with the weights, or None.
+
+        Raises:
+          UserError: a file is damaged.
         """
 
     def open(self, description: Description) -> Tensors:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 import struct
 
-from treespec_jax.checkpoints.tokenizers.base import BYTE, SPACE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.base import BYTE, SPACE, Tokenizer, damaged
 from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 
 
-class Llama2cTokenizer(Base):
+class Llama2cTokenizer(Tokenizer):
     """A llama2.c `tok.bin`: greedy merges of the best-scored neighbours.
 
     File: int32 longest piece, then per token float32 score, int32 length, bytes.
@@ -18,7 +18,8 @@ class Llama2cTokenizer(Base):
 
     Args:
       data: contents of such a file.
-      settings: only its `source`, `bos_id`, `eos_ids` and `template` count.
+      settings: only its `source`, `bos_id`, `eos_ids`, `template` and the
+        template's `named` tokens count.
 
     Raises:
       UserError: the data is cut short.
@@ -93,9 +94,10 @@ class Llama2cTokenizer(Base):
         while heap:
             _, index, first, second, joined = heapq.heappop(heap)
             follower = after[index]
-            if follower >= count or (tokens[index], tokens[follower]) != (
-                first,
-                second,
+            if (
+                follower >= count
+                or tokens[index] != first
+                or tokens[follower] != second
             ):
                 continue
             tokens[index], tokens[follower] = joined, -1

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 
-from treespec_jax.checkpoints.streaming import ALL_SPACES
-from treespec_jax.checkpoints.tokenizers.base import SPACE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.base import (
+    ALL_SPACES,
+    SPACE,
+    Tokenizer,
+    damaged,
+)
 from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 
 # A repeated message field of a protocol buffer is merged into the first: appended to a
@@ -13,7 +17,7 @@ from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
 _NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 
 
-class SentencePieceTokenizer(Base):
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model (Kudo & Richardson, 1808.06226).
 
     Added and special tokens are those of the settings; without any the text "</s>" is a
@@ -62,13 +66,10 @@ class SentencePieceTokenizer(Base):
             return self._added[token].content
         return self._model.id_to_piece(token) if token < self.core_size else ""
 
-    def _named_tokens(self) -> dict[str, str]:
+    def _model_tokens(self) -> dict[str, str]:
         ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
         ids["unk_token"] = self._model.unk_id()
-        found = {role: self._model.id_to_piece(i) for role, i in ids.items() if i >= 0}
-        named = {role: token.content for role, token in self._settings.named.items()}
-        # What a configuration leaves out of its roles is left out on purpose.
-        return named or found
+        return {role: self._model.id_to_piece(i) for role, i in ids.items() if i >= 0}
 
     def _encode(self, text: str) -> list[int]:
         if self._split is None:

@@ -8,19 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.checkpoints.chat import (
-    TEMPLATE_FILES,
-    TemplateSource,
-    find_template,
-)
+from treespec_jax.checkpoints.chat import TEMPLATE_FILES, TemplateSource, find_template
 from treespec_jax.checkpoints.files import parse_json
 from treespec_jax.errors import UserError
 
-CONFIG, MAP, ADDED = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
+ADDED = "added_tokens.json"
 # The files beside a vocabulary that a copy needs to encode as the original does.
 COMPANIONS = (CONFIG, MAP, ADDED, *TEMPLATE_FILES)
 
@@ -148,14 +141,11 @@ def _token(path: Path, value: Any, special: bool = False) -> AddedToken:
         raise UserError(f"{path}: {value!r:.60} is no token; download it again")
     if not isinstance(value, Mapping):
         return AddedToken(content, special)
-    flags = ("lstrip", "rstrip", "single_word")
     special = special or bool(value.get("special"))
-    return AddedToken(
-        content,
-        special,
-        **{name: bool(value.get(name)) for name in flags},
-        normalized=bool(value.get("normalized", not special)),
-    )
+    normalized = bool(value.get("normalized", not special))
+    names = ("lstrip", "rstrip", "single_word")
+    flags = {name: bool(value.get(name)) for name in names}
+    return AddedToken(content, special, normalized=normalized, **flags)
 
 
 def _spelling(value: Any) -> str | None:

@@ -6,12 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
-from treespec_jax.checkpoints.tokenizers.base import BYTE, Base, damaged
+from treespec_jax.checkpoints.tokenizers.base import BYTE, Tokenizer, damaged
 from treespec_jax.checkpoints.tokenizers.settings import CONFIG, TokenizerSettings
 from treespec_jax.errors import UserError
 
 
-class HuggingFaceTokenizer(Base):
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the tokenizers package, encoded by that package.
 
     Added tokens of the settings are added, or take their flags. The token in front of a
@@ -42,10 +42,8 @@ class HuggingFaceTokenizer(Base):
         self._model.no_padding()
         self.core_size = _size(self._model.get_vocab(with_added_tokens=False))
         self._add_tokens(settings)
-        named = {
-            role: self._model.token_to_id(token.content)
-            for role, token in settings.named.items()
-        }
+        find, roles = self._model.token_to_id, settings.named.items()
+        named = {role: find(token.content) for role, token in roles}
         bos_id, eos_ids = settings.bos_id, settings.eos_ids
         if bos_id is None:
             bos_id = _front(self._model)
@@ -62,10 +60,8 @@ class HuggingFaceTokenizer(Base):
         self._check(token)
         return self._model.id_to_token(token) or ""
 
-    def _named_tokens(self) -> dict[str, str]:
-        named = {role: token.content for role, token in self._settings.named.items()}
-        front = {} if self.bos_id is None else {"bos_token": self.piece(self.bos_id)}
-        return named or front
+    def _model_tokens(self) -> dict[str, str]:
+        return {} if self.bos_id is None else {"bos_token": self.piece(self.bos_id)}
 
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -74,16 +70,11 @@ class HuggingFaceTokenizer(Base):
         """Adds what the settings know and the vocabulary does not, in order of id."""
         import tokenizers
 
-        known = {
-            token.content for token in self._model.get_added_tokens_decoder().values()
-        }
-        listed = {token.content for token in settings.added.values()}
         wanted = list(settings.added.values())
-        wanted += [
-            token
-            for token in (*settings.named.values(), *settings.others)
-            if token.content not in known | listed
-        ]
+        known = self._model.get_added_tokens_decoder().values()
+        contents = {token.content for token in (*known, *wanted)}
+        others = (*settings.named.values(), *settings.others)
+        wanted += [token for token in others if token.content not in contents]
         self._model.add_tokens(
             [tokenizers.AddedToken(**dataclasses.asdict(token)) for token in wanted]
         )

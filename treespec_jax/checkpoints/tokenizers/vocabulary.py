@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from treespec_jax.checkpoints.tokenizers.base import Tokenizer
+from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 
 # Embeddings are padded to round numbers, by well below a tenth of a real vocabulary.
@@ -19,7 +22,8 @@ def check_rows(tokenizer: Tokenizer, rows: int, chosen: bool = False) -> str | N
     Args:
       tokenizer: of the model.
       rows: V, of the model's embedding.
-      chosen: whether the user named it, so that a small one is meant.
+      chosen: whether a user named it, now or when the checkpoint was written, so that a
+        small one is meant.
 
     Returns:
       what to know of a difference that does no harm, or None.
@@ -76,3 +80,42 @@ def compare_vocabularies(target: Tokenizer, drafter: Tokenizer) -> str | None:
             f"{drafter.vocab_size} tokens; the others are never accepted"
         )
     return None
+
+
+class Model(Protocol):
+    """A described or a loaded checkpoint."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+
+
+def check_pair(target: Model, draft: Model | None) -> list[str]:
+    """What to know of vocabularies that differ without harm (docs/models.md).
+
+    Whatever the drafter lacks or has besides, the text is the target's own.
+
+    Args:
+      target: any model.
+      draft: of the same tokens, as far as both have them; None: plain decoding.
+
+    Raises:
+      UserError: a token means something else to the drafter, or embeddings of
+        different sizes come without tokenizers to compare.
+    """
+    models = [target] if draft is None else [target, draft]
+    # The tokenizers are read by now, so that small ones were meant.
+    notes = [
+        check_rows(model.tokenizer, model.config.vocab_size, chosen=True)
+        for model in models
+        if model.tokenizer is not None
+    ]
+    sizes = [model.config.vocab_size for model in models]
+    if draft is not None and target.tokenizer and draft.tokenizer:
+        notes.append(compare_vocabularies(target.tokenizer, draft.tokenizer))
+    elif len(set(sizes)) > 1:
+        raise UserError(
+            f"the drafter has {sizes[1]} tokens, the target {sizes[0]}, and without "
+            "the tokenizers of both nobody knows whether they mean the same; put them "
+            "beside the weights"
+        )
+    return list(dict.fromkeys(filter(None, notes)))
