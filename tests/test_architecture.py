@@ -14,6 +14,7 @@ PACKAGES = ("treespec_jax", "pallas_kernels")
 # Rooms of treespec_jax from the ground up; one may import those of lines above its own.
 FLOORS = (
     ("errors",),
+    ("checks",),
     ("config",),
     ("sharding", "trees"),
     ("models",),

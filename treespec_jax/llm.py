@@ -16,13 +16,9 @@ from treespec_jax import limits, speculation
 from treespec_jax.checkpoints import Description, LoadedModel, describe, load
 from treespec_jax.checkpoints.chat import check_conversations, check_messages
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
+from treespec_jax.checks import from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, Prompt
-from treespec_jax.config import (
-    EngineSettings,
-    SamplingParams,
-    SpeculativeConfig,
-    from_mapping,
-)
+from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.stats import total

@@ -16,7 +16,8 @@ from treespec_jax.acceptance import compatibility, rules
 from treespec_jax.acceptance.cascade import Cascade
 from treespec_jax.acceptance.exact import ExactMatch
 from treespec_jax.acceptance.protocol import Rule
-from treespec_jax.config import DEFAULT_TAU, SpeculativeConfig, from_mapping
+from treespec_jax.checks import from_mapping
+from treespec_jax.config import DEFAULT_TAU, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.drafting.none import NoDrafter
 from treespec_jax.drafting.protocol import Drafter

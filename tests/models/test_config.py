@@ -8,7 +8,8 @@ import json
 import pytest
 
 from tests.models.decoder import FAMILIES, PLAIN
-from treespec_jax.config import ModelConfig, RotaryConfig, from_mapping
+from treespec_jax.checks import from_mapping
+from treespec_jax.config import ModelConfig, RotaryConfig
 from treespec_jax.errors import UserError
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.config import check_float
+from treespec_jax.checks import check_float
 from treespec_jax.errors import UserError
 
 NAME = "calibration.json"

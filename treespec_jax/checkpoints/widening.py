@@ -54,7 +54,8 @@ from treespec_jax.checkpoints.placement import (
     concrete,
     parameters_of,
 )
-from treespec_jax.config import ModelConfig, RotaryConfig, check_int
+from treespec_jax.checks import check_int
+from treespec_jax.config import ModelConfig, RotaryConfig
 from treespec_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]  # by dotted path

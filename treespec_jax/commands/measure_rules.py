@@ -6,8 +6,8 @@ import functools
 
 from absl.flags import DEFINE_float, DEFINE_integer
 
+from treespec_jax.checks import check_float, check_int
 from treespec_jax.commands import flags, runtime
-from treespec_jax.config import check_float, check_int
 from treespec_jax.measurement.output import Study
 
 

@@ -15,14 +15,8 @@ from typing import Any
 
 from treespec_jax import limits
 from treespec_jax.acceptance import compatibility
-from treespec_jax.config import (
-    EngineSettings,
-    SamplingParams,
-    SpeculativeConfig,
-    check_float,
-    check_int,
-    from_mapping,
-)
+from treespec_jax.checks import check_float, check_int, from_mapping
+from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes

@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from treespec_jax.config import check_int
+from treespec_jax.checks import check_int
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import Committed, DraftContext, Level, Needs, Sizes
 

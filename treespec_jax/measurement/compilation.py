@@ -18,7 +18,8 @@ from pallas_kernels.tree_attention import AttentionSpec, estimate, tree_attentio
 from pallas_kernels.tree_attention.operands import Shape
 from pallas_kernels.tree_attention.sizes import LANES, choose
 from treespec_jax import sharding, speculation
-from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig, check_int
+from treespec_jax.checks import check_int
+from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig
 from treespec_jax.engine.engine import Engine
 from treespec_jax.errors import UserError
 from treespec_jax.measurement.tables import markdown

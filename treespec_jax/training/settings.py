@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from treespec_jax.config import ModelConfig, check_float, check_int, from_mapping
+from treespec_jax.checks import check_float, check_int, from_mapping
+from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 
 

@@ -23,7 +23,8 @@ from treespec_jax.checkpoints.files import cause, read_json
 from treespec_jax.checkpoints.formats.protocol import Description
 from treespec_jax.checkpoints.pieces import Tensors
 from treespec_jax.checkpoints.tokenizers import Tokenizer, load_tokenizer
-from treespec_jax.config import ModelConfig, from_mapping
+from treespec_jax.checks import from_mapping
+from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 
 METADATA, PARAMS = "metadata.json", "params"
