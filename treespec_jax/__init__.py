@@ -1,11 +1,14 @@
 """treespec-jax: tree-speculative inference in JAX.
 
-Axis letters, used as suffixes of local names (`q_BTNH`):
+Axis letters, used as suffixes of local names (`q_BTNH`), each with one meaning:
 
-B batch slots · T tree nodes, root included · U tree rows a node may see · S tokens of
-prefix · N query heads · K key/value heads · G = N/K · H head width · D model width ·
-F feed-forward width · V vocabulary · L layers · P pages · W frontier width of a
-drafted level · C depth of a tree (levels below the root) · R = B·T rows of a product.
+B batch slots · T tree nodes, root included, or other new rows of a pass · U tree rows
+that a node may see · S tokens of a text or prefix · N query heads · K key/value heads ·
+G = N/K · H head width · D model width · F feed-forward width · V vocabulary ·
+L layers · P pages · W frontier width of a drafted level · X children of a node ·
+E nodes that were expanded · C levels of a tree below the root (arrays of a path have
+C + 1 entries) · R rows of a product: B·T, B·W, in attention T·G · I, J entries of some
+list. A digit is a size.
 Activations are feature-major: `x_DR` is [features, rows].
 """
 

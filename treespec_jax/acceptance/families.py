@@ -27,7 +27,7 @@ from treespec_jax.trees.token_tree import Proposal, TokenTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Children:
-    """Of some nodes, in the order in which they were sampled: [B, nodes, K] each.
+    """Of some nodes, in the order in which they were sampled: [B, nodes, X] each.
 
     Attributes:
       number: int32, T where there is none.
@@ -125,7 +125,7 @@ def recur(
         "both" that and the distribution.
 
     Returns:
-      weights [B, E, K], 0 where there is no child; the node's weight [B, E]; the
+      weights [B, E, X], 0 where there is no child; the node's weight [B, E]; the
       distribution of the token after it up to a factor, [V, B, E].
     """
     token_V11 = jnp.arange(p_VBE.shape[0], dtype=jnp.int32)[:, None, None]

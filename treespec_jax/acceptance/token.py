@@ -68,18 +68,18 @@ def _walk(tree, target, uniforms):
             replacement=proposal.replacement,
             finish="both",
         )
-        weights_BK, number_BK = weights[:, 0], children.number[:, 0]
-        accept_BK = uniforms.accept[slot_B1, jnp.minimum(number_BK, T - 1)]
-        passed_BK = accept_BK < weights_BK
-        first_B1 = jnp.argmax(passed_BK, axis=1)[:, None]
-        next_B = jnp.take_along_axis(number_BK, first_B1, axis=1)[:, 0]
-        goes_on_B = jnp.any(passed_BK, axis=1)
-        asked_BK = jnp.where(walking_B[:, None], number_BK, T)
+        weights_BX, number_BX = weights[:, 0], children.number[:, 0]
+        accept_BX = uniforms.accept[slot_B1, jnp.minimum(number_BX, T - 1)]
+        passed_BX = accept_BX < weights_BX
+        first_B1 = jnp.argmax(passed_BX, axis=1)[:, None]
+        next_B = jnp.take_along_axis(number_BX, first_B1, axis=1)[:, 0]
+        goes_on_B = jnp.any(passed_BX, axis=1)
+        asked_BX = jnp.where(walking_B[:, None], number_BX, T)
         return (
             jnp.where(walking_B & goes_on_B, next_B, node_B),
             walking_B & goes_on_B,
             jnp.where(walking_B & ~goes_on_B, rest_VB1[:, :, 0], distribution_VB),
-            probability_BT.at[slot_B1, asked_BK].set(weights_BK, mode="drop"),
+            probability_BT.at[slot_B1, asked_BX].set(weights_BX, mode="drop"),
         )
 
     def end(state):

@@ -35,11 +35,11 @@ class Family:
     """Children of the nodes of a level, best or first sampled first.
 
     Attributes:
-      tokens: int32 [B, W, K].
-      log_prob: float32 [B, W, K], of the estimate that a child is right given that its
+      tokens: int32 [B, W, X].
+      log_prob: float32 [B, W, X], of the estimate that a child is right given that its
         parent is; where q is kept, log q. -inf where there is no child.
       log_q: float32 [Vd, B, W], or None; see `trees.token_tree.Proposal`.
-      remaining: float32 [B, W, K], or None; the share of q not sampled before a child.
+      remaining: float32 [B, W, X], or None; the share of q not sampled before a child.
     """
 
     tokens: jax.Array
@@ -60,14 +60,14 @@ class Children(Protocol):
     replacement: bool
 
     def propose(
-        self, logits_VR: jax.Array, depth: int, number_BWK: jax.Array
+        self, logits_VR: jax.Array, depth: int, number_BWX: jax.Array
     ) -> Family:
-        """The K best children of nodes [B, W] at `depth`.
+        """The X best children of nodes [B, W] at `depth`.
 
         Args:
           logits_VR: float32, the drafter's after the nodes, R = B·W, B major.
           depth: of the nodes.
-          number_BWK: int32, numbers of the tree's nodes by whose uniforms the children
+          number_BWX: int32, numbers of the tree's nodes by whose uniforms the children
             are sampled.
         """
 
@@ -99,8 +99,8 @@ class Likeliest:
     noise_CVB: jax.Array | None
     keeps_q = replacement = False
 
-    def propose(self, logits_VR, depth, number_BWK):
-        count = number_BWK.shape[2]
+    def propose(self, logits_VR, depth, number_BWX):
+        count = number_BWX.shape[2]
 
         def perturbed():
             if self.noise_CVB is None:
@@ -113,7 +113,7 @@ class Likeliest:
             lambda: _best(logits_VR, count, self.tau),
             lambda: _best(perturbed(), count, self.tau),
         )
-        return Family(*(x.reshape(number_BWK.shape) for x in found))
+        return Family(*(x.reshape(number_BWX.shape) for x in found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +123,11 @@ class LikeliestOfQ:
     sampling: policy.Sampling
     keeps_q, replacement = True, False
 
-    def propose(self, logits_VR, depth, number_BWK):
-        shape = number_BWK.shape
+    def propose(self, logits_VR, depth, number_BWX):
+        shape = number_BWX.shape
         log_q_VR = _log_q(logits_VR, self.sampling)
-        tokens_RK, log_RK = _best(log_q_VR, shape[2])
-        tokens, log_prob = tokens_RK.reshape(shape), log_RK.reshape(shape)
+        tokens_RX, log_RX = _best(log_q_VR, shape[2])
+        tokens, log_prob = tokens_RX.reshape(shape), log_RX.reshape(shape)
         log_q = log_q_VR.reshape(-1, *shape[:2])
         return Family(tokens, log_prob, log_q, jnp.ones_like(log_prob))
 
@@ -145,18 +145,18 @@ class Sampled:
     replacement: bool
     keeps_q = True
 
-    def propose(self, logits_VR, depth, number_BWK):
-        B, W, K = number_BWK.shape
+    def propose(self, logits_VR, depth, number_BWX):
+        B, W, X = number_BWX.shape
         log_q_VR = _log_q(logits_VR, self.sampling)
 
         def likeliest():
-            tokens_RK, log_RK = _best(logits_VR, K)
-            return tokens_RK, log_RK, jnp.ones_like(log_RK)
+            tokens_RX, log_RX = _best(logits_VR, X)
+            return tokens_RX, log_RX, jnp.ones_like(log_RX)
 
         def sampled():
-            uniforms = self.uniforms[jnp.arange(B)[:, None, None], number_BWK]
+            uniforms = self.uniforms[jnp.arange(B)[:, None, None], number_BWX]
             tokens, shares, remaining = draw.siblings(
-                log_q_VR, uniforms.reshape(B * W, K, 2), self.replacement
+                log_q_VR, uniforms.reshape(B * W, X, 2), self.replacement
             )
             found = tokens, jnp.log(shares), remaining
             return lax.cond(
@@ -169,7 +169,7 @@ class Sampled:
             return tuple(jnp.where(greedy_R1, a, b) for a, b in pairs)
 
         found = lax.cond(jnp.all(self.sampling.greedy), likeliest, sampled)
-        tokens, log_prob, remaining = (x.reshape(B, W, K) for x in found)
+        tokens, log_prob, remaining = (x.reshape(B, W, X) for x in found)
         return Family(tokens, log_prob, log_q_VR.reshape(-1, B, W), remaining)
 
 
@@ -188,5 +188,5 @@ def _best(scores_VR, count, tau=1.0):
     log_RJ = jax.nn.log_softmax(values_RJ / tau, axis=1)
     log_RJ = jnp.where(values_RJ > -jnp.inf, log_RJ, -jnp.inf)
     lacking = (0, 0), (0, max(0, count - seen))
-    tokens_RK = jnp.pad(tokens_RJ[:, :count], lacking)
-    return tokens_RK, jnp.pad(log_RJ[:, :count], lacking, constant_values=-jnp.inf)
+    tokens_RX = jnp.pad(tokens_RJ[:, :count], lacking)
+    return tokens_RX, jnp.pad(log_RJ[:, :count], lacking, constant_values=-jnp.inf)

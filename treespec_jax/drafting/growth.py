@@ -95,7 +95,7 @@ class _Kept:
         self._log_q, self._remaining = [], [jnp.ones((batch, 1))]
 
     def add(self, family: Family, choose) -> None:
-        """`choose` takes the children [B, J] that became nodes out of [B, W, K]."""
+        """`choose` takes the children [B, J] that became nodes out of [B, W, X]."""
         if self._children.keeps_q:
             self._log_q.append(family.log_q)
             self._remaining.append(choose(family.remaining))
@@ -148,8 +148,8 @@ def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
         number = jnp.broadcast_to(jnp.asarray(number), (B, *number.shape))
         family = children.propose(logits_VR, depth, number)
 
-        def choose(x_BWK, slot=slot, rank=rank):
-            return x_BWK[:, slot, rank]
+        def choose(x_BWX, slot=slot, rank=rank):
+            return x_BWX[:, slot, rank]
 
         kept.add(family, choose)
         # Nothing is below a node that does not exist.
@@ -317,12 +317,12 @@ def _grow_allotted(shape: AllottedShape, root_B, logits_VR, expand, children):
         max_children.append(count)
         share = _share_out(path[depth], below, count)
         # The k-th child of every family is sampled by uniforms of its own.
-        number_BWK = share.start[:, :, None] + jnp.arange(count)
-        number_BWK = first + width + jnp.minimum(number_BWK, below - 1)
-        family = children.propose(logits_VR, depth, number_BWK)
+        number_BWX = share.start[:, :, None] + jnp.arange(count)
+        number_BWX = first + width + jnp.minimum(number_BWX, below - 1)
+        family = children.propose(logits_VR, depth, number_BWX)
 
-        def choose(x_BWK, share=share):
-            return x_BWK[slot_B1, share.family, share.rank]
+        def choose(x_BWX, share=share):
+            return x_BWX[slot_B1, share.family, share.rank]
 
         kept.add(family, choose)
         log_BJ = jnp.where(share.used, choose(family.log_prob), -jnp.inf)
@@ -389,8 +389,8 @@ def allot(path_BW: jax.Array, budget: int, max_children: int) -> jax.Array:
     family's shape.
     """
     B, W = path_BW.shape
-    worth_BWK = path_BW[:, :, None] * DECAY ** jnp.arange(max_children)
-    worth_BJ = worth_BWK.reshape(B, W * max_children)
+    worth_BWX = path_BW[:, :, None] * DECAY ** jnp.arange(max_children)
+    worth_BJ = worth_BWX.reshape(B, W * max_children)
     values, best_BN = top_k_rows(worth_BJ, min(budget, W * max_children))
     given = jnp.where(values > 0, 1, 0).astype(jnp.int32)
     return (

@@ -27,18 +27,18 @@ def one(weights_VR: jax.Array, uniforms_R2: jax.Array) -> jax.Array:
 
 
 def siblings(
-    log_q_VR: jax.Array, uniforms_RK2: jax.Array, replacement: bool = False
+    log_q_VR: jax.Array, uniforms_RX2: jax.Array, replacement: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """K tokens of every column in the order in which they are sampled.
+    """X tokens of every column in the order in which they are sampled.
 
     Args:
       log_q_VR: log q up to a constant per column.
-      uniforms_RK2: in [0, 1).
+      uniforms_RX2: in [0, 1).
       replacement: sample independently; else a token comes once.
 
     Returns:
-      tokens int32 [R, K]; their shares of the column's total [R, K], 0 where nothing
-      was left to sample; the share of the total not sampled before each [R, K] (1 for
+      tokens int32 [R, X]; their shares of the column's total [R, X], 0 where nothing
+      was left to sample; the share of the total not sampled before each [R, X] (1 for
       the first, and with replacement). Shares are sums of what remains, never one
       minus something, so that they are right to the rounding of log q however small
       they are.
@@ -50,15 +50,15 @@ def siblings(
     whole_R = jnp.sum(blocks_nR, axis=0)
     safe_R = jnp.where(whole_R > 0, whole_R, 1.0)
     tokens, shares, remaining = [], [], []
-    for turn in range(uniforms_RK2.shape[1]):
+    for turn in range(uniforms_RX2.shape[1]):
         total_R = jnp.sum(blocks_nR, axis=0)
-        block_R = invert(blocks_nR, uniforms_RK2[:, turn, 0])
+        block_R = invert(blocks_nR, uniforms_RX2[:, turn, 0])
         weights_JR = rows_of(block_R)
         if not replacement:
             for token_R, share_R in zip(tokens, shares, strict=True):
                 taken = (block_R * size + row_JR == token_R) & (share_R > 0)
                 weights_JR = jnp.where(taken, 0.0, weights_JR)
-        found_R = invert(weights_JR, uniforms_RK2[:, turn, 1])
+        found_R = invert(weights_JR, uniforms_RX2[:, turn, 1])
         weight_R = jnp.take_along_axis(weights_JR, found_R[None], axis=0)[0]
         weight_R = jnp.where(total_R > 0, weight_R, 0.0)
         tokens.append(block_R * size + found_R)
