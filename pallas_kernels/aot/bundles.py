@@ -184,7 +184,7 @@ def read_kernel(
 
     loops = []
     for index, (first, last, depth, parent) in enumerate(spans):
-        bundles = [i for i in range(first, last + 1) if owner[i] == index]
+        inside = [i for i in range(first, last + 1) if owner[i] == index]
         copied, unsized = copies(index)
         loops.append(
             Loop(
@@ -193,9 +193,9 @@ def read_kernel(
                 depth=depth,
                 first=first,
                 last=last,
-                mix=_mix(capacity, [rows[i] for i in bundles]),
+                mix=_mix(capacity, [rows[i] for i in inside]),
                 cycles=per_loop[index],
-                skippable=sum(skipped[i] > skipped[first] for i in bundles),
+                skippable=sum(skipped[i] > skipped[first] for i in inside),
                 copied=copied,
                 unsized=unsized,
             )
@@ -284,8 +284,8 @@ def _find_skipped(
     for i, bundle in enumerate(bundles):
         for region in _BRANCH.findall(bundle.text):
             after = i + 1 + _delay(bundles, i, slots)
-            for bundle in range(after, regions.get(region, 0)):
-                skipped[bundle] += 1
+            for jumped in range(after, regions.get(region, 0)):
+                skipped[jumped] += 1
     return skipped
 
 
