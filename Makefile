@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-# Without tests that take more than a few seconds.
+# Without the tests marked slow.
 test-fast: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"

@@ -14,6 +14,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 # Implementation, mesh, the axis that cuts heads, and a device's part of them.
 CALLS = [

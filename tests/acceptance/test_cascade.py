@@ -36,6 +36,8 @@ from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
 from treespec_jax.trees.token_tree import Proposal
 
+pytestmark = pytest.mark.slow
+
 ALPHAS = (0.0, 0.1, 0.4)
 ONE_TREE = {"terminal": TerminalRule(), "typical": TypicalRule()}
 

@@ -31,6 +31,8 @@ from treespec_jax.acceptance.token import TokenRule
 from treespec_jax.acceptance.traversal import TraversalRule
 from treespec_jax.acceptance.typical import TypicalRule
 
+pytestmark = pytest.mark.slow
+
 SAMPLED = [
     (rule, name)
     for rule, name in itertools.product(RULES, (*TOPOLOGIES, *ALLOTTED))

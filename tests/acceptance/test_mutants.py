@@ -17,6 +17,8 @@ from tests.acceptance.driving import arrays, judge, last_tokens, shipped_distrib
 from tests.acceptance.shapes import EXACT, RULES, meta_of, trees_of
 from treespec_jax.sampling import draw
 
+pytestmark = pytest.mark.slow
+
 WRONG = 5e-3
 WORLDS = (1, 5)
 

@@ -18,6 +18,8 @@ from pallas_kernels.tree_attention import (
 from pallas_kernels.tree_attention.operands import Shape
 from pallas_kernels.tree_attention.sizes import BlockSizes, choose
 
+pytestmark = pytest.mark.slow
+
 K, G, H, PAGE, SLOTS, PAGES = 8, 4, 128, 128, 4, 16
 
 

@@ -22,6 +22,8 @@ from treespec_jax.checkpoints import (
 )
 from treespec_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"

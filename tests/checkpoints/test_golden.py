@@ -11,6 +11,8 @@ from tests.checkpoints.support import forward
 from treespec_jax.checkpoints import load
 from treespec_jax.models.views import CacheView, Pages
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 CHUNK, PAGE, TOLERANCE = 7, 16, 1e-4

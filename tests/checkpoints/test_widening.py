@@ -16,6 +16,8 @@ from treespec_jax.checkpoints.widening import widen, widened_config
 from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer, parameter_count
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ROWS, TOKENS = 2, 40
 TIED = dataclasses.replace(TINY, tied_embeddings=True)

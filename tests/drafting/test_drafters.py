@@ -15,6 +15,9 @@ from treespec_jax.errors import UserError
 
 
 class TestDraftModel(DrafterContract):
+    # The other structures are grown by the same functions for every drafter.
+    shapes = ("regular:2x2x1", "allotted:5@3")
+
     @pytest.fixture(scope="class")
     def drafter(self, tiny_draft):
         return DraftModel(tiny_draft, 0.7)

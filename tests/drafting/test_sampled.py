@@ -30,6 +30,8 @@ from treespec_jax.sampling.randomness import Given
 from treespec_jax.trees import shapes
 from treespec_jax.trees.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 
 def expander(tables):
     """`expand` of a world: logits by the path that the mask shows."""

@@ -13,11 +13,8 @@ from tests.golden import make_behaviour as golden
 
 # Name of a case, and how many prompts are decoded together.
 CASES = {
-    "exact dynamic:7@4": 5,
     "token allotted:7@4": 5,
-    "traversal regular:3x2x1": 1,
     "terminal chain:3": 5,
-    "exact chain:3 token_v3 0.2": 5,
 }
 
 

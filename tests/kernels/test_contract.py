@@ -8,6 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tree_attention import GpuBlockSizes
 from tests.kernels.contract import CALLS, TreeAttentionContract, cases, check
 
+pytestmark = pytest.mark.slow
+
 
 class TestReference(TreeAttentionContract):
     implementation = "reference"

@@ -18,6 +18,8 @@ from pallas_kernels.tree_attention import (
 )
 from tests.kernels.oracle import attention, cast, make_case, random_tree
 
+pytestmark = pytest.mark.slow
+
 SCALE = 8**-0.5
 SPEC = AttentionSpec(scale=SCALE)
 attend = jax.jit(tree_attention, static_argnums=1)

@@ -20,6 +20,8 @@ from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer, parameter_count
 from treespec_jax.models.views import CacheView
 
+pytestmark = pytest.mark.slow
+
 PAGE, PREFIX = 8, 13
 TEXT = np.random.default_rng(0).integers(3, PLAIN.vocab_size, 24).tolist()
 CAUSAL = np.tril(np.ones((24, 24), bool))

@@ -13,6 +13,8 @@ import pytest
 from tests.scripts.support import SCRIPTS
 from treespec_jax.commands import runtime
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 from treespec_jax.commands.settings import default_config
 

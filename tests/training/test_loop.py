@@ -19,6 +19,8 @@ from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.training import data, loop, measure, vocabulary
 
+pytestmark = pytest.mark.slow
+
 
 def _parameters(path):
     return FlatModule(checkpoints.load(path, dtype=jax.numpy.float32).model).leaves
