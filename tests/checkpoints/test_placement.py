@@ -19,6 +19,8 @@ from treespec_jax.checkpoints.pieces import Tensors
 from treespec_jax.checkpoints.placement import Parameters
 from treespec_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

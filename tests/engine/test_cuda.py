@@ -7,6 +7,8 @@ import pytest
 from tests.kernels.triton_modules import lower_for_cuda, triton_modules
 from treespec_jax.measurement.compilation import Job, abstract_engine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("tree", ["none", "dynamic:15@4"])
 def test_the_step_lowers_with_the_gpu_kernel(tree):

@@ -39,6 +39,7 @@ def plain(tiny_target, ragged_prompts):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["greedy", "t0.7", "top_p"])
 def test_plain_decoding_takes_the_best_perturbed_score(
     name, plain, tiny_target, ragged_prompts

@@ -107,6 +107,7 @@ def test_plain_decoding_takes_the_best_penalised_score(
         assert not any(11 in tokens for tokens in plain[name])
 
 
+@pytest.mark.slow
 def test_a_request_without_penalties_runs_the_program_without_them(
     plain, engine, ragged_prompts
 ):

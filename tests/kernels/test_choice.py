@@ -18,6 +18,8 @@ from pallas_kernels.tree_attention import (
 )
 from tests.kernels.oracle import cast, make_case
 
+pytestmark = pytest.mark.slow
+
 SIZES = BlockSizes(block_rows=32, rows=16, max_rows=64)
 KERNELS = ("tpu", "gpu")
 SPEC = AttentionSpec(scale=0.1)

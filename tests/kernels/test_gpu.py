@@ -16,6 +16,8 @@ from pallas_kernels.tree_attention.operands import Shape
 from tests.kernels.oracle import attention, cast, make_case
 from tests.kernels.triton_modules import lower_for_cuda, triton_modules
 
+pytestmark = pytest.mark.slow
+
 # Small blocks: tests of one tile and one block would prove little.
 SIZES = GpuBlockSizes(rows=16, keys=16, warps=4, stages=2, programs=1, split_rows=32)
 
