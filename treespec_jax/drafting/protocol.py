@@ -1,7 +1,7 @@
 """What the engine asks of a drafter.
 
 A drafter is a small immutable object of pure functions over a state of its own. One
-that draws on no model, for two tokens after the root:
+that has no model and repeats the root:
 
   class Repeat:
       module = None
