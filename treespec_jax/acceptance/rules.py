@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from treespec_jax.acceptance.block import BlockRule
-from treespec_jax.acceptance.cascade import Cascade
 from treespec_jax.acceptance.exact import ExactMatch
 from treespec_jax.acceptance.protocol import Rule
 from treespec_jax.acceptance.terminal import TerminalRule
@@ -23,8 +22,3 @@ def make(spec: SpeculativeConfig) -> Rule:
     if spec.rule == TypicalRule.name:
         return TypicalRule(spec.typical_eps, spec.typical_delta)
     return _SIMPLE[spec.rule]()
-
-
-def make_cascade(spec: SpeculativeConfig) -> Cascade | None:
-    """The policy that `spec` names; None is the target's own."""
-    return Cascade(spec.cascade, float(spec.alpha)) if spec.cascade else None

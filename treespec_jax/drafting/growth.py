@@ -87,7 +87,7 @@ def _penalised(penalties, root_logits_VB, expand: Expand):
     return root_logits_VB, expand_and_penalise
 
 
-class _Kept:
+class _Collected:
     """Collects what becomes of a tree's `Proposal`, level by level."""
 
     def __init__(self, children: Children, batch: int):
@@ -118,7 +118,7 @@ def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
     B = root_B.shape[0]
     tokens = [root_B[:, None]]
     log_prob = [jnp.zeros((B, 1), jnp.float32)]
-    kept = _Kept(children, B)
+    collected = _Collected(children, B)
     inner, max_children, scratch = [], [], None
     for depth in range(topology.depth):
         parents = topology.inner(depth)
@@ -151,7 +151,7 @@ def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
         def choose(x_BWX, slot=slot, rank=rank):
             return x_BWX[:, slot, rank]
 
-        kept.add(family, choose)
+        collected.add(family, choose)
         # Nothing is below a node that does not exist.
         exists_BJ = log_prob[depth][:, column][:, slot] > -jnp.inf
         log_BJ = jnp.where(exists_BJ, choose(family.log_prob), -jnp.inf)
@@ -163,7 +163,7 @@ def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
         topology,
         jnp.concatenate(tokens, axis=1),
         jnp.concatenate(log_prob, axis=1),
-        kept.proposal(nodes, sizes, max_children),
+        collected.proposal(nodes, sizes, max_children),
     )
 
 
@@ -303,7 +303,7 @@ def _grow_allotted(shape: AllottedShape, root_B, logits_VR, expand, children):
     tokens = [root_B[:, None]]
     log_prob, path = [jnp.zeros((B, 1))], [jnp.ones((B, 1))]
     parents = [jnp.zeros((B, 1), jnp.int32)]
-    kept = _Kept(children, B)
+    collected = _Collected(children, B)
     max_children, mask_BWU, scratch, first = [], None, None, 0
     for depth in range(shape.depth):
         width, below = sizes[depth], sizes[depth + 1]
@@ -324,7 +324,7 @@ def _grow_allotted(shape: AllottedShape, root_B, logits_VR, expand, children):
         def choose(x_BWX, share=share):
             return x_BWX[slot_B1, share.family, share.rank]
 
-        kept.add(family, choose)
+        collected.add(family, choose)
         log_BJ = jnp.where(share.used, choose(family.log_prob), -jnp.inf)
         tokens.append(choose(family.tokens))
         log_prob.append(log_BJ)
@@ -342,7 +342,7 @@ def _grow_allotted(shape: AllottedShape, root_B, logits_VR, expand, children):
         ancestors=ancestors,
         valid=log_prob_BT > -jnp.inf,
         draft_logprob=log_prob_BT,
-        proposal=kept.proposal(range(sum(sizes[:-1])), sizes, max_children),
+        proposal=collected.proposal(range(sum(sizes[:-1])), sizes, max_children),
     )
 
 

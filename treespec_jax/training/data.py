@@ -146,12 +146,12 @@ class Batches:
         pairs = []
         for source, share in enumerate(self._shares):
             size = len(self._rows.train[source])
-            draws = np.arange(epoch * share, (epoch + 1) * share)
+            turns = np.arange(epoch * share, (epoch + 1) * share)
             picked = np.empty(share, np.int64)
-            for lap in np.unique(draws // size):
+            for lap in np.unique(turns // size):
                 order = np.random.default_rng([self._seed, source, int(lap)])
-                mine = draws // size == lap
-                picked[mine] = order.permutation(size)[draws[mine] % size]
+                mine = turns // size == lap
+                picked[mine] = order.permutation(size)[turns[mine] % size]
             pairs.append(np.stack([np.full(share, source), picked], axis=1))
         mixed = np.concatenate(pairs)
         # 2**31 keeps this stream apart from those of the sources.
