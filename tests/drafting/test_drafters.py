@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.drafting.contract import DrafterContract
@@ -9,8 +11,8 @@ from treespec_jax import speculation
 from treespec_jax.config import SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.drafting.draft_model import DraftModel
-from treespec_jax.drafting.ngram import NgramDrafter
 from treespec_jax.drafting.none import NoDrafter
+from treespec_jax.drafting.rates import Rates
 from treespec_jax.errors import UserError
 
 
@@ -23,10 +25,64 @@ class TestDraftModel(DrafterContract):
         return DraftModel(tiny_draft, 0.7)
 
 
-class TestNgram(DrafterContract):
+class SourcesContract(DrafterContract):
+    """Of drafters without a model, which measure what their guesses are worth."""
+
+    def forget(self, state):
+        def fresh(x):
+            if not isinstance(x, Rates):
+                return x
+            ones = jnp.ones_like(x.hits)
+            # Equal estimates would be ordered by rounding.
+            return Rates(ones / (2 + jnp.arange(len(ones))), ones)
+
+        return jax.tree.map(fresh, state, is_leaf=lambda x: isinstance(x, Rates))
+
+
+def made(method: str, **options):
+    """A drafter without a model."""
+    cls, found = speculation.find(SpeculativeConfig(method=method, options=options))
+    return cls.make(None, 1.0, found)
+
+
+class TestRecycle(SourcesContract):
+    shapes = ("regular:2x2x1", "dynamic:5@3", "allotted:5@3")
+
     @pytest.fixture(scope="class")
     def drafter(self):
-        return NgramDrafter(3, 0.7)
+        return made("recycle", successors=4)
+
+
+class TestNgram(SourcesContract):
+    shapes = ("chain:3", "regular:2x2x1")
+
+    @pytest.fixture(scope="class")
+    def drafter(self):
+        return made("ngram", history=0)
+
+
+class TestSuffix(SourcesContract):
+    shapes = ("dynamic:5@3",)
+
+    @pytest.fixture(scope="class")
+    def drafter(self):
+        return made("suffix")
+
+
+class TestLastLogits(SourcesContract):
+    shapes = ("dynamic:5@3",)
+
+    @pytest.fixture(scope="class")
+    def drafter(self):
+        return made("last_logits", candidates=3)
+
+
+class TestAuto(SourcesContract):
+    shapes = ("dynamic:5@3", "allotted:5@3")
+
+    @pytest.fixture(scope="class")
+    def drafter(self):
+        return made("auto", history=0, successors=4, candidates=3)
 
 
 class TestNoDrafter(DrafterContract):

@@ -339,7 +339,7 @@ def test_statistics_add_up(plain, fast, prompt):
         stats = request.stats
         assert stats.tokens == len(request.tokens) == 40
         assert stats.prompt_tokens == len(prompt)
-        assert stats.nodes == nodes and stats.drafted == stats.steps * nodes
+        assert stats.nodes_per_step == nodes and stats.drafted == stats.steps * nodes
         assert sum(stats.emitted_counts) == stats.steps
         assert stats.emitted_counts[0] == 0
         total = sum(n * count for n, count in enumerate(stats.emitted_counts))

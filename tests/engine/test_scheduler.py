@@ -48,7 +48,12 @@ class Device:
                     self.lengths[slot] += count
         ranks = np.zeros((steps, batch, WIDTH - 1), int)
         emission = types.SimpleNamespace(
-            tokens=tokens, counts=counts, ranks=ranks, logprobs=None, trees=None
+            tokens=tokens,
+            counts=counts,
+            ranks=ranks,
+            sources=ranks,
+            logprobs=None,
+            trees=None,
         )
         return types.SimpleNamespace(emission=emission, steps=steps)
 
@@ -116,7 +121,7 @@ def test_every_request_gets_its_tokens(seed, num_pages, ahead):
             flights.append((plan, device.run(plan)))
         check(scheduler)
         if flights and (len(flights) == 2 or rng.random() < 0.7):
-            scheduler.file(*flights.pop(0))
+            scheduler.file(*flights.pop(0), nodes=WIDTH - 1)
             check(scheduler)
     assert scheduler.free_pages == num_pages
     for request in requests:

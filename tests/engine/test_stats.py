@@ -14,19 +14,25 @@ from treespec_jax.config import SamplingParams
 from treespec_jax.engine import step as stepping
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.stats import Stats, total
-from treespec_jax.trees.records import TreeRecord
+from treespec_jax.trees.records import StepRecord, TreeRecord
 from treespec_jax.tuning.calibration import accepted_by_rank
 
 DEPTH = 3
+
+
+def step_of(ranks) -> StepRecord:
+    """Of 7 nodes; first children come from the first source."""
+    return StepRecord(7, list(ranks), [int(rank > 0) for rank in ranks])
 
 
 def request_of(steps) -> Request:
     """As the engine files it: every step's accepted ranks, and one token more."""
     request = Request([1], SamplingParams(logprobs=True))
     request.stats.emitted_counts = [0] * (DEPTH + 2)
+    request.stats.sources = ("copy", "guess")
     for ranks in steps:
-        request.steps.append(list(ranks))
-        request.stats.record_step(ranks)
+        request.steps.append(step_of(ranks))
+        request.stats.record_step(request.steps[-1])
         request.records.append(None)
         for _ in range(len(ranks) + 1):
             request.tokens.append(len(request.tokens))
@@ -42,6 +48,8 @@ def test_counts_by_depth_and_rank():
     both = total(parts, 0, 0)
     assert both.rank_counts == [4, 1, 1] and both.accepted == 6
     assert both.as_dict()["acceptance_by_rank"] == [4 / 6, 1 / 6, 1 / 6]
+    assert both.as_dict()["accepted_by_source"] == {"copy": 4, "guess": 2}
+    assert both.drafted == 4 * 7 and both.nodes_per_step == 7
     assert total([], 0, 0).acceptance_by_rank == Stats().acceptance_by_rank == []
 
 
@@ -61,7 +69,7 @@ def test_a_cut_text_is_counted_as_if_no_more_had_come(steps, data):
         if left > 0:
             expected.append(ranks[: left - 1])
             left -= len(ranks) + 1
-    assert request.steps == expected
+    assert request.steps == [step_of(ranks) for ranks in expected]
     assert request.stats == request_of(expected).stats
     assert request.stats.tokens == len(request.tokens) == len(request.logprobs) == count
     assert len(request.records) == request.stats.steps

@@ -226,6 +226,7 @@ def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
         ("tokens per step", f"{stats.tokens_per_step:.2f}"),
         ("acceptance by depth", tables.percents(stats.acceptance_by_depth)),
         ("accepted by rank", tables.percents(stats.acceptance_by_rank)),
+        ("accepted by source", tables.shares(stats.accepted_by_source)),
         ("prefill", f"{stats.prefill_seconds:.3f} s"),
         ("decode", f"{stats.decode_seconds:.3f} s"),
         ("speed", f"{stats.tokens_per_second:.1f} tok/s"),

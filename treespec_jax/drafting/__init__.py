@@ -23,5 +23,9 @@ class Method:
 METHODS = {
     "none": Method("none", "NoDrafter"),
     "draft_model": Method("draft_model", "DraftModel", has_model=True),
-    "ngram": Method("ngram", "NgramDrafter"),
+    "recycle": Method("recycle", "Recycle"),
+    "ngram": Method("ngram", "Ngram"),
+    "suffix": Method("suffix", "Suffix"),
+    "last_logits": Method("last_logits", "LastLogitsDrafter"),
+    "auto": Method("auto", "Auto"),
 }

@@ -11,6 +11,10 @@ may judge what):
   under the request's own temperature, top-k, top-p and min-p, and kept in that order.
   Nothing may be dropped, moved or sorted afterwards, or no rule would be lossless.
 * `LikeliestOfQ`: the likeliest tokens, with q kept for a cascade.
+
+A drafter that scores few tokens (`protocol.Guesses`) has estimates already: they order
+the children of greedy slots as they are, and the noise is made for these tokens alone.
+Where q is kept, it is the guesses and the rest of the probability spread evenly.
 """
 
 from __future__ import annotations
@@ -22,12 +26,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.drafting.protocol import DraftContext, Guesses, Scores
 from treespec_jax.sampling import draw, policy
-from treespec_jax.sampling.select import top_k
+from treespec_jax.sampling.noise import EULER
+from treespec_jax.sampling.randomness import Randomness
+from treespec_jax.sampling.select import top_k, top_k_rows
 
 # Best tokens of a node over which its children's probabilities are normalised.
 NORMALISED = 8
+# Probability that guesses leave over at least, for all other tokens together.
+REST = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +48,14 @@ class Family:
         parent is; where q is kept, log q. -inf where there is no child.
       log_q: float32 [Vd, B, W], or None; see `trees.token_tree.Proposal`.
       remaining: float32 [B, W, X], or None; the share of q not sampled before a child.
+      source: int32 [B, W, X], or None; see `TokenTree.source`.
     """
 
     tokens: jax.Array
     log_prob: jax.Array
     log_q: jax.Array | None = None
     remaining: jax.Array | None = None
+    source: jax.Array | None = None
 
 
 class Children(Protocol):
@@ -59,13 +69,11 @@ class Children(Protocol):
     keeps_q: bool
     replacement: bool
 
-    def propose(
-        self, logits_VR: jax.Array, depth: int, number_BWX: jax.Array
-    ) -> Family:
+    def propose(self, scores: Scores, depth: int, number_BWX: jax.Array) -> Family:
         """The X best children of nodes [B, W] at `depth`.
 
         Args:
-          logits_VR: float32, the drafter's after the nodes, R = B·W, B major.
+          scores: the drafter's after the nodes.
           depth: of the nodes.
           number_BWX: int32, numbers of the tree's nodes by whose uniforms the children
             are sampled.
@@ -74,15 +82,23 @@ class Children(Protocol):
 
 def make(context: DraftContext, tau: float) -> Children:
     """The strategy of `context.proposal`; asks for the randomness that it needs."""
-    name = context.proposal
+    name, sampling = context.proposal, context.sampling
     if name == "shared":
-        return Likeliest(context.sampling, tau, context.randomness.noise_rows())
+        return Likeliest(sampling, tau, context.randomness)
     if name == "best":
-        return Likeliest(context.sampling, tau, None)
+        return Likeliest(sampling, tau, None)
     if name == "best_kept":
-        return LikeliestOfQ(context.sampling)
+        return LikeliestOfQ(sampling, context.vocab)
     replacement = {"sampled": False, "with_replacement": True}[name]
-    return Sampled(context.sampling, context.randomness.proposal(), replacement)
+    uniforms = context.randomness.proposal()
+    return Sampled(sampling, context.vocab, uniforms, replacement)
+
+
+def breadth(scores: Scores) -> int:
+    """Children that a node can have at most."""
+    if isinstance(scores, Guesses):
+        return scores.tokens.shape[2]
+    return scores.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,29 +107,66 @@ class Likeliest:
 
     The probability is normalised over the NORMALISED best tokens, not the vocabulary:
     at the usual tau the rest weighs next to nothing, and a sum over it would cost a
-    good part of the drafter's pass.
+    good part of the drafter's pass. Guesses are not all of q: what they leave over
+    competes as one more token, of the mean of the noise.
     """
 
     sampling: policy.Sampling
     tau: float
-    noise_CVB: jax.Array | None
+    randomness: Randomness | None
     keeps_q = replacement = False
 
-    def propose(self, logits_VR, depth, number_BWX):
+    def propose(self, scores, depth, number_BWX):
+        if isinstance(scores, Guesses):
+            return self._of_guesses(scores, depth, number_BWX.shape[2])
         count = number_BWX.shape[2]
+        rows_CVB = None
+        if self.randomness is not None:
+            rows_CVB = self.randomness.noise_rows()
 
         def perturbed():
-            if self.noise_CVB is None:
-                return policy.truncate(logits_VR, self.sampling)
-            noise_VB = self.noise_CVB[depth]
-            return policy.perturbed(logits_VR, noise_VB, self.sampling)
+            if rows_CVB is None:
+                return policy.truncate(scores, self.sampling)
+            return policy.perturbed(scores, rows_CVB[depth], self.sampling)
 
         found = lax.cond(
             jnp.all(self.sampling.greedy),
-            lambda: _best(logits_VR, count, self.tau),
+            lambda: _best(scores, count, self.tau),
             lambda: _best(perturbed(), count, self.tau),
         )
         return Family(*(x.reshape(number_BWX.shape) for x in found))
+
+    def _of_guesses(self, guesses: Guesses, depth: int, count: int) -> Family:
+        log_BWK = guesses.log_prob
+        if self.randomness is not None:
+            noise = self.randomness.noise()
+            log_BWK = lax.cond(
+                jnp.all(self.sampling.greedy),
+                lambda: log_BWK,
+                lambda: self._leaning(guesses, noise.of(guesses.tokens, depth)),
+            )
+        K = log_BWK.shape[2]
+        log_BWX, number = top_k_rows(log_BWK, min(count, K))
+        lacking = (0, 0), (0, 0), (0, max(0, count - K))
+
+        def chosen(x_BWK):
+            return jnp.pad(jnp.take_along_axis(x_BWK, number, axis=2), lacking)
+
+        return Family(
+            tokens=chosen(guesses.tokens),
+            log_prob=jnp.pad(log_BWX, lacking, constant_values=-jnp.inf),
+            source=chosen(guesses.source),
+        )
+
+    def _leaning(self, guesses: Guesses, noise_BWK):
+        """Estimates [B, W, K] once the noise of the position is known."""
+        log_BWK = guesses.log_prob
+        rest_BW1 = 1.0 - jnp.sum(jnp.exp(log_BWK), axis=2, keepdims=True)
+        rest_BW1 = jnp.log(jnp.maximum(rest_BW1, REST)) + EULER
+        scores_BWJ = jnp.concatenate([log_BWK + noise_BWK, rest_BW1], axis=2)
+        leaning_BWJ = jax.nn.log_softmax(scores_BWJ / self.tau, axis=2)
+        greedy_B11 = self.sampling.greedy[:, None, None]
+        return jnp.where(greedy_B11, log_BWK, leaning_BWJ[:, :, :-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +174,21 @@ class LikeliestOfQ:
     """The likeliest tokens of q, which is kept."""
 
     sampling: policy.Sampling
+    vocab: int
     keeps_q, replacement = True, False
 
-    def propose(self, logits_VR, depth, number_BWX):
+    def propose(self, scores, depth, number_BWX):
         shape = number_BWX.shape
-        log_q_VR = _log_q(logits_VR, self.sampling)
+        log_q_VR = _log_q(_dense(scores, self.vocab), self.sampling)
         tokens_RX, log_RX = _best(log_q_VR, shape[2])
         tokens, log_prob = tokens_RX.reshape(shape), log_RX.reshape(shape)
-        log_q = log_q_VR.reshape(-1, *shape[:2])
-        return Family(tokens, log_prob, log_q, jnp.ones_like(log_prob))
+        return Family(
+            tokens=tokens,
+            log_prob=log_prob,
+            log_q=log_q_VR.reshape(-1, *shape[:2]),
+            remaining=jnp.ones_like(log_prob),
+            source=_source(scores, tokens),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +200,14 @@ class Sampled:
     """
 
     sampling: policy.Sampling
+    vocab: int
     uniforms: jax.Array
     replacement: bool
     keeps_q = True
 
-    def propose(self, logits_VR, depth, number_BWX):
+    def propose(self, scores, depth, number_BWX):
         B, W, X = number_BWX.shape
+        logits_VR = _dense(scores, self.vocab)
         log_q_VR = _log_q(logits_VR, self.sampling)
 
         def likeliest():
@@ -170,7 +231,31 @@ class Sampled:
 
         found = lax.cond(jnp.all(self.sampling.greedy), likeliest, sampled)
         tokens, log_prob, remaining = (x.reshape(B, W, X) for x in found)
-        return Family(tokens, log_prob, log_q_VR.reshape(-1, B, W), remaining)
+        log_q_VBW, source = log_q_VR.reshape(-1, B, W), _source(scores, tokens)
+        return Family(tokens, log_prob, log_q_VBW, remaining, source)
+
+
+def _dense(scores: Scores, vocab: int) -> jax.Array:
+    """Logits [V, R] of any scores."""
+    if not isinstance(scores, Guesses):
+        return scores
+    B, W, K = scores.tokens.shape
+    log_BWK = jnp.where(scores.log_prob > -jnp.inf, scores.log_prob, 0.0)
+    prob_BWK = jnp.where(scores.log_prob > -jnp.inf, jnp.exp(log_BWK), 0.0)
+    rest_BW = jnp.maximum(1.0 - jnp.sum(prob_BWK, axis=2), REST) / vocab
+    column_R1 = jnp.arange(B * W)[:, None]
+    prob_VR = jnp.broadcast_to(rest_BW.reshape(-1), (vocab, B * W))
+    tokens, more = scores.tokens.reshape(B * W, K), prob_BWK.reshape(B * W, K)
+    return jnp.log(prob_VR.at[tokens, column_R1].add(more, mode="drop"))
+
+
+def _source(scores: Scores, tokens_BWX):
+    """Where the tokens come from; None if the drafter has one source."""
+    if not isinstance(scores, Guesses):
+        return None
+    same = tokens_BWX[:, :, :, None] == scores.tokens[:, :, None]
+    same &= (scores.log_prob > -jnp.inf)[:, :, None]
+    return jnp.max(jnp.where(same, scores.source[:, :, None], 0), axis=3)
 
 
 def _log_q(logits_VR, sampling):

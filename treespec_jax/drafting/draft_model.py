@@ -59,6 +59,7 @@ class DraftModel:
     """
 
     needs = Needs()
+    sources = ("draft model",)
     Options = NoOptions
 
     def __init__(self, model: Transformer, tau: float):

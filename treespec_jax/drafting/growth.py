@@ -19,8 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax.drafting.children import Children, Family, make
-from treespec_jax.drafting.protocol import DraftContext, Expand, Level
+from treespec_jax.drafting.children import Children, Family, breadth, make
+from treespec_jax.drafting.protocol import (
+    DraftContext,
+    Expand,
+    Guesses,
+    Level,
+    Scores,
+)
 from treespec_jax.sampling.select import top_k_rows
 from treespec_jax.trees.shapes import (
     AllottedShape,
@@ -43,21 +49,24 @@ DECAY = 0.5
 def grow(
     shape: TreeShape,
     context: DraftContext,
-    root_logits_VB: jax.Array,
+    root: Scores,
     expand: Expand,
     tau: float,
 ) -> TokenTree:
     """Grows a tree of the given shape.
 
+    Logits get the penalties of the policy. Guesses do not: they are estimates of what
+    the target takes, penalties included.
+
     Args:
       shape: a best-first one needs a proposal that keeps no q.
       context: root, sampling settings, randomness and proposal.
-      root_logits_VB: float32, the drafter's logits after the root.
+      root: the drafter's scores after the root.
       expand: runs one level of nodes through the drafter.
       tau: temperature of the estimated probability.
     """
-    if context.penalties is not None:
-        root_logits_VB, expand = _penalised(context.penalties, root_logits_VB, expand)
+    if context.penalties is not None and not isinstance(root, Guesses):
+        root, expand = _penalised(context.penalties, root, expand)
     growers = {
         StaticShape: _grow_static,
         BestFirstShape: _grow_best_first,
@@ -65,9 +74,7 @@ def grow(
     }
     with jax.named_scope("grow"):
         children = make(context, tau)
-        return growers[type(shape)](
-            shape, context.root, root_logits_VB, expand, children
-        )
+        return growers[type(shape)](shape, context.root, root, expand, children)
 
 
 def _penalised(penalties, root_logits_VB, expand: Expand):
@@ -88,17 +95,23 @@ def _penalised(penalties, root_logits_VB, expand: Expand):
 
 
 class _Collected:
-    """Collects what becomes of a tree's `Proposal`, level by level."""
+    """Collects a tree's sources and what becomes of its `Proposal`, by levels."""
 
     def __init__(self, children: Children, batch: int):
         self._children = children
         self._log_q, self._remaining = [], [jnp.ones((batch, 1))]
+        self._source = [jnp.zeros((batch, 1), jnp.int32)]
 
     def add(self, family: Family, choose) -> None:
         """`choose` takes the children [B, J] that became nodes out of [B, W, X]."""
         if self._children.keeps_q:
             self._log_q.append(family.log_q)
             self._remaining.append(choose(family.remaining))
+        if family.source is not None:
+            self._source.append(choose(family.source))
+
+    def source(self) -> jax.Array | None:
+        return jnp.concatenate(self._source, axis=1) if self._source[1:] else None
 
     def proposal(self, nodes, level_sizes, max_children) -> Proposal | None:
         if not self._log_q:
@@ -113,7 +126,7 @@ class _Collected:
         )
 
 
-def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
+def _grow_static(shape: StaticShape, root_B, scores, expand, children):
     topology = shape.topology
     B = root_B.shape[0]
     tokens = [root_B[:, None]]
@@ -135,7 +148,7 @@ def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
                 depth,
                 jnp.broadcast_to(mask, (B, *mask.shape)),
             )
-            logits_VR, scratch = expand(level, scratch)
+            scores, scratch = expand(level, scratch)
         inner.append(parents)
         below = topology.level(depth + 1)
         slot = np.searchsorted(parents, np.asarray(topology.parents)[below])
@@ -146,7 +159,7 @@ def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
         number = np.full((len(parents), max_children[-1]), below[0])
         number[slot, rank] = below
         number = jnp.broadcast_to(jnp.asarray(number), (B, *number.shape))
-        family = children.propose(logits_VR, depth, number)
+        family = children.propose(scores, depth, number)
 
         def choose(x_BWX, slot=slot, rank=rank):
             return x_BWX[:, slot, rank]
@@ -163,7 +176,8 @@ def _grow_static(shape: StaticShape, root_B, logits_VR, expand, children):
         topology,
         jnp.concatenate(tokens, axis=1),
         jnp.concatenate(log_prob, axis=1),
-        collected.proposal(nodes, sizes, max_children),
+        source=collected.source(),
+        proposal=collected.proposal(nodes, sizes, max_children),
     )
 
 
@@ -172,7 +186,7 @@ class _Candidates:
     """All children seen at one depth, each [B, n].
 
     `parents` number candidates over all depths (-1 is the root); `slots` say which
-    expanded node of the level above a child came from.
+    expanded node of the level above a child came from. `source` may be None.
     """
 
     tokens: jax.Array
@@ -180,13 +194,14 @@ class _Candidates:
     path: jax.Array
     parents: jax.Array
     slots: jax.Array
+    source: jax.Array | None
 
     @property
     def count(self) -> int:
         return self.tokens.shape[1]
 
 
-def _grow_best_first(shape: BestFirstShape, root_B, logits_VR, expand, children):
+def _grow_best_first(shape: BestFirstShape, root_B, scores, expand, children):
     """Best-first within a beam of `width` expanded nodes per level.
 
     All children seen are candidates; the tree is the best of them by the probability
@@ -195,11 +210,11 @@ def _grow_best_first(shape: BestFirstShape, root_B, logits_VR, expand, children)
     """
     if children.keeps_q:
         raise ValueError("a best-first tree drops nodes, which no proposal of q allows")
-    B, vocab = root_B.shape[0], logits_VR.shape[0]
+    B = root_B.shape[0]
     frontier_BW = jnp.full((B, 1), -1, jnp.int32)
     path_BW = jnp.zeros((B, 1), jnp.float32)
-    count = min(shape.root_children, vocab)
-    levels = [_candidates(children, logits_VR, 0, count, frontier_BW, path_BW)]
+    count = min(shape.root_children, breadth(scores))
+    levels = [_candidates(children, scores, 0, count, frontier_BW, path_BW)]
     mask_BWU = scratch = None
     # Nodes expanded before a level, and before the one above it; the root is one.
     expanded = before = 1
@@ -216,11 +231,11 @@ def _grow_best_first(shape: BestFirstShape, root_B, logits_VR, expand, children)
             depth,
             mask_BWU,
         )
-        logits_VR, scratch = expand(level, scratch)
+        scores, scratch = expand(level, scratch)
         before, expanded = expanded, expanded + width
-        count = min(shape.children, vocab)
+        count = min(shape.children, breadth(scores))
         levels.append(
-            _candidates(children, logits_VR, depth, count, chosen_BW + first, path_BW)
+            _candidates(children, scores, depth, count, chosen_BW + first, path_BW)
         )
     return _select(shape, root_B, levels)
 
@@ -240,11 +255,11 @@ def _extend_mask(mask_BWU, slot_BW):
     return jnp.concatenate([seen, itself], axis=2)
 
 
-def _candidates(children, logits_VR, depth, count, frontier_BW, path_BW):
+def _candidates(children, scores, depth, count, frontier_BW, path_BW):
     B, W = frontier_BW.shape
     # Nobody samples here, so that no uniforms are named.
     number = jnp.zeros((B, W, count), jnp.int32)
-    family = children.propose(logits_VR, depth, number)
+    family = children.propose(scores, depth, number)
     slot_WJ = jnp.arange(W, dtype=jnp.int32)[:, None]
     return _Candidates(
         tokens=family.tokens.reshape(B, -1),
@@ -252,6 +267,7 @@ def _candidates(children, logits_VR, depth, count, frontier_BW, path_BW):
         path=(path_BW[:, :, None] + family.log_prob).reshape(B, -1),
         parents=jnp.repeat(frontier_BW, count, axis=1),
         slots=jnp.broadcast_to(slot_WJ, (B, W, count)).reshape(B, -1),
+        source=None if family.source is None else family.source.reshape(B, -1),
     )
 
 
@@ -282,6 +298,7 @@ def _select(shape: BestFirstShape, root_B, levels: list[_Candidates]) -> TokenTr
     zero_B1 = jnp.zeros((B, 1), jnp.int32)
     parents_BT = nodes_of(zero_B1, parent_node, 0)
     ancestors = ancestors_of(parents_BT, shape.depth)
+    has_source = levels[0].source is not None
     return TokenTree(
         tokens=nodes_of(root_B[:, None], joined("tokens"), 0),
         parents=parents_BT,
@@ -289,15 +306,16 @@ def _select(shape: BestFirstShape, root_B, levels: list[_Candidates]) -> TokenTr
         ancestors=ancestors,
         valid=nodes_of(zero_B1 * 0.0, path, -jnp.inf) > -jnp.inf,
         draft_logprob=nodes_of(zero_B1 * 0.0, joined("log_prob"), -jnp.inf),
+        source=nodes_of(zero_B1, joined("source"), 0) if has_source else None,
     )
 
 
-def _grow_allotted(shape: AllottedShape, root_B, logits_VR, expand, children):
+def _grow_allotted(shape: AllottedShape, root_B, scores, expand, children):
     """Every node of a level is expanded and gets its share of the next level.
 
     Children are numbered parent by parent.
     """
-    B, vocab = root_B.shape[0], logits_VR.shape[0]
+    B = root_B.shape[0]
     sizes = shape.level_sizes
     slot_B1 = jnp.arange(B)[:, None]
     tokens = [root_B[:, None]]
@@ -312,14 +330,14 @@ def _grow_allotted(shape: AllottedShape, root_B, logits_VR, expand, children):
             above_BW = parents[depth] - (first - sizes[depth - 1])
             mask_BWU = _extend_mask(mask_BWU, above_BW)
             level = Level(tokens[depth], parents[depth], depth, mask_BWU)
-            logits_VR, scratch = expand(level, scratch)
-        count = min(below, vocab)
+            scores, scratch = expand(level, scratch)
+        count = min(below, breadth(scores))
         max_children.append(count)
         share = _share_out(path[depth], below, count)
         # The k-th child of every family is sampled by uniforms of its own.
         number_BWX = share.start[:, :, None] + jnp.arange(count)
         number_BWX = first + width + jnp.minimum(number_BWX, below - 1)
-        family = children.propose(logits_VR, depth, number_BWX)
+        family = children.propose(scores, depth, number_BWX)
 
         def choose(x_BWX, share=share):
             return x_BWX[slot_B1, share.family, share.rank]
@@ -342,6 +360,7 @@ def _grow_allotted(shape: AllottedShape, root_B, logits_VR, expand, children):
         ancestors=ancestors,
         valid=log_prob_BT > -jnp.inf,
         draft_logprob=log_prob_BT,
+        source=collected.source(),
         proposal=collected.proposal(range(sum(sizes[:-1])), sizes, max_children),
     )
 

@@ -14,6 +14,7 @@ class NoDrafter:
 
     module = None
     needs = Needs()
+    sources = ()
     tau = 1.0
     Options = NoOptions
 

@@ -6,6 +6,7 @@ that has no model and repeats the root:
   class Repeat:
       module = None
       needs = Needs()
+      sources = ("root",)
       tau = 1.0
       Options = NoOptions
 
@@ -62,10 +63,13 @@ class Needs:
         (`Committed.features`).
       history: whether it looks at the whole text so far, which a slot's state must
         then be able to hold (`Sizes.max_len`).
+      successors: K, best tokens after every row that the target computes
+        (`Committed.successors`); 0 for none.
     """
 
     feature_layers: tuple[int, ...] = ()
     history: bool = False
+    successors: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +81,37 @@ class Sizes:
       max_len: tokens of a text.
       depth: C, levels of the deepest tree that will be asked for.
       layout: of a cache, whose page table is the target's.
+      vocab: V, of the target.
     """
 
     batch: int
     max_len: int
     depth: int
     layout: CacheLayout
+    vocab: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Successors:
+    """What the target would say after every row that it has just computed.
+
+    Of a step these are all nodes of the tree, accepted or not; of a chunk of a prompt,
+    its tokens.
+
+    Attributes:
+      tokens: int32 [n, T], the row's token.
+      real: bool [n, T]; the other rows say nothing.
+      best: int32 [n, T, K], likeliest tokens after it, best first.
+      logits: float32 [n, T, K], the target's for those, before penalties.
+      newest: int32 [n], the row whose logits decided `Committed.root`; of a prompt, the
+        row before it.
+    """
+
+    tokens: jax.Array
+    real: jax.Array
+    best: jax.Array
+    logits: jax.Array
+    newest: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +130,7 @@ class Committed:
       features: per layer of `Needs.feature_layers` [n, C, D], the target's rows of
         `tokens`.
       page_table: int32 [n, max_pages].
+      successors: None unless `Needs.successors` asks for them.
     """
 
     slot: jax.Array | None
@@ -111,6 +141,7 @@ class Committed:
     count: jax.Array
     features: tuple[jax.Array, ...]
     page_table: jax.Array
+    successors: Successors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +165,29 @@ class Level:
     mask: jax.Array
 
 
-# expand(level, scratch) -> logits [V, B·W] after its nodes, scratch; the scratch holds
-# what the drafter wants to remember of the nodes, None at first.
-Expand = Callable[[Level, Any], tuple[jax.Array, Any]]
+@dataclasses.dataclass(frozen=True)
+class Guesses:
+    """What may follow each node of a level, from a drafter that scores few tokens.
+
+    The tokens of a node that have a probability differ, and it sums to 1 at most.
+
+    Attributes:
+      tokens: int32 [B, W, K], in any order.
+      log_prob: float32 [B, W, K], estimate of the log probability that the target takes
+        the token once the node is right; -inf where there is no guess.
+      source: int32 [B, W, K], where a guess comes from: a place in `Drafter.sources`.
+    """
+
+    tokens: jax.Array
+    log_prob: jax.Array
+    source: jax.Array
+
+
+# What a drafter says of R = B·W nodes, B major: float32 logits [V, R], or guesses.
+Scores = jax.Array | Guesses
+# expand(level, scratch) -> scores after its nodes, scratch; the scratch holds what the
+# drafter wants to remember of the nodes, None at first.
+Expand = Callable[[Level, Any], tuple[Scores, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +229,14 @@ class Drafter(Protocol):
     Attributes:
       module: the NNX module whose parameters the drafter uses, or None.
       needs: what it wants to be given.
+      sources: names of where its nodes come from, for statistics (`TokenTree.source`).
       tau: temperature of its estimate that a child is right (`drafting.growth`).
       Options: frozen dataclass of its settings, from `SpeculativeConfig.options`.
     """
 
     module: nnx.Module | None
     needs: Needs
+    sources: tuple[str, ...]
     tau: float
     Options: ClassVar[type]
 

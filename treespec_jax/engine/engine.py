@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
 from treespec_jax import limits
 from treespec_jax.config import EngineConfig
+from treespec_jax.engine.chooser import Chooser
 from treespec_jax.engine.executor import Executor, fetch
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Plan, Scheduler
 from treespec_jax.engine.state import Outbox
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.speculation import PLAIN, Speculation
+from treespec_jax.trees.shapes import TreeShape
+
+
+@dataclasses.dataclass
+class _Flight:
+    """A dispatch under way.
+
+    Attributes:
+      plan: what runs.
+      shape: that it grows.
+      outbox: on the device.
+      started: time of its launch.
+    """
+
+    plan: Plan
+    shape: TreeShape
+    outbox: Outbox
+    started: float
 
 
 class Engine:
@@ -49,8 +69,10 @@ class Engine:
         self._executor = Executor(
             target, speculation, config, self._scheduler.num_pages
         )
+        self._chooser = Chooser(speculation.shapes)
         # Dispatches under way, the oldest first; at most two.
-        self._flights: collections.deque[tuple[Plan, Outbox]] = collections.deque()
+        self._flights: collections.deque[_Flight] = collections.deque()
+        self._landed = 0.0
 
     @property
     def compilations(self) -> collections.Counter[str]:
@@ -89,7 +111,7 @@ class Engine:
         if speculation.cascade:
             stats.cascade = speculation.cascade.name
             stats.alpha = speculation.cascade.alpha
-        stats.nodes = speculation.shape.num_nodes - 1
+        stats.sources = speculation.drafter.sources
         stats.emitted_counts = [0] * (speculation.depth + 2)
         self._scheduler.submit(request)
 
@@ -113,11 +135,13 @@ class Engine:
         touched: list[Request] = []
         if not self._flights:
             touched += self._prefill()
-            plan, ended = self._scheduler.plan(max_steps)
+            shape, steps = self._chooser.choose(max_steps)
+            plan, ended = self._scheduler.plan(steps)
             touched += ended
-            self._launch(plan)
+            self._launch(plan, shape)
         if self._flights:
-            self._launch(self._scheduler.plan_ahead(max_steps))
+            shape, steps = self._chooser.choose(max_steps)
+            self._launch(self._scheduler.plan_ahead(steps), shape)
             touched += self._land()
             spent = time.perf_counter() - began
             self.decode_seconds += spent - (self.prefill_seconds - prefilled)
@@ -128,22 +152,28 @@ class Engine:
         while self._flights:
             self._land()
 
-    def _launch(self, plan: Plan | None) -> None:
+    def _launch(self, plan: Plan | None, shape: TreeShape) -> None:
         if plan is None:
             return
+        started = time.perf_counter()
         try:
-            outbox = self._executor.dispatch(plan, self.speculation.shape)
+            outbox = self._executor.dispatch(plan, shape)
         except BaseException:
             self._scheduler.abandon(plan)
             raise
-        self._flights.append((plan, outbox))
+        self._flights.append(_Flight(plan, shape, outbox, started))
 
     def _land(self) -> list[Request]:
-        plan, outbox = self._flights[0]
+        flight = self._flights[0]
         # An interrupt while this waits loses nothing: the dispatch is still listed.
-        done = fetch(outbox)
+        done = fetch(flight.outbox)
         self._flights.popleft()
-        return self._scheduler.file(plan, done)
+        now = time.perf_counter()
+        seconds = now - max(flight.started, self._landed)
+        self._landed = now
+        tokens, slots = int(done.emission.counts.sum()), len(flight.plan.slots)
+        self._chooser.record(flight.shape, int(done.steps), tokens, slots, seconds)
+        return self._scheduler.file(flight.plan, done, flight.shape.num_nodes - 1)
 
     def _prefill(self) -> list[Request]:
         """A chunk of every new text, and more until somebody can decode."""
@@ -152,6 +182,8 @@ class Engine:
             for chunk in chunks:
                 began = time.perf_counter()
                 self._executor.prefill(chunk)
+                if int(chunk.start[0]) == 0:
+                    self._chooser.begin_text()
                 seconds = time.perf_counter() - began
                 self._scheduler.fed(chunk, seconds)
                 self.prefill_seconds += seconds

@@ -123,7 +123,13 @@ class Executor:
         self.compilations["begin"] += 1
         target, speculation = self._bind(leaves)
         B = self.config.max_batch
-        sizes = Sizes(B, self.config.max_len, speculation.depth, self._layout)
+        sizes = Sizes(
+            batch=B,
+            max_len=self.config.max_len,
+            depth=speculation.depth,
+            layout=self._layout,
+            vocab=target.config.vocab_size,
+        )
         state = DecodeState(
             pages=paging.empty_pages(target.config, self._layout),
             lengths=jnp.zeros(B, jnp.int32),

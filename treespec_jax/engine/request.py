@@ -6,7 +6,7 @@ import dataclasses
 
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine.stats import Stats
-from treespec_jax.trees.records import TreeRecord
+from treespec_jax.trees.records import StepRecord, TreeRecord
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,7 +22,7 @@ class Request:
         or "length" (max_tokens, max_len, or more pages than there are).
       stats: counts and times.
       records: of every step's tree, if the engine records them.
-      steps: ranks of the nodes that each step accepted, see `Stats.record_step`.
+      steps: what each step did.
     """
 
     prompt: list[int]
@@ -32,17 +32,17 @@ class Request:
     finish_reason: str | None = None
     stats: Stats = dataclasses.field(default_factory=Stats)
     records: list[TreeRecord] = dataclasses.field(default_factory=list)
-    steps: list[list[int]] = dataclasses.field(default_factory=list)
+    steps: list[StepRecord] = dataclasses.field(default_factory=list)
 
     def cut(self, tokens: int) -> None:
         """Ends the text after `tokens` tokens, as if no more had been emitted."""
         while self.stats.tokens > tokens:
-            ranks = self.steps.pop()
-            self.stats.take_back(ranks)
+            last = self.steps.pop()
+            self.stats.take_back(last)
             missing = tokens - self.stats.tokens
             if missing > 0:
-                self.steps.append(ranks[: missing - 1])
-                self.stats.record_step(ranks[: missing - 1])
+                self.steps.append(last.cut(missing))
+                self.stats.record_step(self.steps[-1])
         del self.tokens[tokens:]
         del self.logprobs[tokens:]
         del self.records[len(self.steps) :]

@@ -31,7 +31,7 @@ from treespec_jax.cache.allocator import TRASH_PAGE, PageAllocator
 from treespec_jax.config import EngineConfig
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.slots import SlotSettings
-from treespec_jax.trees.records import TreeRecord
+from treespec_jax.trees.records import StepRecord, TreeRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,12 +269,13 @@ class Scheduler:
         self._reserve(steps)
         return self._planned(steps)
 
-    def file(self, plan: Plan, outbox: Any) -> list[Request]:
+    def file(self, plan: Plan, outbox: Any, nodes: int) -> list[Request]:
         """Enters what a dispatch emitted.
 
         Args:
           plan: of the dispatch.
           outbox: `engine.state.Outbox` of NumPy arrays.
+          nodes: drafted by each step.
 
         Returns:
           Requests that emitted something.
@@ -284,7 +285,7 @@ class Scheduler:
         for index, slot in plan.slots.items():
             # Whoever was cancelled meanwhile gets nothing.
             if self._slots[index] is slot:
-                self._file(index, slot, outbox)
+                self._file(index, slot, outbox, nodes)
                 touched.append(slot.request)
         return touched
 
@@ -388,7 +389,7 @@ class Scheduler:
             slots=ready,
         )
 
-    def _file(self, index: int, slot: _Slot, outbox) -> None:
+    def _file(self, index: int, slot: _Slot, outbox, nodes: int) -> None:
         request, emission = slot.request, outbox.emission
         for step in range(int(outbox.steps)):
             count = int(emission.counts[step, index])
@@ -397,9 +398,12 @@ class Scheduler:
             request.tokens += emission.tokens[step, index, :count].tolist()
             if request.params.logprobs:
                 request.logprobs += emission.logprobs[step, index, :count].tolist()
-            ranks = emission.ranks[step, index, : count - 1].tolist()
-            request.steps.append(ranks)
-            request.stats.record_step(ranks)
+            ranks, sources = (
+                x[step, index, : count - 1].tolist()
+                for x in (emission.ranks, emission.sources)
+            )
+            request.steps.append(StepRecord(nodes, ranks, sources))
+            request.stats.record_step(request.steps[-1])
             if emission.trees is not None:
                 trees = emission.trees
                 request.records.append(
@@ -407,6 +411,8 @@ class Scheduler:
                         trees.parents[step, index],
                         trees.log_prob[step, index],
                         trees.path[step, index],
+                        trees.tokens[step, index],
+                        trees.sources[step, index],
                     )
                 )
             slot.length += count

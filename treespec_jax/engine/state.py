@@ -65,11 +65,15 @@ class Trees:
       parents: int32 [B, T].
       log_prob: float32 [B, T], `TokenTree.draft_logprob`; -inf where invalid.
       path: int32 [B, C + 1], accepted nodes from the root down, padded with 0.
+      tokens: int32 [B, T].
+      sources: int32 [B, T], see `TokenTree.source`.
     """
 
     parents: jax.Array
     log_prob: jax.Array
     path: jax.Array
+    tokens: jax.Array
+    sources: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +86,7 @@ class Emission:
       counts: int32 [B], how many of them; 0 for an idle slot.
       logprobs: float32 [B, C + 1], log p of those tokens where asked for.
       ranks: int32 [B, C], which child of its parent each accepted node was.
+      sources: int32 [B, C], where each accepted node comes from (`Drafter.sources`).
       trees: if they are recorded.
     """
 
@@ -89,6 +94,7 @@ class Emission:
     counts: jax.Array
     logprobs: jax.Array
     ranks: jax.Array
+    sources: jax.Array
     trees: Trees | None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from treespec_jax.acceptance import compatibility
+from treespec_jax.trees.records import StepRecord
 
 
 @dataclasses.dataclass
@@ -19,14 +20,16 @@ class Stats:
       prompt_tokens: tokens of their prompts.
       tokens: tokens emitted; up to the one that completed a stop text, if one did.
       steps: steps that emitted them.
-      nodes: T - 1, drafted nodes per step.
+      drafted: nodes, over all steps.
       rule: which drafted tokens were kept.
       cascade: the policy, if it was not the target's.
       alpha: of the cascade.
       cache_dtype: of keys and values; "int8" rounds them.
       emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
       rank_counts: entry n counts the accepted nodes that were child n of their parent,
-        in the order of the tree: of falling estimate, or as they were drawn.
+        in the order of the tree: of falling estimate, or as they were sampled.
+      sources: names of where nodes can come from.
+      source_counts: accepted nodes that came from each.
       restarts: times that a request lost its pages to older ones and was computed
         anew later.
       prefill_seconds: wall time of prefill.
@@ -38,35 +41,41 @@ class Stats:
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
-    nodes: int = 0
+    drafted: int = 0
     rule: str = "exact"
     cascade: str = ""
     alpha: float = 0.0
     cache_dtype: str = ""
     emitted_counts: list[int] = dataclasses.field(default_factory=list)
     rank_counts: list[int] = dataclasses.field(default_factory=list)
+    sources: tuple[str, ...] = ()
+    source_counts: list[int] = dataclasses.field(default_factory=list)
     restarts: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def record_step(self, ranks: Sequence[int]) -> None:
-        """Counts a step: ranks of the nodes that it accepted; it emitted one more."""
-        self._count(ranks, 1)
+    def record_step(self, step: StepRecord) -> None:
+        """Counts a step."""
+        self._count(step, 1)
 
-    def take_back(self, ranks: Sequence[int]) -> None:
+    def take_back(self, step: StepRecord) -> None:
         """Undoes `record_step`."""
-        self._count(ranks, -1)
+        self._count(step, -1)
 
-    def _count(self, ranks, sign):
-        emitted = len(ranks) + 1
+    def _count(self, step, sign):
         self.steps += sign
-        self.tokens += sign * emitted
-        self.emitted_counts[emitted] += sign
-        for rank in ranks:
-            self.rank_counts += [0] * (rank + 1 - len(self.rank_counts))
-            self.rank_counts[rank] += sign
-        while self.rank_counts and not self.rank_counts[-1]:
-            self.rank_counts.pop()
+        self.tokens += sign * step.emitted
+        self.drafted += sign * step.nodes
+        self.emitted_counts[step.emitted] += sign
+        for counts, numbers in (
+            (self.rank_counts, step.ranks),
+            (self.source_counts, step.sources),
+        ):
+            for number in numbers:
+                counts += [0] * (number + 1 - len(counts))
+                counts[number] += sign
+            while counts and not counts[-1]:
+                counts.pop()
 
     @property
     def lossless(self) -> bool:
@@ -85,9 +94,9 @@ class Stats:
         return f"{self.rule} ({label})"
 
     @property
-    def drafted(self) -> int:
-        """Drafted nodes, over all steps."""
-        return self.steps * self.nodes
+    def nodes_per_step(self) -> float:
+        """Mean drafted nodes."""
+        return self.drafted / self.steps if self.steps else 0.0
 
     @property
     def accepted(self) -> int:
@@ -120,6 +129,12 @@ class Stats:
         counts = self.rank_counts
         return [count / self.accepted for count in counts] if self.accepted else []
 
+    @property
+    def accepted_by_source(self) -> dict[str, int]:
+        """Accepted nodes by the name of where they came from."""
+        counts = dict.fromkeys(self.sources, 0)
+        return counts | dict(zip(self.sources, self.source_counts, strict=False))
+
     def as_dict(self) -> dict[str, Any]:
         """Fields and derived figures, for JSON."""
         return {
@@ -140,6 +155,7 @@ class Stats:
                     "tokens_per_step",
                     "acceptance_by_depth",
                     "acceptance_by_rank",
+                    "accepted_by_source",
                     "restarts",
                     "prefill_seconds",
                     "decode_seconds",
@@ -157,13 +173,15 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
         prompt_tokens=sum(p.prompt_tokens for p in parts),
         tokens=sum(p.tokens for p in parts),
         steps=sum(p.steps for p in parts),
-        nodes=max((p.nodes for p in parts), default=0),
+        drafted=sum(p.drafted for p in parts),
         rule=parts[0].rule if parts else "exact",
         cascade=parts[0].cascade if parts else "",
         alpha=parts[0].alpha if parts else 0.0,
         cache_dtype=parts[0].cache_dtype if parts else "",
         emitted_counts=_summed(p.emitted_counts for p in parts),
         rank_counts=_summed(p.rank_counts for p in parts),
+        sources=parts[0].sources if parts else (),
+        source_counts=_summed(p.source_counts for p in parts),
         restarts=sum(p.restarts for p in parts),
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,

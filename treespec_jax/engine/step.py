@@ -16,7 +16,7 @@ from treespec_jax.acceptance.protocol import Verdict
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import Chunk, run_chunk
 from treespec_jax.config import EngineConfig
-from treespec_jax.drafting.protocol import Committed, DraftContext
+from treespec_jax.drafting.protocol import Committed, DraftContext, Successors
 from treespec_jax.engine.state import (
     Control,
     DecodeState,
@@ -27,7 +27,7 @@ from treespec_jax.engine.state import (
 )
 from treespec_jax.models.transformer import Forward, Transformer
 from treespec_jax.models.views import CacheView
-from treespec_jax.sampling import policy
+from treespec_jax.sampling import policy, select
 from treespec_jax.sampling.penalties import Penalties
 from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.speculation import Speculation
@@ -119,16 +119,21 @@ def step(
         speculation.drafter.needs.feature_layers,
     )
     decided = decide(speculation, tree, verified, turn, shape.depth)
-    verdict = decided.verdict
+    verdict, sources_BT = decided.verdict, tree.source
+    if sources_BT is None:
+        sources_BT = jnp.zeros_like(tree.parents)
     emission = Emission(
         tokens=verdict.emitted,
         counts=decided.counts,
         logprobs=_logprobs(verified.logits, verdict, control),
         ranks=_ranks(tree, verdict.path),
+        sources=jnp.take_along_axis(sources_BT, verdict.path[:, 1:], axis=1),
         trees=Trees(
             parents=tree.parents,
             log_prob=jnp.where(tree.valid, tree.draft_logprob, -jnp.inf),
             path=verdict.path,
+            tokens=tree.tokens,
+            sources=sources_BT,
         ),
     )
     return StepResult(
@@ -258,6 +263,13 @@ def commit(
             count=counts_B,
             features=tuple(map(on_path, verified.forward.features)),
             page_table=page_table,
+            successors=successors_of(
+                verified.logits,
+                tree.tokens,
+                tree.valid & turn.active[:, None],
+                jnp.take_along_axis(verdict.path, last_B1, axis=1)[:, 0],
+                speculation.drafter.needs.successors,
+            ),
         )
         draft = speculation.drafter.ingest(proposed.draft, committed)
     return DecodeState(
@@ -285,6 +297,31 @@ def _logprobs(logits_VR, verdict: Verdict, control: Control):
         compute,
         lambda: jnp.zeros(verdict.path.shape, jnp.float32),
     )
+
+
+def successors_of(
+    logits_VR: jax.Array,
+    tokens: jax.Array,
+    real: jax.Array,
+    newest: jax.Array,
+    count: int,
+) -> Successors | None:
+    """The `count` likeliest tokens after each of R = n·T rows; None if count is 0.
+
+    Args:
+      logits_VR: float32, the target's.
+      tokens: see `Successors`, like those that follow.
+      real: of the rows.
+      newest: of the root.
+      count: K, at most V are looked at.
+    """
+    if not count:
+        return None
+    with jax.named_scope("successors"):
+        logits_RK, best_RK = select.top_k(logits_VR, min(count, logits_VR.shape[0]))
+        shape = *tokens.shape, -1
+        best, logits = best_RK.reshape(shape), logits_RK.reshape(shape)
+        return Successors(tokens, real, best, logits, newest)
 
 
 def _ranks(tree: TokenTree, path_BC):
@@ -346,12 +383,15 @@ def _empty_outbox(config: EngineConfig, shape: TreeShape) -> Outbox:
         parents=jnp.zeros((*lead, nodes), jnp.int32),
         log_prob=jnp.zeros((*lead, nodes), jnp.float32),
         path=jnp.zeros((*lead, width), jnp.int32),
+        tokens=jnp.zeros((*lead, nodes), jnp.int32),
+        sources=jnp.zeros((*lead, nodes), jnp.int32),
     )
     emission = Emission(
         tokens=jnp.zeros((*lead, width), jnp.int32),
         counts=jnp.zeros(lead, jnp.int32),
         logprobs=jnp.zeros((*lead, width), jnp.float32),
         ranks=jnp.zeros((*lead, width - 1), jnp.int32),
+        sources=jnp.zeros((*lead, width - 1), jnp.int32),
         trees=trees if config.record else None,
     )
     return Outbox(emission, jnp.zeros((), jnp.int32))
@@ -381,6 +421,15 @@ def prefill(
         pages, forward = run_chunk(
             target, state.pages, chunk, drafter.needs.feature_layers
         )
+        successors, columns_T = None, jnp.arange(chunk.tokens.shape[1])
+        if drafter.needs.successors:
+            successors = successors_of(
+                target.logit_columns(forward.hidden),
+                chunk.tokens,
+                columns_T < chunk.count[:, None],
+                jnp.maximum(chunk.count - 1, 0),
+                drafter.needs.successors,
+            )
         committed = Committed(
             slot=slot,
             tokens=chunk.tokens,
@@ -390,6 +439,7 @@ def prefill(
             count=chunk.count,
             features=tuple(x_DR.T[None] for x_DR in forward.features),
             page_table=chunk.page_table,
+            successors=successors,
         )
         draft = drafter.ingest(state.draft, committed)
     return DecodeState(

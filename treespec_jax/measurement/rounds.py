@@ -120,10 +120,11 @@ def summary(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
         "prefill_seconds": spread([stats.prefill_seconds for stats in parts]),
         "tokens": whole.tokens,
         "steps": whole.steps,
-        "nodes_per_step": whole.nodes,
+        "nodes_per_step": whole.nodes_per_step,
         "tokens_per_step": spread([stats.tokens_per_step for stats in parts]),
         "acceptance_by_depth": whole.acceptance_by_depth,
         "acceptance_by_rank": whole.acceptance_by_rank,
+        "accepted_by_source": whole.accepted_by_source,
         "reliability": reliability([r for run in runs for r in run.records]),
         # Of the first round.
         "texts_unlike_plain": sum(ours != theirs for ours, theirs in texts),

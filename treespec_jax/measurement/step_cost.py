@@ -227,13 +227,13 @@ def draft_phases(
     """
     drafter, shape = speculation.drafter, speculation.shape
     B, width, vocab = config.max_batch, shape.depth + 1, target.config.vocab_size
+    count = drafter.needs.successors
     flats = FlatModule(drafter.module), FlatModule(target)
     layout, table = _layout(config)
     feature = jnp.zeros((B, width, target.config.embed_dim))
+    logits_VR = jax.random.normal(jax.random.key(0), (vocab, B * shape.num_nodes))
     features = (feature,) * len(drafter.needs.feature_layers)
-    zeros = jnp.zeros(B, jnp.int32)
-    zero = zeros * 0.0
-    sampling = Sampling(zero, zeros, zero + 1, zero, zeros.astype(jnp.uint32))
+    zeros, sampling = jnp.zeros(B, jnp.int32), _greedy(B)
 
     def phases(leaves, state, table, lengths, steps):
         module, model = (f.bind(x) for f, x in zip(flats, leaves, strict=True))
@@ -263,15 +263,20 @@ def draft_phases(
                 count=jnp.full(B, width, jnp.int32),
                 features=features,
                 page_table=table,
+                # Logits that depend on the tree, so that no loop keeps their best.
+                successors=stepping.successors_of(
+                    logits_VR + 1e-6 * root[0], tree.tokens, tree.valid, zeros, count
+                ),
             )
             return bound.ingest(state, committed), lengths + width, emitted[:, -1]
 
         return lax.fori_loop(0, steps, body, (state, lengths, zeros))
 
-    state = drafter.init(Sizes(B, config.max_len, shape.depth, layout))
+    vocab = target.config.vocab_size
+    state = drafter.init(Sizes(B, config.max_len, shape.depth, layout, vocab))
+    row, one = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
     for slot in range(B):
         # The state of a slot that holds `length` tokens.
-        row, one = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
         committed = Committed(
             slot=jnp.int32(slot),
             tokens=row,
@@ -281,11 +286,20 @@ def draft_phases(
             count=one * 0,
             features=tuple(x[:1, :1] for x in features),
             page_table=table[slot : slot + 1],
+            successors=stepping.successors_of(
+                logits_VR[:, :1], row, row > 0, one * 0, count
+            ),
         )
         state = drafter.ingest(state, committed)
     leaves = tuple(flat.leaves for flat in flats)
     args = leaves, state, table, jnp.full(B, length, jnp.int32), np.int32(steps)
     return timed(jax.jit(phases), *args, passes=steps)
+
+
+def _greedy(batch: int) -> Sampling:
+    zeros = jnp.zeros(batch, jnp.int32)
+    zero = zeros * 0.0
+    return Sampling(zero, zeros, zero + 1, zero, zeros.astype(jnp.uint32))
 
 
 def weight_bytes(target: Transformer) -> int:

@@ -36,6 +36,13 @@ def percents(shares: Sequence[float]) -> str:
     return " ".join(f"{100 * share:.0f}" for share in shares) + " %"
 
 
+def shares(counts: Mapping[str, int]) -> str:
+    """Counts by name as "recycle 60 %, suffix 40 %"; names without any are left out."""
+    total = sum(counts.values())
+    named = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{n} {100 * c / total:.0f} %" for n, c in named if c) or "-"
+
+
 def spread(values: Mapping[str, float], form: str, scale: float = 1) -> str:
     """What `timing.spread` gave, as "3.1 (2.9–3.4)"; without extremes if all agree."""
     middle, low, high = (

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+# Mean of standard Gumbel noise.
+EULER = float(np.euler_gamma)
 _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 
 
@@ -55,6 +57,16 @@ class Noise:
             make,
         )
 
+    def of(self, tokens: jax.Array, depth: int) -> jax.Array:
+        """Of some tokens after a depth, int32 [B, ...], as float32.
+
+        Where a drafter looks at few tokens, rows of the vocabulary need not be made.
+        """
+        ones = (1,) * (tokens.ndim - 1)
+        seed = self.seed.reshape(-1, *ones)
+        position = (self.first + depth).reshape(-1, *ones)
+        return _gumbel(seed, position, tokens.astype(jnp.uint32))
+
     def with_rows(self, count: int, quiet: jax.Array) -> Noise:
         """With rows of the first `count` depths, of zeros if `quiet`: for a drafter."""
         positions_NB = self.first + jnp.arange(count, dtype=jnp.int32)[:, None]
@@ -80,9 +92,14 @@ def gumbel(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
       position: int32, of a shape that the seed's broadcasts to.
       vocab: V.
     """
-    key = threefry(_word(0), seed, _word(0), position.astype(jnp.uint32))
     ones = (1,) * position.ndim
     token = jnp.arange(vocab, dtype=jnp.uint32).reshape(vocab, *ones)
+    return _gumbel(seed, position, token)
+
+
+def _gumbel(seed, position, token):
+    """Noise of tokens (uint32) at positions."""
+    key = threefry(_word(0), seed, _word(0), position.astype(jnp.uint32))
     high, low = threefry(*key, _word(0), token)
     # 23 bits as the fraction of a number in [1, 2); never 0, whose logarithm is none.
     fraction = ((high ^ low) >> 9) | _word(0x3F800000)

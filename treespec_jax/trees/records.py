@@ -9,6 +9,31 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What one step drafted for a text, and what it kept; it emitted one token more.
+
+    Attributes:
+      nodes: drafted.
+      ranks: which child of its parent each accepted node was, from the root down.
+      sources: where each came from, see `Drafter.sources`.
+    """
+
+    nodes: int
+    ranks: list[int]
+    sources: list[int]
+
+    @property
+    def emitted(self) -> int:
+        """Tokens."""
+        return len(self.ranks) + 1
+
+    def cut(self, tokens: int) -> StepRecord:
+        """The same, had it emitted no more than so many tokens, at least 1."""
+        accepted = tokens - 1
+        return StepRecord(self.nodes, self.ranks[:accepted], self.sources[:accepted])
+
+
+@dataclasses.dataclass(frozen=True)
 class TreeRecord:
     """One tree of one text, and what became of it.
 
@@ -17,11 +42,15 @@ class TreeRecord:
       log_prob: float [T], estimated log probability that a node is right given that
         its parent is; -inf for a number that no node has.
       path: int [C + 1], accepted nodes from the root (0) down, padded with 0.
+      tokens: int [T], the root's first; None if nobody kept them.
+      sources: int [T], where a node comes from (`Drafter.sources`), or None.
     """
 
     parents: np.ndarray
     log_prob: np.ndarray
     path: np.ndarray
+    tokens: np.ndarray | None = None
+    sources: np.ndarray | None = None
 
     @property
     def accepted(self) -> list[int]:

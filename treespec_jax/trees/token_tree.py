@@ -61,6 +61,8 @@ class TokenTree:
       draft_logprob: float32 [B, T], the drafter's estimate of the log probability that
         a node is right, given that its parent is; 0 for the root. Of a sampled tree it
         is log q.
+      source: int32 [B, T], where a node comes from (`Drafter.sources`); None if all
+        come from the first.
       proposal: how a tree was drawn that keeps q (`compatibility.KEPT`); None for any
         other.
     """
@@ -71,13 +73,12 @@ class TokenTree:
     ancestors: jax.Array
     valid: jax.Array
     draft_logprob: jax.Array
+    source: jax.Array | None = None
     proposal: Proposal | None = None
 
 
-def static_tree(
-    topology: Topology, tokens_BT, logprob_BT, proposal: Proposal | None = None
-) -> TokenTree:
-    """Dresses a static topology with tokens."""
+def static_tree(topology: Topology, tokens_BT, logprob_BT, **more) -> TokenTree:
+    """Dresses a static topology with tokens; `more` are further fields."""
     B, T = tokens_BT.shape
     parents = jnp.maximum(jnp.asarray(topology.parents, jnp.int32), 0)
     return TokenTree(
@@ -87,7 +88,7 @@ def static_tree(
         ancestors=jnp.broadcast_to(jnp.asarray(topology.ancestors), (B, T, T)),
         valid=logprob_BT > -jnp.inf,
         draft_logprob=logprob_BT,
-        proposal=proposal,
+        **more,
     )
 
 

@@ -1,0 +1,182 @@
+"""Token Recycling: what followed a token last time (Luo et al., 2408.08696).
+
+A table on the device holds, for every token of the vocabulary, the K best successors
+that the target named when it last looked past that token, on whatever path: nodes that
+were rejected and the tokens of prompts teach it too. A node's children are its token's
+row. What a row is worth is measured: by the rank of the guess and by the probability
+that the target gave it then.
+
+With two rows for one token in a step, the last one in the order of slots and nodes
+wins, so that the table depends on the texts alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from treespec_jax.checks import check_int
+from treespec_jax.drafting.protocol import Committed, Needs, Sizes, Successors
+from treespec_jax.drafting.rates import Rates
+from treespec_jax.drafting.sources import Nodes, SourceDrafter
+from treespec_jax.errors import UserError
+
+# Lower bounds of the bins that a stored probability falls into.
+BINS = (0.0, 0.02, 0.1, 0.3, 0.6, 0.9)
+# Share of its stored probability that a guess keeps in another context, at first.
+CARRIED = 0.5
+SCOPES = ("engine", "request")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecycleOptions:
+    """Settings of method "recycle".
+
+    Attributes:
+      successors: K, kept for each token.
+      scope: "engine": one table, which all requests teach; "request": each has its
+        own, empty at first.
+    """
+
+    successors: int = 8
+    scope: str = "engine"
+
+    def __post_init__(self):
+        check_int("successors", self.successors, 1)
+        if self.scope not in SCOPES:
+            raise UserError(
+                f"scope {self.scope!r} is unknown; choose from {', '.join(SCOPES)}"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecycleState:
+    """The tables and what they are worth.
+
+    Attributes:
+      best: int32 [tables, V, K], one table, or one a slot.
+      logits: float32 [tables, V, K], -inf where nothing is known.
+      rates: of guesses by rank and bin.
+    """
+
+    best: jax.Array
+    logits: jax.Array
+    rates: Rates
+
+
+class Recycling:
+    """See `sources.Source`.
+
+    Args:
+      successors: see `RecycleOptions`.
+      scope: likewise.
+    """
+
+    name = "recycle"
+    history = 0
+
+    def __init__(self, successors: int, scope: str):
+        self.successors = successors
+        self.scope = scope
+        self.needs = Needs(successors=successors)
+
+    def init(self, sizes: Sizes) -> RecycleState:
+        tables = sizes.batch if self.scope == "request" else 1
+        count = min(self.successors, sizes.vocab)
+        shape = tables, sizes.vocab, count
+        # A guess may be worth the middle of its bin, and no more than its rank's share.
+        edges = np.array([*BINS, 1.0])
+        middle = CARRIED * (edges[:-1] + edges[1:]) / 2
+        prior = np.minimum(middle, 1 / np.arange(1, count + 1)[:, None])
+        return RecycleState(
+            best=jnp.zeros(shape, jnp.int32),
+            logits=jnp.full(shape, -jnp.inf, jnp.float32),
+            rates=Rates.start(prior.reshape(-1)),
+        )
+
+    def copy_slot(self, state: RecycleState, source, destination):
+        if self.scope == "engine":
+            return state
+        best, logits = (
+            x.at[destination].set(x[source]) for x in (state.best, state.logits)
+        )
+        return dataclasses.replace(state, best=best, logits=logits)
+
+    def look(self, state, outlook):
+        return state
+
+    def guess(self, state: RecycleState, nodes: Nodes, scratch):
+        slots_B = jnp.arange(nodes.tokens.shape[0])
+        best, cell, known = self._rows(state, slots_B, nodes.tokens)
+        log_BWK = jnp.where(known, state.rates.log(cell), -jnp.inf)
+        return best, log_BWK, None
+
+    def ingest(self, state: RecycleState, committed: Committed) -> RecycleState:
+        slots_n = jnp.arange(committed.tokens.shape[0])
+        if committed.slot is not None:
+            slots_n = committed.slot[None]
+            state = self._forget(state, slots_n[0], committed.start[0] == 0)
+        else:
+            state = self._observe(state, slots_n, committed)
+        return self._learn(state, slots_n, committed.successors)
+
+    def _rows(self, state, slots_n, tokens_nW):
+        """Successors [n, W, K] of tokens, their cells, and whether they are known."""
+        table_n1 = slots_n[:, None] if self.scope == "request" else 0
+        best = state.best[table_n1, tokens_nW]
+        logits = state.logits[table_n1, tokens_nW]
+        known = logits > -jnp.inf
+        prob = jax.nn.softmax(jnp.where(known, logits, -1e9), axis=2)
+        bins = sum((prob >= low).astype(jnp.int32) for low in BINS) - 1
+        rank_K = jnp.arange(best.shape[2])
+        return best, rank_K * len(BINS) + bins, known
+
+    def _observe(self, state, slots_n, committed: Committed):
+        """Which of the guesses after the accepted nodes were right."""
+        best, cell, known = self._rows(state, slots_n, committed.tokens)
+        column_C = jnp.arange(committed.tokens.shape[1])
+        real = (column_C < committed.count[:, None])[:, :, None]
+        hit = best == committed.following[:, :, None]
+        return dataclasses.replace(
+            state, rates=state.rates.after(cell, hit, known & real)
+        )
+
+    def _forget(self, state, slot, begins):
+        if self.scope == "engine":
+            return state
+        row = jnp.where(begins, -jnp.inf, state.logits[slot])
+        return dataclasses.replace(state, logits=state.logits.at[slot].set(row))
+
+    def _learn(self, state, slots_n, found: Successors) -> RecycleState:
+        n, T = found.tokens.shape
+        tokens_N, real_N = found.tokens.reshape(-1), found.real.reshape(-1)
+        slots_N = jnp.repeat(slots_n, T)
+        table_N = slots_N if self.scope == "request" else jnp.zeros_like(slots_N)
+        number_N = jnp.arange(n * T)
+        later_NN = (number_N > number_N[:, None]) & real_N
+        later_NN &= tokens_N == tokens_N[:, None]
+        later_NN &= table_N == table_N[:, None]
+        wins_N = real_N & ~jnp.any(later_NN, axis=1)
+        # What does not win is written past the end, that is nowhere.
+        row_N = jnp.where(wins_N, tokens_N, state.best.shape[1])
+        K = state.best.shape[2]
+        best, logits = (x.reshape(n * T, -1)[:, :K] for x in (found.best, found.logits))
+        return dataclasses.replace(
+            state,
+            best=state.best.at[table_N, row_N].set(best, mode="drop"),
+            logits=state.logits.at[table_N, row_N].set(logits, mode="drop"),
+        )
+
+
+class Recycle(SourceDrafter):
+    """The method "recycle"; see `protocol.Drafter`."""
+
+    Options = RecycleOptions
+
+    @classmethod
+    def make(cls, model, tau, options: RecycleOptions):
+        return cls((Recycling(options.successors, options.scope),))
