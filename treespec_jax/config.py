@@ -326,10 +326,12 @@ class SpeculativeConfig:
     """How a text is speculated on. Names are checked by `limits.check_speculation`.
 
     Attributes:
-      method: what drafts, one of `drafting.METHODS`; "none" is plain decoding.
+      method: what drafts, one of `drafting.METHODS`; "none" is plain decoding, "" the
+        one that goes with the target: the catalogue's, a draft model if one is named,
+        else "auto".
       model: path of the draft model's checkpoint, or a loaded one; None for methods
         without a model.
-      tree: a tree shape, see `treespec_jax.trees.shapes.parse`.
+      tree: a tree shape, see `treespec_jax.trees.shapes.parse`; "": the method's.
       tau: temperature of the drafter's estimate that a child is right,
         softmax(score / tau); orders the paths of a dynamic tree. None: the one that
         scripts/calibrate_drafter.py left beside the drafter, else DEFAULT_TAU.
@@ -347,9 +349,9 @@ class SpeculativeConfig:
         each drafter says which it has.
     """
 
-    method: str = "draft_model"
+    method: str = ""
     model: Any = None
-    tree: str = "chain:5"
+    tree: str = ""
     tau: float | None = None
     rule: str = "exact"
     proposal: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -40,12 +41,38 @@ def text_length(max_len: int | None, target: Model, draft: Model | None) -> int:
     return max_len
 
 
+def resolve(config: SpeculativeConfig) -> SpeculativeConfig:
+    """The same with the method and the tree that were left open filled in.
+
+    A model drafts where one is named, else all that drafts without one; the tree is the
+    method's, or the like of it that the rule takes. An unknown method gets no tree.
+    """
+    method = config.method or ("draft_model" if config.model else "auto")
+    tree = config.tree
+    if not tree and method in METHODS:
+        usual = METHODS[method].tree
+        trees = usual, usual.replace("dynamic", "allotted"), "chain:5"
+        tree = next((name for name in trees if _takes(config, name)), usual)
+    return dataclasses.replace(config, method=method, tree=tree)
+
+
+def _takes(config: SpeculativeConfig, tree: str) -> bool:
+    """Whether the rule takes trees of that shape."""
+    rule = config.rule, config.proposal
+    try:
+        compatibility.choose_proposal(*rule, shapes.parse(tree), config.cascade)
+    except UserError:
+        return False
+    return True
+
+
 def check_speculation(config: SpeculativeConfig) -> TreeShape:
     """The shape of the trees, once method, tree, rule and policy fit together.
 
     Raises:
       UserError: an unknown name, or a tree that the rule would not be lossless for.
     """
+    config = resolve(config)
     if config.method not in METHODS:
         raise UserError(
             f"speculative method {config.method!r} is unknown; choose from "
@@ -61,7 +88,8 @@ def check_speculation(config: SpeculativeConfig) -> TreeShape:
 
 def check_drafter(config: SpeculativeConfig) -> None:
     """Raises UserError if the method needs a model and none is named."""
-    if METHODS[config.method].has_model and config.model in (None, ""):
+    config = resolve(config)
+    if METHODS[config.method].needs_model and config.model in (None, ""):
         raise UserError(
             f"speculative method {config.method!r} needs a model; give its path"
         )

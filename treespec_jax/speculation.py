@@ -83,6 +83,7 @@ def find(config: SpeculativeConfig) -> tuple[type[Drafter], Any]:
     Raises:
       UserError: an option that it does not have.
     """
+    config = limits.resolve(config)
     method = METHODS[config.method]
     module = importlib.import_module(f"treespec_jax.drafting.{method.module}")
     cls = getattr(module, method.name)
@@ -105,10 +106,15 @@ def make(
     Raises:
       UserError: names that are unknown or do not go together.
     """
+    config = limits.resolve(config)
     shape = limits.check_speculation(config)
     if shape.depth == 0:
         return PLAIN
     cls, options = find(config)
     drafter = cls.make(model, config.tau or tau or DEFAULT_TAU, options)
     cascade = Cascade(config.cascade, float(config.alpha)) if config.cascade else None
-    return Speculation(drafter, (shape,), rules.make(config), config.proposal, cascade)
+    shapes = (shape,)
+    if config.method == "auto" and config.rule == "exact" and not cascade:
+        # The text depends on no shape: where nothing hits, plain steps are quicker.
+        shapes = (shape, ROOT_ONLY)
+    return Speculation(drafter, shapes, rules.make(config), config.proposal, cascade)

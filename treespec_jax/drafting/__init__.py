@@ -12,20 +12,26 @@ class Method:
     Attributes:
       module: of this package.
       name: of the class.
-      has_model: whether it needs a checkpoint of its own.
+      needs_model: whether it needs a checkpoint of its own.
+      takes_model: whether it can use one.
+      tree: the shape that it grows unless one is named.
     """
 
     module: str
     name: str
-    has_model: bool = False
+    needs_model: bool = False
+    takes_model: bool = False
+    tree: str = "dynamic:15@6"
 
 
 METHODS = {
-    "none": Method("none", "NoDrafter"),
-    "draft_model": Method("draft_model", "DraftModel", has_model=True),
+    "none": Method("none", "NoDrafter", tree="none"),
+    "draft_model": Method(
+        "draft_model", "DraftModel", needs_model=True, takes_model=True, tree="chain:5"
+    ),
     "recycle": Method("recycle", "Recycle"),
     "ngram": Method("ngram", "Ngram"),
     "suffix": Method("suffix", "Suffix"),
     "last_logits": Method("last_logits", "LastLogitsDrafter"),
-    "auto": Method("auto", "Auto"),
+    "auto": Method("auto", "Auto", takes_model=True),
 }

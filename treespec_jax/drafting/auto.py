@@ -1,20 +1,39 @@
-"""Everything that drafts without a model, in one tree: the default where there is none.
+"""Everything that drafts, in one tree: the default where no drafter is named.
 
-One node budget for three sources: long matches are copied (suffix), runners-up of the
-newest token and recycled successors fill the rest. No source has a share of its own:
-each guess is worth what guesses of its kind have come true lately, and the tree takes
-the likeliest paths.
+One node budget for all sources: long matches are copied (`ngram.Matching`), recycled
+successors and runners-up of the newest token fill the rest, and so does a draft model
+if there is one. No source has a share of its own: each guess is worth what guesses of
+its kind have come true lately, and the tree takes the likeliest paths. Where every slot
+copies a long match, the model does not run below its roots.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+from jax import lax
+
 from treespec_jax.checks import check_int
+from treespec_jax.drafting import growth
+from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
 from treespec_jax.drafting.last_logits import LastLogits
 from treespec_jax.drafting.ngram import Matching
+from treespec_jax.drafting.protocol import DraftContext, Guesses, Level
 from treespec_jax.drafting.recycle import Recycling
-from treespec_jax.drafting.sources import SourceDrafter
+from treespec_jax.drafting.sources import (
+    SourceDrafter,
+    SourcesState,
+    guesses_of,
+    together,
+)
+from treespec_jax.sampling.select import top_k
+
+# Best tokens of a draft model that become guesses.
+MODEL_GUESSES = 8
+# A match from this length on is copied without asking the model.
+LONG = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +59,104 @@ class AutoOptions:
 
 
 class Auto(SourceDrafter):
-    """The method "auto"; see `protocol.Drafter`."""
+    """The method "auto" without a draft model; see `protocol.Drafter`."""
 
     Options = AutoOptions
 
     @classmethod
     def make(cls, model, tau, options: AutoOptions):
-        return cls(
-            (
-                Matching("suffix", options.longest, options.history),
-                Recycling(options.successors, "engine"),
-                LastLogits(options.candidates),
-            )
+        parts = (
+            Matching("suffix", options.longest, options.history),
+            Recycling(options.successors, "engine"),
+            LastLogits(options.candidates),
         )
+        return cls(parts) if model is None else AutoWithModel(parts, model, tau)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AutoState:
+    """Of the sources, and of the draft model."""
+
+    sources: SourcesState
+    model: DraftModelState
+
+
+class AutoWithModel(SourceDrafter):
+    """The same with a draft model; see `protocol.Drafter`.
+
+    Args:
+      parts: the sources.
+      model: see `DraftModel`.
+      tau: of the model's estimates.
+    """
+
+    def __init__(self, parts, model, tau: float):
+        super().__init__(parts)
+        self.sources = (*self.sources, *DraftModel.sources)
+        self._model = DraftModel(model, tau)
+        self.module = model
+
+    def with_module(self, module):
+        return AutoWithModel(self.parts, module, self._model.tau)
+
+    def init(self, sizes) -> AutoState:
+        return AutoState(super().init(sizes), self._model.init(sizes))
+
+    def ingest(self, state: AutoState, committed) -> AutoState:
+        sources = super().ingest(state.sources, committed)
+        return AutoState(sources, self._model.ingest(state.model, committed))
+
+    def copy_slot(self, state: AutoState, source, destination) -> AutoState:
+        sources = super().copy_slot(state.sources, source, destination)
+        model = self._model.copy_slot(state.model, source, destination)
+        return AutoState(sources, model)
+
+    def propose(self, state: AutoState, shape, context: DraftContext):
+        sources, root, expand = self.look(state.sources, shape, context)
+        logits_VB, run, finish = self._model.begin(state.model, context)
+        copying = self._copying(sources, context)
+
+        def said(logits_VR, width: int) -> Guesses:
+            return self._guesses(logits_VR, context, width)
+
+        def expand_both(level: Level, scratch):
+            known, rows = scratch or (None, None)
+            guesses, known = expand(level, known)
+            W = level.tokens.shape[1]
+
+            def ask():
+                logits_VR, after = run(level, rows)
+                return said(logits_VR, W), after
+
+            def skip():
+                like = jax.eval_shape(ask)
+                return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+            model, rows = lax.cond(copying, skip, ask)
+            silent = jnp.where(copying, -jnp.inf, model.log_prob)
+            model = dataclasses.replace(model, log_prob=silent)
+            return together([guesses, model]), (known, rows)
+
+        if expand is not None:
+            root = together([root, said(logits_VB, 1)])
+        tree = growth.grow(shape, context, root, expand_both, self.tau)
+        return tree, AutoState(sources, finish(tree))
+
+    def _copying(self, state: SourcesState, context: DraftContext) -> jax.Array:
+        """bool []: whether every slot at work has a long match."""
+        lengths_B = jnp.max(state.parts[0].found.lengths, axis=1)
+        return jnp.all((lengths_B >= LONG) | ~context.active)
+
+    def _guesses(self, logits_VR, context: DraftContext, width: int) -> Guesses:
+        """The model's best tokens after R = B·W nodes, as it estimates them."""
+        count = min(MODEL_GUESSES, logits_VR.shape[0])
+        values_RK, tokens_RK = top_k(logits_VR, count)
+        sampling = context.sampling
+        cool_B = jnp.where(sampling.greedy, self._model.tau, sampling.temperature)
+        values_RK = values_RK / jnp.repeat(cool_B, width)[:, None]
+        log_RK = jax.nn.log_softmax(values_RK, axis=1)
+        log_RK = jnp.where(values_RK > -jnp.inf, log_RK, -jnp.inf)
+        shape = -1, width, count
+        number = len(self.parts)
+        return guesses_of(number, tokens_RK.reshape(shape), log_RK.reshape(shape))

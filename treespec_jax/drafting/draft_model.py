@@ -25,6 +25,7 @@ from treespec_jax.drafting.protocol import (
 )
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import CacheView, Pages
+from treespec_jax.trees.token_tree import TokenTree
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +121,17 @@ class DraftModel:
         return DraftModelState(state.pages, lengths, pending, pending_count)
 
     def propose(self, state: DraftModelState, shape, context: DraftContext):
+        logits_VB, expand, finish = self.begin(state, context)
+        tree = growth.grow(shape, context, logits_VB, expand, self.tau)
+        return tree, finish(tree)
+
+    def begin(self, state: DraftModelState, context: DraftContext):
+        """The pass over the waiting tokens, and what goes on from there.
+
+        Returns:
+          float32 logits [V, B] after the roots, `protocol.Expand`, and a function from
+          the finished tree to the state after it.
+        """
         B, window = state.pending.shape
         held_B = jnp.where(context.active, state.lengths, 0)
         pending_count_B = jnp.where(context.active, state.pending_count, 0)
@@ -164,21 +176,22 @@ class DraftModel:
             )
             return self._logits(passed.hidden, context.vocab), (position_BU, rows)
 
-        tree = growth.grow(shape, context, logits_VB, expand, self.tau)
-        pages = paging.commit(
-            state.pages,
-            paging.Destination(context.page_table, held_B, pending_count_B),
-            forward.kv,
-            jnp.broadcast_to(column_C, (B, window)),
-            after=jnp.all(tree.tokens >= 0),
-        )
-        state = DraftModelState(
-            pages=pages,
-            lengths=state.lengths + pending_count_B,
-            pending=state.pending,
-            pending_count=state.pending_count - pending_count_B,
-        )
-        return tree, state
+        def finish(tree: TokenTree) -> DraftModelState:
+            pages = paging.commit(
+                state.pages,
+                paging.Destination(context.page_table, held_B, pending_count_B),
+                forward.kv,
+                jnp.broadcast_to(column_C, (B, window)),
+                after=jnp.all(tree.tokens >= 0),
+            )
+            return DraftModelState(
+                pages=pages,
+                lengths=state.lengths + pending_count_B,
+                pending=state.pending,
+                pending_count=state.pending_count - pending_count_B,
+            )
+
+        return logits_VB, expand, finish
 
     def _known(self, tokens: jax.Array) -> jax.Array:
         """Token ids with those that the model lacks replaced by its last one."""

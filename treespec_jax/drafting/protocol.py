@@ -165,6 +165,7 @@ class Level:
     mask: jax.Array
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guesses:
     """What may follow each node of a level, from a drafter that scores few tokens.

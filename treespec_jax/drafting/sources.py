@@ -11,6 +11,7 @@ Where sources agree on a token, the more confident one is named for it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -21,12 +22,14 @@ from treespec_jax.drafting.matches import Texts
 from treespec_jax.drafting.protocol import (
     Committed,
     DraftContext,
+    Expand,
     Guesses,
     Level,
     Needs,
     NoOptions,
     Sizes,
 )
+from treespec_jax.trees.shapes import TreeShape
 
 # Temperature of the estimate that a child is right, once the noise is known.
 TAU = 1.0
@@ -161,19 +164,32 @@ class SourceDrafter:
         return SourcesState(texts, tuple(parts))
 
     def propose(self, state: SourcesState, shape, context: DraftContext):
+        state, root, expand = self.look(state, shape, context)
+        return growth.grow(shape, context, root, expand, self.tau), state
+
+    def look(
+        self, state: SourcesState, shape: TreeShape, context: DraftContext
+    ) -> tuple[SourcesState, Guesses, Expand | None]:
+        """The state after a look at where each slot stands, and what to grow from.
+
+        Returns:
+          The state, guesses after the roots, and `protocol.Expand`; without a guess
+          and None for a shape that has no node to guess.
+        """
         outlook = Outlook(context, state.texts, shape.depth)
         pairs = zip(self.parts, state.parts, strict=True)
         looked = tuple(part.look(known, outlook) for part, known in pairs)
         state = SourcesState(state.texts, looked)
         root_B1 = context.root[:, None]
         if shape.depth == 0:
-            nothing = Guesses(*(jnp.zeros((*root_B1.shape, 0)) for _ in range(3)))
-            return growth.grow(shape, context, nothing, None, self.tau), state
+            nothing = jnp.zeros((*root_B1.shape, 0), jnp.int32)
+            return state, Guesses(nothing, nothing * 0.0, nothing), None
 
         def guess(nodes: Nodes, scratch):
             parts = zip(self.parts, looked, scratch, strict=True)
             found = [part.guess(known, nodes, seen) for part, known, seen in parts]
-            guesses = _together([(tokens, log) for tokens, log, _ in found])
+            numbered = enumerate(found)
+            guesses = together([guesses_of(n, *some[:2]) for n, some in numbered])
             return guesses, tuple(seen for *_, seen in found)
 
         def expand(level: Level, scratch):
@@ -182,17 +198,19 @@ class SourceDrafter:
 
         root = Nodes(root_B1, 0, jnp.zeros_like(root_B1))
         guesses, first = guess(root, (None,) * len(self.parts))
-        return growth.grow(shape, context, guesses, expand, self.tau), state
+        return state, guesses, expand
 
 
-def _together(found: list[tuple[jax.Array, jax.Array]]) -> Guesses:
-    """The guesses of all sources, each token once."""
-    tokens_BWK = jnp.concatenate([tokens for tokens, _ in found], axis=2)
-    log_BWK = jnp.concatenate([log for _, log in found], axis=2)
-    source_K = jnp.repeat(
-        jnp.arange(len(found), dtype=jnp.int32),
-        jnp.array([tokens.shape[2] for tokens, _ in found]),
-        total_repeat_length=tokens_BWK.shape[2],
+def guesses_of(source: int, tokens: jax.Array, log_prob: jax.Array) -> Guesses:
+    """Guesses that all come from one source, by its number."""
+    return Guesses(tokens, log_prob, jnp.full(tokens.shape, source, jnp.int32))
+
+
+def together(found: Sequence[Guesses]) -> Guesses:
+    """The guesses of all sources, each token once: the most confident one stays."""
+    tokens_BWK, log_BWK, source_BWK = (
+        jnp.concatenate([getattr(guesses, name) for guesses in found], axis=2)
+        for name in ("tokens", "log_prob", "source")
     )
     if len(found) > 1:
         K = tokens_BWK.shape[2]
@@ -206,4 +224,4 @@ def _together(found: list[tuple[jax.Array, jax.Array]]) -> Guesses:
         log_BWK -= jnp.log(jnp.maximum(total, 1.0))
     # What is no guess must still be a token.
     tokens_BWK = jnp.where(log_BWK > -jnp.inf, tokens_BWK, 0)
-    return Guesses(tokens_BWK, log_BWK, jnp.broadcast_to(source_K, log_BWK.shape))
+    return Guesses(tokens_BWK, log_BWK, source_BWK)
