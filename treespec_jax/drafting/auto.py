@@ -28,6 +28,7 @@ from treespec_jax.drafting.sources import (
     guesses_of,
     together,
 )
+from treespec_jax.sampling import policy
 from treespec_jax.sampling.select import top_k
 
 # Best tokens of a draft model that become guesses.
@@ -92,7 +93,7 @@ class AutoWithModel(SourceDrafter):
     """
 
     def __init__(self, parts, model, tau: float):
-        super().__init__(parts)
+        super().__init__(parts, tau)
         self.sources = (*self.sources, *DraftModel.sources)
         self._model = DraftModel(model, tau)
         self.module = model
@@ -117,8 +118,8 @@ class AutoWithModel(SourceDrafter):
         logits_VB, run, finish = self._model.begin(state.model, context)
         copying = self._copying(sources, context)
 
-        def said(logits_VR, width: int) -> Guesses:
-            return self._guesses(logits_VR, context, width)
+        shared = context.proposal == "shared"
+        noise_CVB = context.randomness.noise_rows() if shared else None
 
         def expand_both(level: Level, scratch):
             known, rows = scratch or (None, None)
@@ -127,7 +128,8 @@ class AutoWithModel(SourceDrafter):
 
             def ask():
                 logits_VR, after = run(level, rows)
-                return said(logits_VR, W), after
+                noise_VB = None if noise_CVB is None else noise_CVB[level.depth]
+                return self._guesses(logits_VR, noise_VB, context, W), after
 
             def skip():
                 like = jax.eval_shape(ask)
@@ -139,7 +141,9 @@ class AutoWithModel(SourceDrafter):
             return together([guesses, model]), (known, rows)
 
         if expand is not None:
-            root = together([root, said(logits_VB, 1)])
+            noise_VB = None if noise_CVB is None else noise_CVB[0]
+            said = self._guesses(logits_VB, noise_VB, context, 1)
+            root = together([root, said])
         tree = growth.grow(shape, context, root, expand_both, self.tau)
         return tree, AutoState(sources, finish(tree))
 
@@ -148,15 +152,38 @@ class AutoWithModel(SourceDrafter):
         lengths_B = jnp.max(state.parts[0].found.lengths, axis=1)
         return jnp.all((lengths_B >= LONG) | ~context.active)
 
-    def _guesses(self, logits_VR, context: DraftContext, width: int) -> Guesses:
-        """The model's best tokens after R = B·W nodes, as it estimates them."""
-        count = min(MODEL_GUESSES, logits_VR.shape[0])
-        values_RK, tokens_RK = top_k(logits_VR, count)
-        sampling = context.sampling
-        cool_B = jnp.where(sampling.greedy, self._model.tau, sampling.temperature)
-        values_RK = values_RK / jnp.repeat(cool_B, width)[:, None]
-        log_RK = jax.nn.log_softmax(values_RK, axis=1)
-        log_RK = jnp.where(values_RK > -jnp.inf, log_RK, -jnp.inf)
+    def _guesses(self, logits_VR, noise_VB, context: DraftContext, width) -> Guesses:
+        """The model's best tokens after R = B·W nodes, as it estimates them.
+
+        With the noise of their position, where it is shared.
+        """
+        sampling, count = context.sampling, min(MODEL_GUESSES, logits_VR.shape[0])
+
+        def greedy():
+            values_RK, tokens_RK = top_k(logits_VR / self.tau, count)
+            return tokens_RK, _log_softmax(values_RK, values_RK)
+
+        def sampled():
+            log_VR = policy.truncate(logits_VR, sampling)
+            scores_VR = log_VR
+            if noise_VB is not None:
+                scores_VR = policy.perturbed(logits_VR, noise_VB, sampling)
+            _, tokens_RK = top_k(scores_VR, count)
+            # Estimates of greedy slots are sharpened, as they are above.
+            sharp_R = jnp.repeat(jnp.where(sampling.greedy, self.tau, 1.0), width)
+            log_VR /= sharp_R
+            column_R1 = jnp.arange(log_VR.shape[1])[:, None]
+            values_RK = log_VR[tokens_RK, column_R1]
+            return tokens_RK, _log_softmax(values_RK, log_VR.T)
+
+        quiet = jnp.all(sampling.greedy)
+        tokens_RK, log_RK = lax.cond(quiet, greedy, sampled)
         shape = -1, width, count
         number = len(self.parts)
         return guesses_of(number, tokens_RK.reshape(shape), log_RK.reshape(shape))
+
+
+def _log_softmax(values_RK, all_RJ):
+    """Of values, over all those of their row; -inf stays."""
+    log_RK = values_RK - jax.nn.logsumexp(all_RJ, axis=1, keepdims=True)
+    return jnp.where(values_RK > -jnp.inf, log_RK, -jnp.inf)
