@@ -109,13 +109,11 @@ class _Reader:
         return float(str(np.float32(value))) if value else default
 
     def token(self, name: str) -> int | None:
-        """A token's number among the keys of the tokenizer."""
+        """A token's id among the keys of the tokenizer."""
         key = f"tokenizer.ggml.{name}"
         value = self._values.get(key)
         if value is not None and (type(value) is not int or value < 0):
-            raise UserError(
-                f"{self.path}: {key}={value!r:.60} must be a token's number"
-            )
+            raise UserError(f"{self.path}: {key}={value!r:.60} must be a token's id")
         return value
 
     def check(self, name: str, value: Any, good: bool, wanted: str) -> None:
