@@ -121,10 +121,11 @@ class _Vocabulary:
                 f"{self.source} lacks tokenizer.ggml.{name}; download it again, or "
                 "name a tokenizer with --tokenizer"
             )
-        good = isinstance(value, list) and all(isinstance(item, kind) for item in value)
+        kinds = (int, float) if kind is float else kind
+        good = isinstance(value, list) and all(isinstance(v, kinds) for v in value)
         if not good or (size is not None and len(value) < size):
             wanted = "" if size is None else f"{size} "
-            self.refuse(name, value, f"{wanted}values of {kind.__name__}")
+            self.refuse(name, value, f"{wanted}values of type {kind.__name__}")
         return value[:size]
 
     def token(self, name: str, default: int | None = None) -> int | None:
@@ -237,7 +238,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[bytes, TokenizerSettings]:
     from sentencepiece import sentencepiece_model_pb2 as protocol
 
     count = len(vocabulary.tokens)
-    scores = vocabulary.array("scores", (int, float), count)
+    scores = vocabulary.array("scores", float, count)
     roles = vocabulary.roles(defaults=True)
     unknown = vocabulary.token("unknown_token_id", 0)
     prefix = vocabulary.flag("add_space_prefix", True)
