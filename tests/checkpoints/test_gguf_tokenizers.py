@@ -225,6 +225,8 @@ def scored(prefix: bool = True, bos: str = "<s>"):
     for text in user:
         token = tokens.index(text)
         types[token] = 4
+        # The converter does not ask for the score of an added token.
+        values["tokenizer.ggml.scores"][token] = -1000.0
         tokens[token] = text.replace("\u2581", " ")
     values |= {
         "tokenizer.ggml.add_space_prefix": prefix,
