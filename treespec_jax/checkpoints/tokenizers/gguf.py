@@ -14,13 +14,20 @@ from typing import Any, NoReturn
 from treespec_jax.checkpoints.chat import TemplateSource
 from treespec_jax.checkpoints.tokenizers.base import SPACE, Tokenizer
 from treespec_jax.checkpoints.tokenizers.pretokenizers import DEFAULT, PRE_TOKENIZERS
-from treespec_jax.checkpoints.tokenizers.sentencepiece import SentencePieceTokenizer
+from treespec_jax.checkpoints.tokenizers.sentencepiece import (
+    SentencePieceTokenizer,
+    serialise_model,
+)
 from treespec_jax.checkpoints.tokenizers.settings import AddedToken, TokenizerSettings
 from treespec_jax.checkpoints.tokenizers.tokenizer_json import HuggingFaceTokenizer
 from treespec_jax.errors import UserError
 
 # Types of tokens, of GGUF and of sentencepiece alike.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+# Fields of sentencepiece's `TrainerSpec` and `NormalizerSpec`, and a value.
+_MODEL_TYPE, _VOCAB_SIZE, _BYTE_FALLBACK, _UNK_ID, _UNK_PIECE = 3, 4, 35, 40, 45
+_NAME, _ADD_PREFIX, _STRIP_SPACES = 1, 3, 4
+_BPE = 2
 # By role: the key of the token's id, and its default in a "llama" vocabulary.
 _ROLES = {
     "bos_token": ("bos_token_id", 1),
@@ -235,8 +242,6 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[bytes, TokenizerSettings]:
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tuple[bytes, TokenizerSettings]:
     """The model of the sentencepiece package that the scores were taken from."""
-    from sentencepiece import sentencepiece_model_pb2 as protocol
-
     count = len(vocabulary.tokens)
     scores = vocabulary.array("scores", float, count)
     roles = vocabulary.roles(defaults=True)
@@ -251,28 +256,28 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[bytes, TokenizerSettings]:
     if len(normal) == 1:
         # Of converters without the scores at hand; pieces are in order of their merges.
         scores = [-float(token) for token in range(count)]
-    model = protocol.ModelProto()
-    for text, score, kind in zip(vocabulary.tokens, scores, types, strict=True):
-        # Converters turn the mark back into spaces in these alone.
-        text = text.replace(" ", SPACE) if kind == _USER_DEFINED else text
-        model.pieces.add(piece=text, score=score, type=kind)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type = protocol.TrainerSpec.BPE
-    trainer.vocab_size = count
-    trainer.byte_fallback = _BYTE in types
-    trainer.unk_id = unknown
-    trainer.unk_piece = vocabulary.tokens[unknown]
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = prefix
-    normalizer.remove_extra_whitespaces = vocabulary.flag(
-        "remove_extra_whitespaces", False
+    # Converters turn the mark back into spaces in added tokens alone.
+    spellings = (
+        text.replace(" ", SPACE) if kind == _USER_DEFINED else text
+        for text, kind in zip(vocabulary.tokens, types, strict=True)
     )
+    pieces = zip(spellings, map(float, scores), types, strict=True)
+    trainer = {
+        _MODEL_TYPE: _BPE,
+        _VOCAB_SIZE: count,
+        _BYTE_FALLBACK: _BYTE in types,
+        _UNK_ID: unknown,
+        _UNK_PIECE: vocabulary.tokens[unknown].encode(),
+    }
+    strip = vocabulary.flag("remove_extra_whitespaces", False)
+    normalizer = {_NAME: b"identity", _ADD_PREFIX: prefix, _STRIP_SPACES: strip}
+    data = serialise_model(pieces, trainer, normalizer)
     # Behind a token that is found in the text another prefix follows. Without prefixes
     # sentencepiece finds its own.
     kinds = (_CONTROL, _USER_DEFINED) if prefix else (_CONTROL,)
     add_bos = vocabulary.flag("add_bos_token", True)
     settings = vocabulary.settings(roles, _added(vocabulary, kinds), add_bos)
-    return model.SerializeToString(), settings
+    return data, settings
 
 
 def _added(vocabulary: _Vocabulary, kinds: tuple[int, ...]) -> dict[int, AddedToken]:
