@@ -141,6 +141,7 @@ def serialise_model(
       trainer: fields of `TrainerSpec` by number.
       normalizer: fields of `NormalizerSpec` by number.
     """
+    # Of protocol buffers: 0 is a number, 2 are bytes, 5 is a float.
     text_tag, score_tag, type_tag = _tag(1, 2), _tag(2, 5), _tag(3, 0)
     parts = []
     for text, score, kind in pieces:
