@@ -166,6 +166,7 @@ def test_parts_of_quantised_tensors(pair):
         np.testing.assert_array_equal(found, whole)
 
 
+@pytest.mark.slow
 def test_llama3_frequencies_are_a_tensor(tmp_path):
     """Against transformers' logits, past the length before stretching."""
     config = read_huggingface(GOLDEN / "llama3" / "config.json")
