@@ -31,7 +31,8 @@ class RotaryConfig:
       theta: base of the angles.
       scaling: "none"; "linear" divides every frequency by `factor` (Chen et al.,
         2306.15595); "llama3" the low ones only (Llama 3.1, 2407.21783); "yarn" blends
-        by wavelength and scales cosines and sines (Peng et al., 2309.00071).
+        by wavelength and scales cosines and sines (Peng et al., 2309.00071); "factors"
+        divides each frequency by its own of `factors`.
       factor: how many times longer the text may be.
       original_max_positions: of the model before stretching; llama3 and yarn need it.
       low_freq_factor: llama3: rotations over the original length below which a
@@ -45,6 +46,7 @@ class RotaryConfig:
       mscale: yarn: with `mscale_all_dim`, the factor is (0.1 mscale ln(factor) + 1) /
         (0.1 mscale_all_dim ln(factor) + 1) (DeepSeek-V2, 2405.04434).
       mscale_all_dim: see `mscale`.
+      factors: of "factors", one for each pair of dimensions, H/2.
     """
 
     theta: float = 10000.0
@@ -59,8 +61,9 @@ class RotaryConfig:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    factors: tuple[float, ...] = ()
 
-    SCALINGS: ClassVar = ("none", "linear", "llama3", "yarn")
+    SCALINGS: ClassVar = ("none", "linear", "llama3", "yarn", "factors")
 
     def __post_init__(self):
         if self.scaling not in self.SCALINGS:
@@ -77,8 +80,18 @@ class RotaryConfig:
         for name in ("mscale", "mscale_all_dim"):
             check_float(f"rotary.{name}", getattr(self, name) or 0, 0)
         check_bool("rotary.truncate", self.truncate)
-        if self.scaling == "none" and self.factor != 1:
-            raise UserError(f"rotary.factor={self.factor} needs a rotary.scaling")
+        if self.scaling in ("none", "factors") and self.factor != 1:
+            raise UserError(
+                f"rotary.factor={self.factor} needs a rotary.scaling of one factor"
+            )
+        object.__setattr__(self, "factors", tuple(self.factors))
+        for value in self.factors:
+            check_float("rotary.factors", value, 0, open_low=True)
+        if bool(self.factors) != (self.scaling == "factors"):
+            raise UserError(
+                f"rotary.factors and rotary.scaling={self.scaling!r} do not belong "
+                "together"
+            )
         if self.original_max_positions is not None:
             check_int("rotary.original_max_positions", self.original_max_positions, 1)
         elif self.scaling in ("llama3", "yarn"):
@@ -198,6 +211,11 @@ class ModelConfig:
                 object.__setattr__(self, name, value)
             elif not isinstance(value, RotaryConfig) and (value or name == "rotary"):
                 raise UserError(f"model.{name} must hold its settings, got {value!r}")
+            if value and value.factors and 2 * len(value.factors) != self.head_dim:
+                raise UserError(
+                    f"model.{name} has {len(value.factors)} factors, half of "
+                    f"head_dim={self.head_dim} are needed"
+                )
         object.__setattr__(self, "local_layers", tuple(self.local_layers))
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
         self._check_layers()

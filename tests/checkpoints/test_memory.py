@@ -14,8 +14,10 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 import pytest
 
+from tests.checkpoints import gguf_files
 from tests.checkpoints.support import write_huggingface
 from treespec_jax.checkpoints.families import name_table
+from treespec_jax.checkpoints.formats import gguf
 from treespec_jax.config import ModelConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -86,6 +88,17 @@ def write(folder, config, dtype):
     return write_huggingface(folder, config, tensors)
 
 
+def write_gguf(path, config, kind):
+    """Matrices of one type, all zero; a block of 256 takes 144 bytes in Q4_K."""
+    raw = {}
+    for piece in gguf.name_table(config):
+        *rows, size = piece.shape
+        raw[piece.name] = "F32", np.ones(piece.shape, np.float32)
+        if rows and kind == "Q4_K":
+            raw[piece.name] = kind, np.zeros((*rows, size // 256 * 144), np.uint8)
+    return gguf_files.write(path, gguf_files.metadata_of(config), raw)
+
+
 def run(program, *arguments):
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
@@ -116,6 +129,8 @@ def folders(tmp_path_factory):
     run(CONVERT, *made.values())
     for name, path in list(made.items()):
         made[f"{name} native"] = f"{path}_native"
+    made["small gguf"] = write_gguf(root / "small.gguf", SMALL, "F32")
+    made["Q4_K gguf"] = write_gguf(root / "large.gguf", CONFIG, "Q4_K")
     return made
 
 
@@ -130,10 +145,12 @@ def folders(tmp_path_factory):
         ("bfloat16 native", "float32", 1),
         ("float32 native", "bfloat16", 1),
         ("float32 native", "float32", 2),
+        ("Q4_K gguf", "float32", 1),
     ],
 )
 def test_peak_is_the_model_and_little_more(folders, stored, dtype, devices, capsys):
-    small = folders["small native" if "native" in stored else "small"]
+    _, *kind = stored.split()
+    small = folders[" ".join(["small", *kind])]
     peak, final = run(MEASURE, small, folders[stored], dtype, devices)
     with capsys.disabled():
         print(

@@ -13,7 +13,9 @@ from tests.checkpoints.support import forward, greedy
 from tests.conftest import TINY
 from treespec_jax.checkpoints import LoadedModel, load, save
 from treespec_jax.checkpoints.widening import widen, widened_config
+from treespec_jax.config import RotaryConfig
 from treespec_jax.errors import UserError
+from treespec_jax.models.rotary import frequencies
 from treespec_jax.models.transformer import Transformer, parameter_count
 
 pytestmark = pytest.mark.slow
@@ -126,6 +128,15 @@ def test_seed():
     assert not np.array_equal(gates[0], gates[2])
     assert np.array_equal(gates[0][:, :48], gates[2][:, :48])
     assert (gates[0] != 0).all()
+
+
+def test_frequencies_of_wider_heads():
+    """Factors of their own, too: the first pairs of the wide heads turn as before."""
+    factored = RotaryConfig(scaling="factors", factors=(1.0, 1.0, 2.0, 8.0))
+    config = dataclasses.replace(TINY, rotary=factored)
+    wide = widened_config(config, dict(head_dim=14))
+    found, wanted = frequencies(wide.rotary, 14), frequencies(factored, 8)
+    np.testing.assert_allclose(found[:4], wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,19 @@ from treespec_jax.checks import from_mapping
 from treespec_jax.config import ModelConfig, RotaryConfig
 from treespec_jax.errors import UserError
 
+CONFIGS = {
+    **FAMILIES,
+    "factors": dataclasses.replace(
+        PLAIN,
+        rotary=RotaryConfig(scaling="factors", factors=(1.0,) * (PLAIN.head_dim // 2)),
+    ),
+}
 
-@pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_json_round_trip(name):
     """Equal and of equal hash: lists become tuples, rotary settings their class."""
-    config = FAMILIES[name]
+    config = CONFIGS[name]
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     again = from_mapping(ModelConfig, values, "model")
     assert again == config and hash(again) == hash(config)
@@ -52,6 +60,22 @@ def test_json_round_trip(name):
                 }
             },
             "low_freq_factor=4.0 must be below high_freq_factor=4.0",
+        ),
+        (
+            {"rotary": {"scaling": "factors"}},
+            "factors and rotary.scaling='factors' do not belong together",
+        ),
+        (
+            {"rotary": {"factors": [1.0] * 4}},
+            "factors and rotary.scaling='none' do not belong together",
+        ),
+        (
+            {"rotary": {"scaling": "factors", "factors": [1.0]}},
+            "model.rotary has 1 factors, half of head_dim=",
+        ),
+        (
+            {"rotary": {"scaling": "factors", "factors": [0.0] * 4}},
+            "rotary.factors must be a finite number",
         ),
         ({"activation": "relu"}, "activation 'relu' is unknown; choose from silu"),
         ({"attention_soft_cap": 0}, "attention_soft_cap must be a finite number"),

@@ -54,9 +54,9 @@ def load(
     """Reads a checkpoint; memory peaks at the parameters and a few MiB.
 
     Args:
-      checkpoint: the path of a Hugging Face folder, a llama2.c version 0 `.bin` file,
-        or a folder that `save` wrote; or what `describe` gave for one, which is not
-        described again.
+      checkpoint: the path of a Hugging Face folder, a GGUF file, a llama2.c version 0
+        `.bin` file, or a folder that `save` wrote; or what `describe` gave for one,
+        which is not described again.
       dtype: float32, bfloat16 or float16; None: as stored.
       tokenizer: a file to use instead of the one found with the weights or described.
       progress: wraps the list of parameters as they are read, to show a bar.

@@ -22,6 +22,7 @@ class Piece:
         reshaped to that part.
       interleaved: the rows of each head are rotary pairs (0, 1), (2, 3), …; they become
         (0, H/2), (1, H/2 + 1), …. The part is then [..., H, D].
+      unit_offset: the tensor holds 1 + w, the parameter w.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Piece:
     path: str
     index: tuple[Any, ...] = ()
     interleaved: bool = False
+    unit_offset: bool = False
 
 
 class TensorSource(Protocol):

@@ -259,6 +259,9 @@ def _copy(
         *lead, rows, width = tensor.shape
         pairs = tensor.reshape(*lead, rows // 2, 2, width)
         tensor = np.swapaxes(pairs, -3, -2).reshape(tensor.shape)
+    if piece.unit_offset:
+        # In float32: next to 1 a narrower type would cut most of w off.
+        tensor = tensor.astype(np.float32) - np.float32(1)
     with np.errstate(over="ignore"):
         np.copyto(into, tensor[_within(block, read)], casting="unsafe")
     if into.dtype.name == "float16" and tensor.dtype.name != "float16":

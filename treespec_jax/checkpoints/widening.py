@@ -172,7 +172,9 @@ def _slower(rotary: RotaryConfig, ratio: float) -> RotaryConfig:
             f"heads {ratio:g} times as wide need rotary theta {rotary.theta:g} to that "
             "power, which is too large; lower head_dim"
         ) from None
-    return dataclasses.replace(rotary, theta=theta)
+    count = round(len(rotary.factors) * ratio)
+    factors = rotary.factors + (1.0,) * (count - len(rotary.factors))
+    return dataclasses.replace(rotary, theta=theta, factors=factors)
 
 
 def _layer_positions(config: ModelConfig, count: int) -> list[int]:

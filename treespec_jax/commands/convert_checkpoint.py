@@ -1,7 +1,8 @@
 """Converts a checkpoint to this package's own format.
 
-Reads a Hugging Face folder, a llama2.c .bin file or a folder that this command wrote;
-writes a folder with the weights (orbax), the configuration and the tokenizer:
+Reads a Hugging Face folder, a GGUF file, a llama2.c .bin file or a folder that this
+command wrote; writes a folder with the weights (orbax), the configuration and the
+tokenizer:
 
   convert_checkpoint --input=stories260K.bin --tokenizer=tok512.bin --output=stories
 

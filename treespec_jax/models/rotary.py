@@ -22,6 +22,8 @@ def frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
     stretched = plain / config.factor
     if config.scaling == "linear":
         return stretched
+    if config.scaling == "factors":
+        return plain / np.asarray(config.factors)
     if config.scaling == "llama3":
         low, high = config.low_freq_factor, config.high_freq_factor
         # Rotations over the original length: many keep their speed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from treespec_jax.checkpoints.formats.gguf import GgufFormat
 from treespec_jax.checkpoints.formats.huggingface import HuggingFaceFormat
 from treespec_jax.checkpoints.formats.llama2c import Llama2cFormat
 from treespec_jax.checkpoints.formats.native import NativeFormat
@@ -17,7 +18,12 @@ from treespec_jax.errors import UserError
 
 __all__ = ["FORMATS", "Description", "Format", "describe", "find_format"]
 
-FORMATS: tuple[Format, ...] = (NativeFormat(), HuggingFaceFormat(), Llama2cFormat())
+FORMATS: tuple[Format, ...] = (
+    NativeFormat(),
+    HuggingFaceFormat(),
+    GgufFormat(),
+    Llama2cFormat(),
+)
 
 
 def find_format(path: Path) -> Format:

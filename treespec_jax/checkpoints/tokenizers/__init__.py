@@ -1,4 +1,4 @@
-"""Tokenizers of one class: sentencepiece, tokenizer.json, llama2.c tok.bin."""
+"""Tokenizers of one class: sentencepiece, tokenizer.json, llama2.c tok.bin, GGUF."""
 
 from treespec_jax.checkpoints.tokenizers.base import TextStream, Tokenizer
 from treespec_jax.checkpoints.tokenizers.files import find_tokenizer, load_tokenizer

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import struct
+from collections.abc import Iterable, Mapping
 
 from treespec_jax.checkpoints.tokenizers.base import (
     ALL_SPACES,
@@ -121,6 +124,55 @@ class SentencePieceTokenizer(Tokenizer):
             return ALL_SPACES
         remaining = len(self._model.decode([space, space]))
         return {0: ALL_SPACES, 1: 1}.get(remaining, 0)
+
+
+def serialise_model(
+    pieces: Iterable[tuple[str, float, int]],
+    trainer: Mapping[int, int | bytes],
+    normalizer: Mapping[int, int | bytes],
+) -> bytes:
+    """A `ModelProto`, as `SentencePieceTokenizer` reads it.
+
+    The classes for it that come with the sentencepiece package work with few versions
+    of the protobuf package.
+
+    Args:
+      pieces: text, score and type of each (`ModelProto.SentencePiece.Type`).
+      trainer: fields of `TrainerSpec` by number.
+      normalizer: fields of `NormalizerSpec` by number.
+    """
+    # Of protocol buffers: 0 is a number, 2 are bytes, 5 is a float.
+    text_tag, score_tag, type_tag = _tag(1, 2), _tag(2, 5), _tag(3, 0)
+    parts = []
+    for text, score, kind in pieces:
+        data = text.encode()
+        value = struct.pack("<f", score)
+        row = (text_tag, _varint(len(data)), data, score_tag, value, type_tag)
+        parts.append(_field(1, b"".join((*row, _varint(kind)))))
+    for number, fields in ((2, trainer), (3, normalizer)):
+        parts.append(_field(number, b"".join(_field(*f) for f in fields.items())))
+    return b"".join(parts)
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer."""
+    if isinstance(value, bytes):
+        return b"".join((_tag(number, 2), _varint(len(value)), value))
+    return _tag(number, 0) + _varint(value)
+
+
+@functools.cache
+def _tag(number: int, kind: int) -> bytes:
+    return _varint(number << 3 | kind)
+
+
+@functools.cache
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
 
 
 def _processor(data: bytes, source: str):
