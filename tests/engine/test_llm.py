@@ -109,7 +109,7 @@ def test_arrivals_tell_when_tokens_reached_the_host(llm, script, max_steps):
         assert completion.token_ids == script.ids
         seconds, counts = zip(*completion.arrivals, strict=True)
         assert sum(counts) == len(script.ids) and min(counts) >= 1
-        assert 0 < seconds[0] and list(seconds) == sorted(seconds)
+        assert seconds[0] > 0 and list(seconds) == sorted(seconds)
         steps = SIZES["steps_per_dispatch"]
         if max_steps is None:
             assert len(counts) == -(-completion.stats.steps // steps)

@@ -87,7 +87,9 @@ _TURNS = '{"question_id": 1, "category": "qa", "turns": ["…"]}'
 FORMATS = {
     "spec-bench": Format("question.jsonl", _spec_bench, _TURNS),
     "mt-bench": Format("question.jsonl", _mt_bench, _TURNS),
-    "humaneval": Format("HumanEval.jsonl.gz", _humaneval, '{"task_id": …, "prompt": …}'),
+    "humaneval": Format(
+        "HumanEval.jsonl.gz", _humaneval, '{"task_id": "…", "prompt": "…"}'
+    ),
     "gsm8k": Format("test.jsonl", _gsm8k, '{"question": "…"}'),
     "file": Format("", _of_a_file, '{"prompt": "…"} or {"turns": ["…"]}'),
 }

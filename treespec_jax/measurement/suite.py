@@ -1,4 +1,4 @@
-"""Questions that a benchmark asks, and a question on its way to an answer; free of jax."""
+"""Questions that a benchmark asks, and how they are put; free of jax."""
 
 from __future__ import annotations
 
