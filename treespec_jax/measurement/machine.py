@@ -6,6 +6,8 @@ import concurrent.futures
 import importlib.metadata
 import os
 import platform
+import resource
+import sys
 import time
 from typing import Any
 
@@ -37,6 +39,21 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has been using."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes but on a Mac.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int | None:
+    """The most memory in use on the first device; None where it does not tell."""
+    import jax
+
+    found = jax.devices()[0].memory_stats() or {}
+    return found.get("peak_bytes_in_use")
 
 
 class ReadBandwidth:
