@@ -121,6 +121,8 @@ def test_every_kind_is_asked_as_the_library_wants_it(libraries, tokenizer):
         assert seconds == sorted(seconds) and seconds[0] > 0
         assert (answer.stats.steps, answer.stats.tokens) == (len(counts), 5)
         assert sum(answer.stats.emitted_counts) == len(counts)
+        depths = answer.stats.acceptance_by_depth
+        assert depths == ([pytest.approx(2 / 3)] if kind == "assisted" else [])
         given = target.calls[-1]
         assert ("assistant_model" in given) == (kind == "assisted")
         config = given["generation_config"]

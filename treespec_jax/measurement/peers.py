@@ -157,7 +157,7 @@ class TransformersDecoder:
             prompt_tokens=len(turn.ids),
             tokens=len(tokens),
             steps=len(arrivals),
-            emitted_counts=[counts.count(n) for n in range(max(counts) + 2)],
+            emitted_counts=[counts.count(n) for n in range(max(counts) + 1)],
         )
         return Answer(text, tokens, arrivals, stats)
 

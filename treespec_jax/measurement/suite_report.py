@@ -22,7 +22,7 @@ _ROUND_HEAD = (
 )
 _STEP_HEAD = (
     *("method", "batch", "ms/step", "draft", "target", "rest"),
-    *("weights read", "step's share"),
+    *("bandwidth, target", "bandwidth, step"),
 )
 
 
@@ -187,9 +187,9 @@ def _breakdown_lines(found: Mapping[str, Any]) -> list[str]:
         "",
         tables.markdown(rows),
         "",
-        "Draft, target and rest are shares of a step; weights read is weight bytes "
-        "over the time of the target's pass, and step's share over that of the whole "
-        "step, as shares of the read bandwidth.",
+        "Draft, target and rest are shares of a step. Bandwidth is weight bytes over "
+        "the time of the target's pass, or of the whole step, as a share of what is "
+        "read at best.",
     ]
     for curve in found["cost_curves"]:
         points = curve["points"]
