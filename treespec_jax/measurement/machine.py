@@ -21,10 +21,11 @@ def versions() -> dict[str, Any]:
     """Versions of Python and packages, machine and devices, as plain values."""
     import jax
 
-    device, packages = jax.devices()[0], ("jax", "jaxlib", "flax", "numpy")
+    device = jax.devices()[0]
+    packages = "treespec-jax", "jax", "jaxlib", "flax", "numpy"
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: _version(name) for name in packages},
         "machine": platform.machine(),
         "system": platform.system(),
         "backend": device.platform,
@@ -32,6 +33,14 @@ def versions() -> dict[str, Any]:
         "devices": jax.device_count(),
         "cpus": usable_cpus(),
     }
+
+
+def _version(package: str) -> str:
+    """Of an installed package; "source" for one that runs from its folder."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
 
 
 def usable_cpus() -> int:
