@@ -47,7 +47,9 @@ class FakeLLM:
         config = EngineConfig(max_batch=config.max_batch, max_len=config.max_len)
         arrays = [np.zeros(10, np.float32)]
         self.engine = types.SimpleNamespace(
-            config=config, program=lambda: (None, (arrays, arrays, None))
+            config=config,
+            program=lambda: (None, (arrays, arrays, None)),
+            compile=lambda: None,
         )
         self.drafter = types.SimpleNamespace(tau=0.7)
         self.size = 1 if settings.plain else 2
@@ -69,7 +71,7 @@ class FakeLLM:
             prompt_tokens=1,
             tokens=count,
             steps=len(arrivals),
-            nodes=self.size - 1,
+            drafted=len(arrivals) * (self.size - 1),
             emitted_counts=[0] * self.size + [len(arrivals)],
             prefill_seconds=0.01,
         )
@@ -205,7 +207,7 @@ def combinations(grid, **changes):
 
 def test_plain_decoding_is_always_there():
     possible, skipped = combinations({"shapes": ("chain:2",), "batches": (1, 4)})
-    chain = Combination("draft_model", "chain:2", "exact", 0.0, 1)
+    chain = Combination("auto", "chain:2", "exact", 0.0, 1)
     assert list(possible)[:2] == [chain.baseline, chain] and skipped == []
     assert [c.batch for c in possible] == [1, 1, 4, 4]
     assert possible[chain].engine.max_batch == 1 and possible[chain.baseline].plain
@@ -215,20 +217,24 @@ def test_plain_decoding_is_always_there():
 
 def test_peers_decode_one_text_at_a_time():
     grid = {"shapes": ("none",), "peers": ("transformers",), "batches": (1, 2)}
+    spec = SpeculativeConfig(model="there")
     possible, skipped = combinations(grid)
     found = [c.label for c in possible if c.peer]
     assert found == ["transformers plain", "transformers prompt_lookup"]
     reasons = {one["what"]: one["reason"] for one in skipped}
     assert "needs a drafter" in reasons["transformers assisted, batch 1"]
     assert "one text at a time" in reasons["transformers plain, batch 2"]
-    spec = SpeculativeConfig(model="there")
+    named = combinations({"shapes": ("chain:2",)}, speculative=spec)[0]
+    assert [c.method for c in named] == ["none", "draft_model"]
     possible, _ = combinations(grid, speculative=spec)
     assert [c.shape for c in possible if c.peer] == list(peers.KINDS)
 
 
 def test_nothing_to_compare_is_an_error():
-    with pytest.raises(UserError, match="nothing to compare: draft_model regular:2"):
-        combinations({"shapes": ("regular:2",), "rules": ("block",)})
+    with pytest.raises(UserError, match="nothing to compare: ngram regular:2 block"):
+        combinations(
+            {"methods": ("ngram",), "shapes": ("regular:2",), "rules": ("block",)}
+        )
 
 
 def test_quick_gives_way_to_flags_and_wins_over_files(

@@ -21,7 +21,9 @@ def line(combination, question, seconds, counts, *, number=0, category="a", **mo
     stats = Stats(
         tokens=sum(counts),
         steps=len(counts),
-        nodes=0 if combination.plain else 2,
+        drafted=0 if combination.plain else 2 * len(counts),
+        sources=() if combination.plain else ("copy", "guess"),
+        source_counts=[] if combination.plain else [3, 1],
         emitted_counts=[counts.count(n) for n in range(4)],
     )
     values = {
@@ -171,7 +173,8 @@ def test_tables(results):
     assert first in cells
     chain = ["", "ngram chain:2", "8.0", "83 %", "2.67", "4.0", "2.00", "2.00"]
     assert [*chain, "20.0", "5.0", "5.0", "5"] in cells
-    assert ["ngram chain:2", "8.0", "2.00", "2.13", "60 53 %", "-"] in cells
+    sources = "copy 75 %, guess 25 %"
+    assert ["ngram chain:2", "8.0", "2.00", "2.13", "60 53 %", "-", sources] in cells
     # Prefill is not known: nothing is told of decoding alone.
     assert ["ngram chain:2 typical", "-", "-"] in [row[:3] for row in cells]
     step = ["ngram chain:2", "1", "10.00", "10 %", "80 %", "10.0 %", "50 %", "40 %"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from treespec_jax import limits
 from treespec_jax.commands import loading, suites
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.drafting import METHODS
@@ -103,13 +104,18 @@ def make(settings: Experiment) -> Job:
 
 def _wants_drafter(settings: Experiment) -> bool:
     """Whether a drafter is loaded: for a method, or for a peer if one is named."""
-    grid = settings.benchmark
-    methods = grid.methods or (settings.speculative.method,)
-    if any(METHODS[method].has_model for method in methods) and grid.shapes != (
-        "none",
+    named = bool(settings.speculative.model)
+    methods = [METHODS[method] for method in _methods(settings)]
+    if settings.benchmark.shapes != ("none",) and any(
+        method.needs_model or (method.takes_model and named) for method in methods
     ):
         return True
-    return bool(grid.peers and settings.speculative.model)
+    return bool(settings.benchmark.peers and named)
+
+
+def _methods(settings: Experiment) -> tuple[str, ...]:
+    """Of the grid, or the one that goes with the models."""
+    return settings.benchmark.methods or (limits.resolve(settings.speculative).method,)
 
 
 def combinations(
@@ -155,7 +161,7 @@ def _drafted(settings: Experiment) -> list[tuple[str, str, str]]:
     grid, speculative = settings.benchmark, settings.speculative
     return [
         (method, shape, rule)
-        for method in grid.methods or (speculative.method,)
+        for method in _methods(settings)
         for shape in grid.shapes
         for rule in grid.rules or (speculative.rule,)
         if "none" not in (method, shape)

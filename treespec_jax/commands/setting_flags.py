@@ -46,9 +46,11 @@ HELP: dict[str, dict[str, str]] = {
         "default: none",
     },
     "speculative": {
-        "method": f"what drafts: {', '.join(METHODS)}",
+        "method": f"what drafts: {', '.join(METHODS)}; default: draft_model where a "
+        "drafter is named, else auto",
         "model": "drafter's checkpoint; default: the bundled one, if the target is",
-        "tree": "none, chain:5, regular:4x2x1, dynamic:15@5 or allotted:15@5",
+        "tree": "none, chain:5, regular:4x2x1, dynamic:15@5 or allotted:15@5; default: "
+        "the method's",
         "tau": "temperature of the drafter's estimates; default: the one fitted by "
         "calibrate_drafter, else 0.7",
         "rule": "exact, token, block, traversal, terminal or (LOSSY) typical",

@@ -189,7 +189,8 @@ class Experiment:
     @property
     def needs_drafter(self) -> bool:
         """Whether the weights of a drafter have to be loaded."""
-        return not self.plain and METHODS[self.speculative.method].has_model
+        method = limits.resolve(self.speculative).method
+        return not self.plain and METHODS[method].needs_model
 
     def with_tree(self, tree: str, **changes) -> Experiment:
         """The same with another tree shape and further changes of `speculative`.

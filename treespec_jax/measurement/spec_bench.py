@@ -55,10 +55,11 @@ def figures(answers: Answers, plain: Answers) -> dict[str, Any]:
         "memory_bytes": answers[0]["memory_bytes"],
         "tokens": stats.tokens,
         "steps": stats.steps,
-        "nodes_per_step": stats.nodes,
+        "nodes_per_step": stats.nodes_per_step,
         "lossless": stats.lossless,
         "acceptance_by_depth": stats.acceptance_by_depth,
         "acceptance_by_rank": stats.acceptance_by_rank,
+        "accepted_by_source": stats.accepted_by_source,
         "reliability": _reliability(answers),
         # Of the first round.
         "texts_unlike_plain": unlike(rounds[0], plain_rounds[0]),

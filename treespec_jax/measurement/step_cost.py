@@ -81,6 +81,7 @@ def warm_up(
         length = min(size + 1, config.max_len - 1)
         # Greedy or not is one program.
         llm.generate([[0] * length], one)
+    llm.engine.compile()
 
 
 def middle_of(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
@@ -121,7 +122,7 @@ def step_cost(
             engine.submit(request)
         before = engine.prefill_seconds
         began = time.perf_counter()
-        engine.advance()
+        engine.advance(shape=speculation.shape)
         prefill = engine.prefill_seconds - before
         seconds = time.perf_counter() - began - prefill
         for request in requests:

@@ -18,7 +18,7 @@ _TASK_HEAD = (
 )
 _ROUND_HEAD = (
     *("method", "decode tok/s", "× plain", "tokens/step", "acceptance by depth"),
-    "accepted by rank",
+    *("accepted by rank", "accepted by source"),
 )
 _STEP_HEAD = (
     *("method", "batch", "ms/step", "draft", "target", "rest"),
@@ -173,6 +173,7 @@ def _round_row(label: str, values: Mapping[str, Any]) -> tuple[str, ...]:
         f"{values['tokens_per_step']:.2f}",
         tables.percents(values["acceptance_by_depth"]),
         tables.percents(values["acceptance_by_rank"]),
+        tables.shares(values["accepted_by_source"]),
     )
 
 
