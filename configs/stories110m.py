@@ -12,10 +12,10 @@ def get_config():
     config.dtype = "float32"
     config.speculative.tree = "chain:3"
     config.sampling.max_tokens = 128
+    config.sampling.ignore_eos = True
     config.engine.max_batch = 1
     config.engine.max_len = 256
     config.benchmark.shapes = (
-        "none",
         "chain:3",
         "chain:5",
         "regular:3x2x1",

@@ -27,6 +27,8 @@ class Completion:
       logprobs: natural log p of each token under the target, if asked for.
       stats: of this request.
       records: of its trees, if the engine records them.
+      arrivals: seconds since it was submitted and tokens of every time that tokens
+        reached the host; those of one dispatch arrive together.
     """
 
     prompt: Prompt | Messages
@@ -36,6 +38,7 @@ class Completion:
     logprobs: list[float] | None
     stats: Stats
     records: list[TreeRecord] = dataclasses.field(default_factory=list)
+    arrivals: list[tuple[float, int]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,12 +118,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        max_steps: int | None = None,
     ) -> Generation:
         """Continues every prompt.
 
         Args:
           prompts: a text, several texts, or lists of token ids (taken as they are).
           params: one for all, or one per prompt; None is greedy with the defaults.
+          max_steps: steps per dispatch at most; with 1 tokens reach the host as soon
+            as they are known (`Completion.arrivals`). None: `steps_per_dispatch`.
 
         Raises:
           UserError: an empty prompt, one longer than max_len, or text without a
@@ -136,7 +139,8 @@ class LLM:
             prompts = [prompts]
         params = _one_each(params, len(prompts), "prompts")
         return self._serve(
-            [self._reader(p, s) for p, s in zip(prompts, params, strict=True)]
+            [self._reader(p, s) for p, s in zip(prompts, params, strict=True)],
+            max_steps,
         )
 
     def chat(
@@ -144,6 +148,7 @@ class LLM:
         messages: Messages | Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         variables: Mapping[str, Any] | None = None,
+        max_steps: int | None = None,
     ) -> Generation:
         """Answers conversations, written out by the checkpoint's chat template.
 
@@ -151,6 +156,7 @@ class LLM:
           messages: one conversation, [{"role": "user", "content": "…"}, …], or several.
           params: as for `generate`.
           variables: for the template to see; see `ChatTemplate.render`.
+          max_steps: as for `generate`.
 
         Raises:
           UserError: no chat template, malformed messages, messages that the template
@@ -162,17 +168,18 @@ class LLM:
             [
                 self._chat_reader(c, s, variables)
                 for c, s in zip(conversations, params, strict=True)
-            ]
+            ],
+            max_steps,
         )
 
-    def _serve(self, readers: list[Reader]) -> Generation:
+    def _serve(self, readers: list[Reader], max_steps: int | None) -> Generation:
         engine = self.engine
         before = engine.prefill_seconds, engine.decode_seconds
         try:
             for reader in readers:
                 engine.submit(reader.request)
             while engine.busy:
-                engine.advance()
+                engine.advance(max_steps)
                 for reader in readers:
                     reader.read(engine)
         finally:

@@ -87,6 +87,7 @@ class Reader:
             logprobs=request.logprobs if request.params.logprobs else None,
             stats=request.stats,
             records=request.records,
+            arrivals=request.arrivals,
         )
 
 

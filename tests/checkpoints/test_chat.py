@@ -38,10 +38,11 @@ def test_templates_are_found_where_checkpoints_keep_them(tmp_path):
     def found():
         return load_tokenizer(tmp_path).chat_template().render(HELLO)
 
+    assert not load_tokenizer(tmp_path).has_chat_template
     with pytest.raises(UserError, match=r"no chat template beside .*tokenizer\.json:"):
         found()
     (tmp_path / "chat_template.json").write_text('{"chat_template": "processor"}')
-    assert found() == "processor"
+    assert found() == "processor" and load_tokenizer(tmp_path).has_chat_template
     config = tmp_path / "tokenizer_config.json"
     config.write_text('{"chat_template": null}')
     assert found() == "processor"

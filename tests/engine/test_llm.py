@@ -102,6 +102,23 @@ def test_prompts_may_be_texts_or_tokens(llm, script):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("max_steps", [None, 1])
+def test_arrivals_tell_when_tokens_reached_the_host(llm, script, max_steps):
+    """One dispatch at a time: with one step in each, a step's tokens."""
+    for completion in llm.generate([script.prompt] * 3, PARAMS, max_steps):
+        assert completion.token_ids == script.ids
+        seconds, counts = zip(*completion.arrivals, strict=True)
+        assert sum(counts) == len(script.ids) and min(counts) >= 1
+        assert seconds[0] > 0 and list(seconds) == sorted(seconds)
+        steps = SIZES["steps_per_dispatch"]
+        if max_steps is None:
+            assert len(counts) == -(-completion.stats.steps // steps)
+        else:
+            emitted = completion.stats.emitted_counts
+            assert [counts.count(n) for n in range(len(emitted))] == emitted
+
+
+@pytest.mark.slow
 def test_each_prompt_has_its_own_params(llm, plain, script):
     params = [
         SamplingParams(max_tokens=3),

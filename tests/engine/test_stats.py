@@ -34,6 +34,7 @@ def request_of(steps) -> Request:
         request.steps.append(step_of(ranks))
         request.stats.record_step(request.steps[-1])
         request.records.append(None)
+        request.arrivals.append((len(request.steps) / 8, len(ranks) + 1))
         for _ in range(len(ranks) + 1):
             request.tokens.append(len(request.tokens))
             request.logprobs.append(-1.0)
@@ -73,6 +74,7 @@ def test_a_cut_text_is_counted_as_if_no_more_had_come(steps, data):
     assert request.stats == request_of(expected).stats
     assert request.stats.tokens == len(request.tokens) == len(request.logprobs) == count
     assert len(request.records) == request.stats.steps
+    assert request.arrivals == request_of(expected).arrivals
     assert sum(request.stats.rank_counts) == request.stats.accepted
 
 

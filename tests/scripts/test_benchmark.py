@@ -1,12 +1,24 @@
-"""scripts/benchmark.py end to end on tiny models; no figure is judged."""
+"""scripts/benchmark.py: what it combines, refuses and resumes; end to end when slow."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import types
 
+import numpy as np
 import pytest
 
-from treespec_jax.measurement import machine, step_cost
+from treespec_jax.commands import benchmark, benchmark_job, loading
+from treespec_jax.commands.settings import BenchmarkSettings, Experiment
+from treespec_jax.completions import Completion
+from treespec_jax.config import EngineConfig, SpeculativeConfig
+from treespec_jax.engine.stats import Stats
+from treespec_jax.errors import UserError
+from treespec_jax.measurement import machine, peers, plots, step_cost
+from treespec_jax.measurement.grid import Combination
+from treespec_jax.measurement.journal import FILE
 
 
 @pytest.fixture
@@ -14,53 +26,312 @@ def pair(files, monkeypatch):
     """Flags of the tiny pair; little memory is read, and few lengths are timed."""
     monkeypatch.setattr(machine, "BYTES", 4 << 20)
     monkeypatch.setattr(step_cost, "CURVE_NODES", (1, 2))
-    return [f"--target={files.target}", f"--draft={files.draft}", "--max_len=64"]
+    return [f"--target={files.target}", f"--draft={files.draft}"]
+
+
+class FakeLLM:
+    """Continues any text by as many letters as were asked for, at a fixed pace.
+
+    Attributes:
+      asked: prompts of all calls of all of them, but for those that compile.
+      stop_after: an interrupt comes at this call.
+    """
+
+    asked: list[str] = []
+    stop_after = 10**9
+    notes = ()
+    dtype = "float32"
+
+    def __init__(self, settings):
+        config = settings.engine
+        config = EngineConfig(max_batch=config.max_batch, max_len=config.max_len)
+        arrays = [np.zeros(10, np.float32)]
+        self.engine = types.SimpleNamespace(
+            config=config,
+            program=lambda: (None, (arrays, arrays, None)),
+            compile=lambda: None,
+        )
+        self.drafter = types.SimpleNamespace(tau=0.7)
+        self.size = 1 if settings.plain else 2
+
+    def generate(self, prompts, params, max_steps=None):
+        params = params if isinstance(params, list) else [params] * len(prompts)
+        return [self._one(p, s) for p, s in zip(prompts, params, strict=True)]
+
+    def _one(self, prompt, params):
+        if isinstance(prompt, str):
+            if len(self.asked) == self.stop_after:
+                raise KeyboardInterrupt
+            self.asked.append(prompt)
+        count = params.max_tokens
+        arrivals = [
+            (0.1 * step, self.size) for step in range(1, count // self.size + 1)
+        ]
+        stats = Stats(
+            prompt_tokens=1,
+            tokens=count,
+            steps=len(arrivals),
+            drafted=len(arrivals) * (self.size - 1),
+            emitted_counts=[0] * self.size + [len(arrivals)],
+            prefill_seconds=0.01,
+        )
+        return Completion(
+            prompt, "x" * count, [5] * count, "length", None, stats, [], arrivals
+        )
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(FakeLLM, "asked", [])
+    monkeypatch.setattr(FakeLLM, "stop_after", 10**9)
+    monkeypatch.setattr(plots, "save_suite", lambda results, path: None)
+    monkeypatch.setattr(loading, "load_pair", lambda settings: None)
+    monkeypatch.setattr(loading, "make_llm", lambda settings, pair: FakeLLM(settings))
+    return FakeLLM
+
+
+@pytest.fixture
+def bench(run_script, pair, tmp_path):
+    (tmp_path / "p.txt").write_text("the cat\na dog\na red hat\n")
+
+    def run(*more):
+        return run_script(
+            "benchmark.py",
+            *pair,
+            f"--suite=file:{tmp_path / 'p.txt'}",
+            "--shapes=chain:1",
+            "--max_tokens=8",
+            "--nobreakdown",
+            f"--output={tmp_path / 'results'}",
+            *more,
+        )
+
+    return run
+
+
+def test_an_interrupted_run_goes_on(bench, fake, tmp_path):
+    """It asks what is missing, and ends as if nothing had happened."""
+    folder = tmp_path / "results"
+    fake.stop_after = 7
+    stopped = bench("--rounds=2", "--latency_tokens=4")
+    assert stopped.code == 130 and stopped.err.splitlines()[-1] == "interrupted"
+    assert "repeat the command" in stopped.err
+    # Each answer of the first round is two calls; the fourth was under way.
+    lines = (folder / FILE).read_text().splitlines()
+    assert len(lines) == 1 + 3 and [p.name for p in folder.iterdir()] == [FILE]
+    fake.asked.clear()
+    fake.stop_after = 10**9
+    # A killed process may leave a part of a line.
+    (folder / FILE).write_text("\n".join([*lines, lines[-1][:40]]))
+    done = bench("--rounds=2", "--latency_tokens=4")
+    assert done.code == 0, done.err
+    assert len(fake.asked) == 2 * (6 - 3) + 6
+    assert (folder / FILE).read_text().splitlines()[:4] == lines
+    shown = (folder / "results.md").read_text()
+    assert shown.strip() in done.out and "2 rounds" in shown
+    report = json.loads((folder / "results.json").read_text())
+    plain, chain = (figure["tasks"]["overall"] for figure in report["figures"])
+    assert plain["questions"] == chain["questions"] == 3
+    assert chain["speed_up"]["rounds"] == [pytest.approx(2.0)] * 2
+    assert chain["tokens_per_step"] == 2 and chain["acceptance_rate"] == 1
+    assert chain["inter_token_p50"] == pytest.approx(0.05)
+    assert chain["first_token_seconds"] == pytest.approx(0.1)
+    assert (chain["memory_bytes"], plain["texts_unlike_plain"]) == (80, 0)
+    again = bench("--rounds=2", "--latency_tokens=4")
+    assert again.code == 0 and again.out == done.out
+    assert len(fake.asked) == 2 * (6 - 3) + 6, "all was there"
+
+
+def test_results_of_other_settings_stay(bench, fake, refuses, pair, tmp_path):
+    folder = tmp_path / "results"
+    assert bench("--rounds=1").code == 0
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for flag, expected in {
+        "--seed=3": "sampling.seed=0, not 3",
+        "--rounds=2": "benchmark.rounds=1, not 2",
+        "--shapes=chain:2": 'benchmark.shapes=["chain:1"], not ["chain:2"]',
+        "--questions=2": "benchmark.questions=0, not 2",
+    }.items():
+        told = bench("--rounds=1", flag)
+        assert told.code == 2 and told.out == ""
+        assert len(told.err.splitlines()) == 1 and expected in told.err, told.err
+        assert "--overwrite" in told.err
+    (tmp_path / "p.txt").write_text("another\n")
+    assert "questions=" in bench("--rounds=1").err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert bench("--rounds=1", "--overwrite").code == 0
+    report = json.loads((folder / "results.json").read_text())
+    assert report["suite"]["questions"] == 1
+
+
+def test_a_grid_runs_all_that_can_be(bench, fake, tmp_path):
+    told = bench(
+        "--rounds=1",
+        "--methods=none,ngram,draft_model",
+        "--shapes=chain:1,dynamic:3@2",
+        "--rules=exact,block",
+        "--temperatures=0,1",
+        "--batches=1,2",
+    )
+    assert told.code == 0, told.err
+    skipped = [s for s in told.err.splitlines() if s.startswith("skipped")]
+    names = ["ngram dynamic:3@2 block", "draft_model dynamic:3@2 block"]
+    assert [s.split(": ")[1] for s in skipped] == names
+    assert all("chains only" in line for line in skipped)
+    report = json.loads((tmp_path / "results" / "results.json").read_text())
+    labels = [figure["label"] for figure in report["figures"]]
+    one = ["none", *(f"{m} {s}" for m in ("ngram", "draft_model") for s in SHAPES)]
+    assert labels == one * 4
+    shown = (tmp_path / "results" / "results.md").read_text()
+    for title in ("T=0, batch 1", "T=1, batch 1", "T=0, batch 2", "T=1, batch 2"):
+        assert f"### {title}" in shown
+
+
+SHAPES = ("chain:1", "chain:1 block", "dynamic:3@2")
+
+
+def test_questions_that_do_not_fit_are_left_out(bench, fake, tmp_path):
+    (tmp_path / "p.txt").write_text("a dog\n" + "a very long tale " * 20 + "\n")
+    told = bench("--rounds=1", "--max_len=64")
+    assert told.code == 0 and "left out, too long for max_len: 2" in told.err
+    report = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert report["left_out"] == ["2"] and report["suite"]["questions"] == 1
+    assert bench("--max_len=14").code == 2
+    assert "no question of suite" in bench("--max_len=14").err
+
+
+def combinations(grid, **changes):
+    settings = Experiment(benchmark=BenchmarkSettings(**grid), **changes)
+    return benchmark_job.combinations(settings)
+
+
+def test_plain_decoding_is_always_there():
+    possible, skipped = combinations({"shapes": ("chain:2",), "batches": (1, 4)})
+    chain = Combination("auto", "chain:2", "exact", 0.0, 1)
+    assert list(possible)[:2] == [chain.baseline, chain] and skipped == []
+    assert [c.batch for c in possible] == [1, 1, 4, 4]
+    assert possible[chain].engine.max_batch == 1 and possible[chain.baseline].plain
+    possible, _ = combinations({"shapes": ("chain:2", "none"), "methods": ("none",)})
+    assert all(combination.plain for combination in possible)
+
+
+def test_peers_decode_one_text_at_a_time():
+    grid = {"shapes": ("none",), "peers": ("transformers",), "batches": (1, 2)}
+    spec = SpeculativeConfig(model="there")
+    possible, skipped = combinations(grid)
+    found = [c.label for c in possible if c.peer]
+    assert found == ["transformers plain", "transformers prompt_lookup"]
+    reasons = {one["what"]: one["reason"] for one in skipped}
+    assert "needs a drafter" in reasons["transformers assisted, batch 1"]
+    assert "one text at a time" in reasons["transformers plain, batch 2"]
+    named = combinations({"shapes": ("chain:2",)}, speculative=spec)[0]
+    assert [c.method for c in named] == ["none", "draft_model"]
+    possible, _ = combinations(grid, speculative=spec)
+    assert [c.shape for c in possible if c.peer] == list(peers.KINDS)
+
+
+def test_nothing_to_compare_is_an_error():
+    with pytest.raises(UserError, match="nothing to compare: ngram regular:2 block"):
+        combinations(
+            {"methods": ("ngram",), "shapes": ("regular:2",), "rules": ("block",)}
+        )
+
+
+def test_quick_gives_way_to_flags_and_wins_over_files(
+    run_script, monkeypatch, tmp_path
+):
+    found = []
+
+    def make(settings):
+        found.append(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr(benchmark_job, "make", make)
+    (tmp_path / "c.py").write_text(
+        "from treespec_jax.commands.settings import default_config\n"
+        "def get_config():\n    config = default_config()\n"
+        "    config.benchmark.rounds = 9\n    config.sampling.seed = 4\n"
+        "    return config\n"
+    )
+    run_script(
+        "benchmark.py",
+        "--output=x",
+        "--quick",
+        f"--config={tmp_path / 'c.py'}",
+        "--max_tokens=99",
+    )
+    (settings,) = found
+    quick = {key.split(".")[1]: value for key, value in benchmark._QUICK.items()}
+    for name, value in quick.items():
+        if name != "max_tokens":
+            assert getattr(settings.benchmark, name) == value
+    assert settings.sampling.max_tokens == 99 and settings.sampling.seed == 4
 
 
 @pytest.mark.slow
 def test_benchmark(run_script, pair, tmp_path):
-    (tmp_path / "p.txt").write_text("the cat\na dog\n")
+    """All of it, on the tiny pair."""
+    rows = [
+        {"question_id": 1, "category": "cats", "turns": ["the cat", "a dog"]},
+        {"question_id": 2, "category": "dogs", "turns": ["a dog"]},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "new" / "results"
-    result = run_script(
+    command = (
         "benchmark.py",
         *pair,
-        f"--prompts_file={tmp_path / 'p.txt'}",
+        "--max_len=64",
+        "--prefill_chunks=16",
+        f"--suite=file:{tmp_path / 'q.jsonl'}",
         "--shapes=dynamic:3@2",
         "--max_tokens=10",
+        "--latency_tokens=4",
         "--rounds=1",
         "--record",
+        "--ignore_eos",
         f"--output={folder}",
     )
+    result = run_script(*command)
     assert result.code == 0, result.err
     names = sorted(p.name for p in folder.iterdir())
-    assert names == ["results.json", "results.md", "results.png"]
+    assert names == ["results.json", "results.md", "results.png", FILE]
     assert [p.name for p in folder.parent.iterdir()] == ["results"]
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "results.md").read_text()
     assert table.strip() in result.out
-    assert "All shapes emitted the tokens of plain decoding." in table
+    assert "Whatever keeps the text emitted the tokens of plain decoding." in table
+    assert "mean gap" in table and "### Parts of a step" in table
 
     report = json.loads((folder / "results.json").read_text())
-    assert list(report["shapes"]) == ["none", "dynamic:3@2"]
-    for figures in report["shapes"].values():
-        assert figures["tokens"] == 20
-        assert figures["texts_unlike_plain"] == 0
-        assert figures["tokens_per_second"]["median"] > 0
-        step = figures["step"]
-        assert step["step"] > 0 and step["target"] > 0
-        assert figures["bandwidth_share"] > 0
-    plain, dynamic = report["shapes"].values()
-    assert plain["tokens_per_step"]["max"] == 1 and plain["step"]["draft_share"] == 0
-    assert plain["ratio_to_plain"]["median"] == 1
-    assert plain["reliability"] is None and "mean gap" in table
-    assert 0 <= dynamic["reliability"]["mean_gap"] <= 1
-    assert len(dynamic["acceptance_by_rank"]) <= 3
-    assert len(dynamic["acceptance_by_depth"]) == 2 and dynamic["step"]["draft"] > 0
-    assert [point["nodes"] for point in report["cost_curve"]] == [1, 2]
-    assert report["cost_curve"][0]["ratio"]["median"] == 1
+    plain, dynamic = report["figures"]
+    assert (plain["label"], dynamic["label"]) == ("none", "draft_model dynamic:3@2")
+    for figure in report["figures"]:
+        assert list(figure["tasks"]) == ["cats", "dogs", "overall"]
+        overall = figure["tasks"]["overall"]
+        assert overall["tokens"] == 30 and overall["mean_length"] == 15
+        assert overall["texts_unlike_plain"] == 0 and overall["memory_bytes"] > 1000
+        assert 0 < overall["inter_token_p50"] <= overall["inter_token_p95"]
+        assert overall["first_token_seconds"] > 0
+        assert overall["decode_tokens_per_second"]["median"] > 0
+    assert plain["tasks"]["cats"]["speed_up"]["median"] == 1
+    overall = dynamic["tasks"]["overall"]
+    assert 0 <= overall["reliability"]["mean_gap"] <= 1
+    assert len(overall["acceptance_by_depth"]) == 2
+    assert overall["memory_bytes"] > plain["tasks"]["overall"]["memory_bytes"]
+
+    found = report["breakdown"]
+    plain_step, dynamic_step = found["steps"]
+    assert plain_step["draft_share"] == 0 and dynamic_step["draft"] > 0
+    for step in found["steps"]:
+        assert step["step"] > 0 and step["target"] > 0 and step["bandwidth_share"] > 0
+    (curve,) = found["cost_curves"]
+    assert [point["nodes"] for point in curve["points"]] == [1, 2]
+    assert curve["points"][0]["ratio"]["median"] == 1
+    assert found["bandwidth"]["method"] and found["target_weight_bytes"] > 0
     assert report["settings"]["engine"]["max_batch"] == 1
     assert {"jax", "device_kind"} <= set(report["versions"])
-    assert report["bandwidth"]["method"] and report["target_weight_bytes"] > 0
+    again = run_script(*command)
+    assert again.out == result.out and "compiling" not in again.err
 
 
 def test_mistakes(refuses, pair, files, tmp_path):
@@ -76,13 +347,42 @@ def test_mistakes(refuses, pair, files, tmp_path):
     check("taken", f"--output={taken}")
     check("taken", f"--output={taken / 'results'}")
     check("regular:0", out, "--shapes=none,regular:0")
+    check("--shapes=chain:3", out, "--shapes=")
     check("rounds", out, "--rounds=0")
     check("max_tokens", out, "--max_tokens=0")
-    check("none.txt", out, f"--prompts_file={tmp_path / 'none.txt'}")
+    check("latency_tokens", out, "--latency_tokens=-1")
+    check("none.txt", out, f"--suite=file:{tmp_path / 'none.txt'}")
+    check("suite 'minni' is unknown", out, "--suite=minni")
+    check("method 'ngrm' is unknown", out, "--methods=ngrm")
+    check("rule 'exakt' is unknown", out, "--rules=exakt")
+    check("peer 'vllm' is unknown", out, "--peers=vllm")
+    check("--batches=1,x", out, "--batches=1,x")
+    check("batches", out, "--batches=0")
+    check("temperature", out, "--temperatures=-1")
     check("shaps", out, "--shaps=none")
     check("vocabular", out, f"--draft={files.foreign}", "--shapes=chain:1")
     check("/no/such", out, "--target=/no/such")
     check("tokenizer", out, f"--target={files.bare}", "--shapes=none")
+    check("nothing to compare", out, "--shapes=regular:2", "--rules=block")
+
+
+def test_a_bad_flag_answers_before_jax_starts(tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom treespec_jax import cli\n"
+        "try:\n    cli.main(['treespec', 'benchmark', '--output=x', '--suite=minni'])\n"
+        "except SystemExit as e:\n"
+        "    print(e.code, *sorted({'jax', 'torch'} & set(sys.modules)))\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert told.stdout.splitlines()[-1] == "2", told
 
 
 def test_bandwidth_takes_samples():
@@ -90,3 +390,18 @@ def test_bandwidth_takes_samples():
     read.sample(2)
     assert len(read.samples) == 2 and read.best == max(read.samples) > 0
     assert "2 threads" in read.method
+
+
+def test_peak_memory_is_that_of_this_process():
+    before = machine.peak_rss_bytes()
+    block = np.ones(32 << 20, np.uint8)
+    assert machine.peak_rss_bytes() >= before > 16 << 20
+    assert machine.peak_device_bytes() is None and block.nbytes
+
+
+def test_experiment_keeps_grid_values_once():
+    grid = BenchmarkSettings(temperatures=(0, "0.0", 1), methods="ngram")
+    assert grid.temperatures == (0.0, 1.0) and grid.methods == ("ngram",)
+    assert dataclasses.replace(grid, shapes=("chain:1",) * 2).shapes == ("chain:1",)
+    with pytest.raises(UserError, match="breakdown"):
+        BenchmarkSettings(breakdown="no")

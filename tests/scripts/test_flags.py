@@ -124,7 +124,6 @@ def test_settings_in_force_are_complete(run_script, files, tmp_path):
 def test_flags_without_effect_are_refused(refuses):
     refuses("tree", "benchmark.py", "--output=x", "--tree=chain:2")
     refuses("rule", "compare_rules.py", "--output=x", "--rule=token")
-    refuses("'none' grows no trees", "benchmark.py", "--output=x", "--method=none")
     refuses("--prefill_chunks=1,x", "generate.py", "--prompt=a", "--prefill_chunks=1,x")
 
 

@@ -59,17 +59,15 @@ def test_overrides_win_and_none_is_not_given():
         ),
         ({"benchmark": {"rounds": 0}}, "rounds"),
         ({"benchmark": {"shapes": ()}}, "--shapes"),
+        ({"benchmark": {"methods": ("x",)}}, "method 'x' is unknown"),
+        ({"benchmark": {"batches": (1.5,)}}, "batches"),
+        ({"benchmark": {"chat_options": (1,)}}, "benchmark"),
         ({"benchmark": {"shapes": ("chain:0",)}}, "chain:0"),
     ],
 )
 def test_bad_values_are_named(values, expected):
     with pytest.raises(UserError, match=expected):
         settings.build(values)
-
-
-def test_benchmark_always_has_plain_decoding():
-    section = settings.BenchmarkSettings(shapes=("chain:2", "chain:2"))
-    assert section.shapes == ("none", "chain:2")
 
 
 def test_bundled_pair_is_the_default(monkeypatch, tmp_path):
@@ -152,6 +150,7 @@ def test_tables_line_up():
     rows = [("shape", "tok/s"), ("none", "1"), ("chain:3", "20.5")]
     lengths = {len(line) for line in tables.markdown(rows).splitlines()}
     assert len(lengths) == 1
+    assert tables.markdown(rows, words=2).splitlines()[1] == "| ------- | ----- |"
     assert tables.aligned(rows).splitlines()[1] == "none         1"
     assert tables.percents([0.5, 0.254]) == "50 25 %"
 

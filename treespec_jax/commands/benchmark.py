@@ -1,123 +1,214 @@
-"""Compares tree shapes on one pair of models; writes a table, JSON and a plot.
+"""Compares ways of decoding on a suite of questions; tables by task, JSON and a plot.
 
-All shapes run in one process and in turn.
+A grid of methods, tree shapes, rules, temperatures and batch sizes runs in turn; the
+same command goes on where it was interrupted. In minutes on two cores:
+
+  benchmark --quick --output=runs/quick
+
+docs/benchmark.md describes suites, grids and figures.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
-from treespec_jax.commands.settings import Experiment
-from treespec_jax.errors import UserError
-from treespec_jax.measurement.output import Study, say
+from absl.flags import DEFINE_bool
 
-# Measurements of each program in the breakdown of a step.
-_COST_ROUNDS = 7
+from treespec_jax.commands import benchmark_job, flags, loading, runtime, setting_flags
+from treespec_jax.commands.benchmark_job import Job
+from treespec_jax.measurement import peers
+from treespec_jax.measurement.grid import Combination, Task
+from treespec_jax.measurement.journal import FILE, Journal
+from treespec_jax.measurement.output import Study, check_folder, say
+from treespec_jax.measurement.suite import Conversation
+
+_QUICK = {
+    "benchmark.questions": 1,
+    "benchmark.rounds": 1,
+    "benchmark.latency_tokens": 16,
+    "benchmark.shapes": ("chain:3", "dynamic:7@4"),
+    "benchmark.breakdown": False,
+    "sampling.max_tokens": 32,
+}
 _SETTINGS = setting_flags.SettingFlags(
     more=("benchmark",),
+    # A machine by itself is measured.
     defaults={"engine.max_batch": 1},
-    without=("speculative.tree", "sampling.ignore_eos"),
+    without=("speculative.tree",),
 )
 
 
 def define() -> None:
     _SETTINGS.define()
+    words = "a question per category, one round of short answers, two shapes"
+    DEFINE_bool("quick", False, words)
+    DEFINE_bool("overwrite", False, "replace results of other settings")
     flags.define("output", "compilation_cache")
 
 
 def main(given) -> None:
-    settings = _SETTINGS.experiment()
-    variants = {name: settings.with_tree(name) for name in settings.benchmark.shapes}
-    for name, variant in variants.items():
-        if variant.plain and name != "none":
-            raise UserError("method 'none' grows no trees; take --shapes=none with it")
-    needs_drafter = any(variant.needs_drafter for variant in variants.values())
-    settings = settings.with_paths(needs_drafter)
-    texts = prompts.read_or_stories(settings.benchmark.prompts_file)
+    folder = check_folder(given.output)
+    settings = _SETTINGS.experiment(_QUICK if given.quick else None)
+    job = benchmark_job.make(settings)
+    journal = Journal(folder, job.identity, given.overwrite)
 
     # Heavy imports only now, so that a bad flag answers at once.
     runtime.set_up(given.compilation_cache)
-    from treespec_jax.measurement import plots, shape_table
+    from treespec_jax.measurement import plots, suite_report
 
-    measured = functools.partial(measure, settings, texts)
-    Study(measured, shape_table.table, plots.save_shapes).carry_out(given.output)
+    try:
+        results = measure(job, journal)
+    except KeyboardInterrupt:
+        if journal.header is not None:
+            say(f"{Path(given.output) / FILE} holds what is done; repeat the command")
+        raise
+    study = Study(lambda: results, suite_report.table, plots.save_suite)
+    study.carry_out(given.output)
 
 
-def measure(settings: Experiment, texts: Sequence[str]) -> dict[str, Any]:
-    """All figures, as plain values for JSON.
+def measure(job: Job, journal: Journal) -> dict[str, Any]:
+    """Measures what the journal lacks; all figures, as plain values for JSON.
 
     Raises:
-      UserError: an unreadable checkpoint, or settings that do not fit together.
+      UserError: an unreadable checkpoint, settings that do not fit together, or a
+        journal of other versions.
     """
-    from treespec_jax.measurement import rounds, step_cost
-    from treespec_jax.measurement.machine import ReadBandwidth, versions
+    from treespec_jax.measurement import breakdown, suite_report, suite_run
 
-    names, repeats = settings.benchmark.shapes, settings.benchmark.rounds
-    ids = loading.check(settings, texts, names)
-    pair = loading.load_pair(settings)
-    llms = loading.make_llms({n: settings.with_tree(n) for n in names}, pair)
-    for name in names:
-        say(f"compiling {name}")
-        step_cost.warm_up(llms[name], ids)
-    bandwidth = ReadBandwidth()
-    bandwidth.sample()
-    runs = []
-    for number in range(repeats):
-        say(f"round {number + 1} of {repeats}")
-        runs.append(rounds.run_round(llms, ids, settings.sampling, number))
-        bandwidth.sample()
-    costs = {}
-    for name in names:
-        say(f"taking {name} apart")
-        costs[name] = step_cost.step_cost(
-            llms[name].engine,
-            pair.target.model,
-            step_cost.middle_of(llms[name], ids[0], runs[0]["none"].token_ids[0]),
-            settings.sampling,
-            _COST_ROUNDS,
-        )
-        bandwidth.sample()
-    say("cost of verifying more nodes")
-    engine = llms["none"].engine.config
-    length = min(len(ids[0]) + settings.sampling.max_tokens // 2, engine.max_len - 1)
-    curve = step_cost.cost_curve(pair.target.model, engine, length, _COST_ROUNDS)
-    bandwidth.sample()
-    weights = step_cost.weight_bytes(pair.target.model)
-    values = loading.in_force(settings, llms[names[-1]], "benchmark")
-    del values["speculative"]["tree"]
-    figures = {}
-    for name in names:
-        shared = rounds.summary([r[name] for r in runs], [r["none"] for r in runs])
-        figures[name] = shared | _of_step(shared, costs[name], weights / bandwidth.best)
-    return {
-        "settings": values,
-        "prompts": list(texts),
-        "versions": versions(),
-        "target_weight_bytes": weights,
-        "bandwidth": {
-            "bytes_per_second": bandwidth.best,
-            "method": bandwidth.method,
-            "samples": bandwidth.samples,
+    if job.left_out:
+        say(f"left out, too long for max_len: {', '.join(job.left_out)}")
+    for one in job.skipped:
+        say(f"skipped: {one['what']}: {one['reason']}")
+    tasks = [task for task in job.tasks if not suite_run.is_done(task, journal)]
+    steps = list(dict.fromkeys(c.program for c in job.variants if not c.peer))
+    if not job.settings.benchmark.breakdown or breakdown.is_done(steps, journal):
+        steps = []
+    if tasks or steps:
+        Run(job, journal, tasks, steps).carry_out()
+    details = {
+        "suite": {
+            "name": job.suite.name,
+            "questions": len(job.suite.questions),
+            "digest": job.suite.digest,
         },
-        "shapes": figures,
-        "cost_curve": curve,
+        "chat": job.chat,
+        "skipped": job.skipped,
+        "left_out": job.left_out,
     }
+    return suite_report.results(journal, list(job.variants), details)
 
 
-def _of_step(shared: dict[str, Any], cost, read_seconds: float) -> dict[str, Any]:
-    """What a step costs, and how much of the memory's bandwidth it uses.
+@dataclasses.dataclass
+class Run:
+    """Measurements of one process.
 
-    Of what `rounds.summary` gave, a `StepCost`, and the seconds that reading the
-    weights once takes at full bandwidth.
+    Attributes:
+      job: what is measured.
+      journal: where its lines go.
+      tasks: that it lacks, in order.
+      steps: programs whose steps it lacks.
     """
-    seconds = statistics.median(shared["milliseconds_per_step"]["rounds"]) / 1e3
-    return {
-        "step": dataclasses.asdict(cost),
-        "bandwidth_share": read_seconds / cost.target,
-        "bandwidth_share_whole": read_seconds / seconds,
-    }
+
+    job: Job
+    journal: Journal
+    tasks: Sequence[Task]
+    steps: Sequence[Combination]
+
+    def carry_out(self) -> None:
+        """Loads, compiles, runs the tasks, and takes the steps apart."""
+        from treespec_jax.measurement.engine_decoder import EngineDecoder
+        from treespec_jax.measurement.machine import versions
+
+        settings = self.job.settings
+        pair = loading.load_pair(settings)
+        wanted = {*(task.combination.program for task in self.tasks), *self.steps}
+        variants = {c.program: v for c, v in self.job.variants.items() if not c.peer}
+        # Peers alone may be missing; what is in force is still asked of an `LLM`.
+        ours = {c: v for c, v in variants.items() if c in wanted}
+        ours = ours or dict(list(variants.items())[:1])
+        llms = loading.make_llms(ours, pair)
+        any_llm = next(iter(llms.values()))
+        options = dict(settings.benchmark.chat_options)
+        decoders: dict[Combination, Any] = {
+            program: EngineDecoder(llm, options) for program, llm in llms.items()
+        }
+        decoders |= self._peer_decoders(any_llm.dtype)
+        others = peers.versions() if settings.benchmark.peers else {}
+        in_force = loading.in_force(settings, any_llm, "benchmark")
+        for name in ("tree", "tau"):
+            del in_force["speculative"][name]
+        self.journal.begin(versions() | others, {"in_force": in_force})
+        for program, decoder in decoders.items():
+            say(f"compiling {program.label}, batch {program.batch}")
+            decoder.warm_up(settings.sampling)
+        self._answer(decoders, any_llm.engine.config.max_len)
+        if self.steps:
+            self._take_apart(llms, pair.target.model)
+
+    def _peer_decoders(self, dtype: str) -> dict[Combination, Any]:
+        """Decoders of `transformers` for the tasks that ask for them."""
+        settings, target = self.job.settings, self.job.target
+        programs = dict.fromkeys(
+            task.combination.program for task in self.tasks if task.combination.peer
+        )
+        if not programs:
+            return {}
+        checkpoints = peers.Checkpoints(
+            settings.target,
+            settings.speculative.model,
+            dtype,
+            target.tokenizer,
+            target.config.eos_ids,
+        )
+        made = peers.load(checkpoints)
+        return {program: made[program.shape] for program in programs}
+
+    def _answer(self, decoders: dict[Combination, Any], max_len: int) -> None:
+        import tqdm
+
+        from treespec_jax.measurement import suite_run
+
+        job = self.job
+        workload = suite_run.Workload(
+            job.suite,
+            job.settings.sampling,
+            job.settings.benchmark.latency_tokens,
+            job.chat,
+            job.encode,
+            max_len,
+        )
+        total, rest = (
+            sum(len(task.questions) for task in tasks)
+            for tasks in (job.tasks, self.tasks)
+        )
+        with tqdm.tqdm(
+            total=total, initial=total - rest, unit="answer", mininterval=1
+        ) as bar:
+
+            def progress(task: Task) -> None:
+                bar.set_postfix_str(str(task.combination), refresh=False)
+                bar.update(len(task.questions))
+
+            suite_run.run(self.tasks, decoders, workload, self.journal, progress)
+
+    def _take_apart(self, llms: dict[Combination, Any], target) -> None:
+        """Behind the first half of the first answer by plain decoding."""
+        from treespec_jax.measurement import suite_run
+        from treespec_jax.measurement.breakdown import Breakdown
+
+        job = self.job
+        question = job.suite.questions[0]
+        plain = next(task for task in job.tasks if task.combination.plain)
+        line = self.journal.find(suite_run.ANSWER, plain.cell(question))
+        Breakdown(
+            llms={program: llms[program] for program in self.steps},
+            target=target,
+            prompt=job.encode(Conversation(question, job.chat).prompt()),
+            emitted=line["token_ids"][0],
+            params=dataclasses.replace(
+                job.settings.sampling, temperature=plain.combination.temperature
+            ),
+        ).run(self.journal, say)

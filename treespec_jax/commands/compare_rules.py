@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from treespec_jax import limits
 from treespec_jax.acceptance import compatibility
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
@@ -40,7 +41,8 @@ def main(given) -> None:
     settings = _SETTINGS.experiment()
     if settings.speculative.method == "none":
         raise UserError("method 'none' grows no trees to compare; leave it out")
-    settings = settings.with_paths(METHODS[settings.speculative.method].has_model)
+    method = limits.resolve(settings.speculative).method
+    settings = settings.with_paths(METHODS[method].takes_model)
     possible, refused = combinations(settings)
     if not possible:
         raise UserError(f"no rule takes any of the trees: {refused[0]['reason']}")

@@ -44,6 +44,23 @@ def check(
         deeper than max_len, no tokenizer, no chat template, a prompt without room in
         max_len, or a logit bias for a token that the target lacks.
     """
+    target, max_len = check_models(settings, trees)
+    tokenizer = target.tokenizer
+    encoded = [
+        tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p, options)
+        for p in prompts
+    ]
+    for ids in encoded:
+        limits.check_tokens(ids, target.config.vocab_size)
+        limits.check_prompt(ids, max_len)
+    return encoded
+
+
+def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
+    """The target's `checkpoints.Description`, with a tokenizer, and tokens per text.
+
+    Arguments as for `check`; it raises what that does of the models and the trees.
+    """
     from treespec_jax.checkpoints import describe
     from treespec_jax.checkpoints.tokenizers import check_pair
 
@@ -60,16 +77,8 @@ def check(
         raise UserError(
             "the target's checkpoint has no tokenizer; name one with --tokenizer=PATH"
         )
-    tokenizer = target.tokenizer
-    encoded = [
-        tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p, options)
-        for p in prompts
-    ]
     limits.check_bias(settings.sampling.logit_bias, target.config.vocab_size)
-    for ids in encoded:
-        limits.check_tokens(ids, target.config.vocab_size)
-        limits.check_prompt(ids, max_len)
-    return encoded
+    return target, max_len
 
 
 def load_pair(settings: Experiment) -> Pair:

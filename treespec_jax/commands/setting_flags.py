@@ -46,9 +46,11 @@ HELP: dict[str, dict[str, str]] = {
         "default: none",
     },
     "speculative": {
-        "method": f"what drafts: {', '.join(METHODS)}",
+        "method": f"what drafts: {', '.join(METHODS)}; default: draft_model where a "
+        "drafter is named, else auto",
         "model": "drafter's checkpoint; default: the bundled one, if the target is",
-        "tree": "none, chain:5, regular:4x2x1, dynamic:15@5 or allotted:15@5",
+        "tree": "none, chain:5, regular:4x2x1, dynamic:15@5 or allotted:15@5; default: "
+        "the method's",
         "tau": "temperature of the drafter's estimates; default: the one fitted by "
         "calibrate_drafter, else 0.7",
         "rule": "exact, token, block, traversal, terminal or (LOSSY) typical",
@@ -76,9 +78,20 @@ HELP: dict[str, dict[str, str]] = {
         "record": "also say how often the drafter's estimates come true",
     },
     "benchmark": {
+        "suite": "mini, stories, spec-bench:PATH, mt-bench:PATH, humaneval:PATH, "
+        "gsm8k:PATH or file:PATH; default: mini for chat models, stories for others",
+        "questions": "of each category, the first so many; 0: all",
+        "methods": "methods of drafting to compare; default: --method",
         "shapes": "tree shapes to compare",
-        "rounds": "each runs all shapes on all prompts",
-        "prompts_file": "a prompt a line, or .jsonl; default: story openings",
+        "rules": "acceptance rules to compare; default: --rule",
+        "temperatures": "of the requests, to compare; default: --temperature",
+        "batches": "texts decoded together, to compare; default: --max_batch",
+        "peers": "transformers: also time Hugging Face's generation; default: none",
+        "rounds": "each runs all combinations on all questions",
+        "latency_tokens": "tokens per turn of the pass that times a stream; 0: none",
+        "breakdown": "also time the parts of a step, and verifying T nodes",
+        "chat_options": "NAME=VALUE for the chat template to see; repeatable; "
+        "default: none",
     },
     "comparison": {
         "rules": "acceptance rules to compare",
@@ -89,7 +102,11 @@ HELP: dict[str, dict[str, str]] = {
     },
 }
 # A field that has a flag of another name.
-_NAMES = {"speculative.model": "draft", "speculative.options": "drafter_option"}
+_NAMES = {
+    "speculative.model": "draft",
+    "speculative.options": "drafter_option",
+    "benchmark.chat_options": "chat_option",
+}
 _DEFINE = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -136,14 +153,21 @@ class SettingFlags:
                 define = _DEFINE[typing.get_origin(setting.kind) or setting.kind]
             define(name_of(setting), None, words)
 
-    def experiment(self) -> settings.Experiment:
+    def experiment(self, preset: Mapping[str, Any] | None = None):
         """The settings in force, once the command line is parsed.
+
+        Args:
+          preset: values by dotted name that win over a --config, not over flags.
+
+        Returns:
+          a `settings.Experiment`.
 
         Raises:
           UserError: an unknown key or a bad value, named.
         """
         config = flags.FLAGS.config
         given = {} if config is not None else dict(self.defaults)
+        given |= preset or {}
         for setting in self:
             value = flags.FLAGS[name_of(setting)].value
             if value is not None:

@@ -9,13 +9,13 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from treespec_jax import limits
 from treespec_jax.acceptance import compatibility
-from treespec_jax.checks import check_float, check_int, from_mapping
+from treespec_jax.checks import check_bool, check_float, check_int, from_mapping
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
@@ -27,34 +27,62 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkSettings:
-    """What scripts/benchmark.py compares.
+    """What scripts/benchmark.py compares, and on which questions.
+
+    An empty tuple of the grid stands for the one value of the model's settings.
 
     Attributes:
-      shapes: tree shapes; `none` is added if it is missing.
-      rounds: each runs every shape on every prompt.
-      prompts_file: a file of prompts; empty: the built-in story openings.
+      suite: name of a suite, see `commands.suites.find`; empty: the model's usual one.
+      questions: of each category, the first so many; 0: all.
+      methods: of drafting, names of `drafting.METHODS`; plain decoding is always
+        measured.
+      shapes: tree shapes.
+      rules: names of `acceptance.compatibility.RULES`.
+      temperatures: of the requests.
+      batches: texts decoded together.
+      peers: other programs to time, names of `PEERS`.
+      rounds: each runs every combination on every question.
+      latency_tokens: tokens per turn of the pass that times a stream; 0: no such pass.
+      breakdown: also time the parts of a step, and what verifying T nodes costs.
+      chat_options: variables of the chat template: a mapping, turned into pairs.
     """
 
-    shapes: tuple[str, ...] = (
-        "none",
-        "chain:3",
-        "chain:5",
-        "regular:3x2x1",
-        "dynamic:15@5",
-    )
+    suite: str = ""
+    questions: int = 0
+    methods: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ("chain:3", "chain:5", "regular:3x2x1", "dynamic:15@5")
+    rules: tuple[str, ...] = ()
+    temperatures: tuple[float, ...] = ()
+    batches: tuple[int, ...] = ()
+    peers: tuple[str, ...] = ()
     rounds: int = 3
-    prompts_file: str = ""
+    latency_tokens: int = 32
+    breakdown: bool = True
+    chat_options: tuple[tuple[str, Any], ...] = ()
+
+    PEERS: ClassVar = ("transformers",)
 
     def __post_init__(self):
-        named = (self.shapes,) if isinstance(self.shapes, str) else tuple(self.shapes)
-        if not named:
-            raise UserError("no shape to compare; give --shapes=none,chain:3")
-        for name in named:
+        kinds = {"methods": str, "shapes": str, "rules": str, "peers": str}
+        for value in self.temperatures:
+            check_float("temperature", value, 0)
+        for value in self.batches:
+            check_int("batches", value, 1)
+        _take_lists(self, kinds | {"temperatures": float, "batches": int})
+        if not self.shapes:
+            raise UserError("no shape to compare; give --shapes=chain:3 for example")
+        for name in self.shapes:
             shapes.parse(name)
-        if "none" not in named:
-            named = ("none", *named)
-        object.__setattr__(self, "shapes", tuple(dict.fromkeys(named)))
+        _check_names("method", self.methods, METHODS)
+        _check_names("rule", self.rules, compatibility.RULES)
+        _check_names("peer", self.peers, self.PEERS)
+        check_int("questions", self.questions, 0)
         check_int("rounds", self.rounds, 1)
+        check_int("latency_tokens", self.latency_tokens, 0)
+        check_bool("breakdown", self.breakdown)
+        options = self.chat_options
+        pairs = options.items() if isinstance(options, Mapping) else options
+        object.__setattr__(self, "chat_options", tuple(map(tuple, pairs)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +110,7 @@ class RuleComparison:
     prompts_file: str = ""
 
     def __post_init__(self):
-        for name in self.rules:
-            if name not in compatibility.RULES:
-                known = ", ".join(compatibility.RULES)
-                raise UserError(f"rule {name!r} is unknown; choose from {known}")
+        _check_names("rule", self.rules, compatibility.RULES)
         for name in self.shapes:
             if shapes.parse(name).depth == 0:
                 raise UserError(
@@ -93,12 +118,26 @@ class RuleComparison:
                 )
         for value in self.temperatures:
             check_float("temperature", value, 0)
-        for name, kind in {"rules": str, "shapes": str, "temperatures": float}.items():
-            values = tuple(dict.fromkeys(map(kind, getattr(self, name))))
-            if not values:
+        _take_lists(self, {"rules": str, "shapes": str, "temperatures": float})
+        for name in ("rules", "shapes", "temperatures"):
+            if not getattr(self, name):
                 raise UserError(f"nothing to compare: --{name} is empty")
-            object.__setattr__(self, name, values)
         check_int("rounds", self.rounds, 1)
+
+
+def _take_lists(settings: Any, kinds: Mapping[str, type]) -> None:
+    """Turns fields into tuples of one type, each value once; a text is one value."""
+    for name, kind in kinds.items():
+        given = getattr(settings, name)
+        values = (given,) if isinstance(given, str) else given
+        object.__setattr__(settings, name, tuple(dict.fromkeys(map(kind, values))))
+
+
+def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            choice = ", ".join(known)
+            raise UserError(f"{what} {name!r} is unknown; choose from {choice}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +189,8 @@ class Experiment:
     @property
     def needs_drafter(self) -> bool:
         """Whether the weights of a drafter have to be loaded."""
-        return not self.plain and METHODS[self.speculative.method].has_model
+        method = limits.resolve(self.speculative).method
+        return not self.plain and METHODS[method].needs_model
 
     def with_tree(self, tree: str, **changes) -> Experiment:
         """The same with another tree shape and further changes of `speculative`.

@@ -119,7 +119,18 @@ class Engine:
         """Ends a request where it stands and frees its slot."""
         self._scheduler.cancel(request, finish_reason)
 
-    def advance(self, max_steps: int | None = None) -> list[Request]:
+    def compile(self) -> None:
+        """Compiles a dispatch of every shape, which else its first use does.
+
+        Nothing may be under way.
+        """
+        plan = self._scheduler.idle_plan()
+        for shape in self.speculation.shapes:
+            fetch(self._executor.dispatch(plan, shape))
+
+    def advance(
+        self, max_steps: int | None = None, shape: TreeShape | None = None
+    ) -> list[Request]:
         """Admits what fits, and takes in what one dispatch emitted.
 
         Where nothing that a dispatch emits can decide who runs next, the next one is
@@ -127,6 +138,7 @@ class Engine:
 
         Args:
           max_steps: steps to run at most; None: the compiled number.
+          shape: to grow, one of the speculation's; None: the quicker one.
 
         Returns:
           Requests that emitted something or finished.
@@ -135,13 +147,13 @@ class Engine:
         touched: list[Request] = []
         if not self._flights:
             touched += self._prefill()
-            shape, steps = self._chooser.choose(max_steps)
+            chosen, steps = self._choose(max_steps, shape)
             plan, ended = self._scheduler.plan(steps)
             touched += ended
-            self._launch(plan, shape)
+            self._launch(plan, chosen)
         if self._flights:
-            shape, steps = self._chooser.choose(max_steps)
-            self._launch(self._scheduler.plan_ahead(steps), shape)
+            chosen, steps = self._choose(max_steps, shape)
+            self._launch(self._scheduler.plan_ahead(steps), chosen)
             touched += self._land()
             spent = time.perf_counter() - began
             self.decode_seconds += spent - (self.prefill_seconds - prefilled)
@@ -151,6 +163,10 @@ class Engine:
         """Waits for dispatches under way, and enters what they emitted."""
         while self._flights:
             self._land()
+
+    def _choose(self, max_steps: int | None, shape: TreeShape | None):
+        """Shape and steps of the next dispatch."""
+        return self._chooser.choose(max_steps) if shape is None else (shape, max_steps)
 
     def _launch(self, plan: Plan | None, shape: TreeShape) -> None:
         if plan is None:

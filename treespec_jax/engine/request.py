@@ -23,6 +23,9 @@ class Request:
       stats: counts and times.
       records: of every step's tree, if the engine records them.
       steps: what each step did.
+      submitted: when it was submitted, by `time.perf_counter`.
+      arrivals: seconds since then and tokens of every time that tokens reached the
+        host.
     """
 
     prompt: list[int]
@@ -33,6 +36,8 @@ class Request:
     stats: Stats = dataclasses.field(default_factory=Stats)
     records: list[TreeRecord] = dataclasses.field(default_factory=list)
     steps: list[StepRecord] = dataclasses.field(default_factory=list)
+    submitted: float = 0.0
+    arrivals: list[tuple[float, int]] = dataclasses.field(default_factory=list)
 
     def cut(self, tokens: int) -> None:
         """Ends the text after `tokens` tokens, as if no more had been emitted."""
@@ -43,6 +48,12 @@ class Request:
             if missing > 0:
                 self.steps.append(last.cut(missing))
                 self.stats.record_step(self.steps[-1])
+        excess = sum(count for _, count in self.arrivals) - tokens
+        while excess > 0:
+            seconds, count = self.arrivals.pop()
+            if count > excess:
+                self.arrivals.append((seconds, count - excess))
+            excess -= count
         del self.tokens[tokens:]
         del self.logprobs[tokens:]
         del self.records[len(self.steps) :]

@@ -165,6 +165,7 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queues a request, whose prompt has room for a new token."""
         request.stats.prompt_tokens = len(request.prompt)
+        request.submitted = time.perf_counter()
         self._waiting.append((next(self._arrivals), request))
 
     def cancel(self, request: Request, finish_reason: str = "stop") -> None:
@@ -391,6 +392,7 @@ class Scheduler:
 
     def _file(self, index: int, slot: _Slot, outbox, nodes: int) -> None:
         request, emission = slot.request, outbox.emission
+        before = len(request.tokens)
         for step in range(int(outbox.steps)):
             count = int(emission.counts[step, index])
             if count == 0:
@@ -419,6 +421,9 @@ class Scheduler:
         now = time.perf_counter()
         request.stats.decode_seconds += now - slot.started
         slot.started = now
+        arrived = len(request.tokens) - before
+        if arrived:
+            request.arrivals.append((now - request.submitted, arrived))
         ends = () if request.params.ignore_eos else self._eos_ids
         if request.tokens and request.tokens[-1] in ends:
             request.finish_reason = "stop"

@@ -6,6 +6,8 @@ import concurrent.futures
 import importlib.metadata
 import os
 import platform
+import resource
+import sys
 import time
 from typing import Any
 
@@ -19,10 +21,11 @@ def versions() -> dict[str, Any]:
     """Versions of Python and packages, machine and devices, as plain values."""
     import jax
 
-    device, packages = jax.devices()[0], ("jax", "jaxlib", "flax", "numpy")
+    device = jax.devices()[0]
+    packages = "treespec-jax", "jax", "jaxlib", "flax", "numpy"
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: _version(name) for name in packages},
         "machine": platform.machine(),
         "system": platform.system(),
         "backend": device.platform,
@@ -32,11 +35,34 @@ def versions() -> dict[str, Any]:
     }
 
 
+def _version(package: str) -> str:
+    """Of an installed package; "source" for one that runs from its folder."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
 def usable_cpus() -> int:
     """CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has been using."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes but on a Mac.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int | None:
+    """The most memory in use on the first device; None where it does not tell."""
+    import jax
+
+    found = jax.devices()[0].memory_stats() or {}
+    return found.get("peak_bytes_in_use")
 
 
 class ReadBandwidth:

@@ -26,15 +26,11 @@ def folder(path: str) -> Iterator[Path]:
     Raises:
       UserError: `path` is empty or cannot be written; found before the block runs.
     """
-    if not path:
-        raise UserError("no output folder: give --output=FOLDER")
-    final = Path(path).expanduser().absolute()
-    beside = final.parent
-    while not beside.exists():
-        beside = beside.parent
+    final = check_folder(path)
     try:
-        if final.exists() and (not final.is_dir() or not os.access(final, os.W_OK)):
-            raise NotADirectoryError(None, "not a folder that can be written")
+        beside = final.parent
+        while not beside.exists():
+            beside = beside.parent
         work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=beside))
     except OSError as error:
         raise UserError(f"output {path}: {error.strerror}; choose another") from None
@@ -45,6 +41,26 @@ def folder(path: str) -> Iterator[Path]:
             os.replace(file, final / file.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def check_folder(path: str) -> Path:
+    """The absolute path of a folder of results, which need not exist.
+
+    Raises:
+      UserError: `path` is empty, or something else is there.
+    """
+    if not path:
+        raise UserError("no output folder: give --output=FOLDER")
+    final = Path(path).expanduser().absolute()
+    try:
+        there = final
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise NotADirectoryError(None, "not a folder that can be written")
+    except OSError as error:
+        raise UserError(f"output {path}: {error.strerror}; choose another") from None
+    return final
 
 
 @dataclasses.dataclass

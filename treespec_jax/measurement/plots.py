@@ -5,33 +5,64 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from treespec_jax.measurement import shape_table
+from treespec_jax.measurement import suite_report
+from treespec_jax.measurement.spec_bench import OVERALL
 
 
-def save_shapes(results: dict[str, Any], path: Path) -> None:
-    """Writes a PNG: speed by shape, and the cost of verifying more nodes."""
+def save_suite(results: dict[str, Any], path: Path) -> None:
+    """Writes a PNG: speed-up by task, acceptance by depth, cost of T nodes.
+
+    A row per temperature and batch size.
+    """
     # Without pyplot: no global state, and no display is looked for.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    speeds, costs = figure.subplots(1, 2)
-    _speeds(speeds, results["shapes"])
-    speeds.set_title(shape_table.title(results["settings"]), fontsize="medium")
-    _curve(costs, results["cost_curve"])
+    groups = suite_report.groups(results)
+    found = results["breakdown"] or {"cost_curves": []}
+    curves = {curve["batch"]: curve["points"] for curve in found["cost_curves"]}
+    columns = 3 if curves else 2
+    figure = Figure(figsize=(5.5 * columns, 4.2 * len(groups)), layout="constrained")
+    grid = figure.subplots(len(groups), columns, squeeze=False)
+    for row, ((temperature, batch), figures) in zip(grid, groups.items(), strict=True):
+        _speed_ups(row[0], figures)
+        _depths(row[1], figures)
+        row[0].set_title(f"T={temperature:g}, batch {batch}", fontsize="medium")
+        if batch in curves:
+            _curve(row[2], curves[batch])
     figure.savefig(path, dpi=120)
 
 
-def _speeds(axes, shapes: dict[str, Any]) -> None:
-    names = list(shapes)
-    speeds = [shapes[name]["tokens_per_second"] for name in names]
-    middle, error = _bars(speeds)
-    colours = ["0.6" if name == "none" else "tab:blue" for name in names]
-    axes.barh(names, middle, xerr=error, color=colours, capsize=3)
-    for row, name in enumerate(names):
-        ratio = shapes[name]["ratio_to_plain"]["median"]
-        axes.text(0.01 * max(middle), row, f"× {ratio:.2f}", va="center", color="w")
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens per second (median, min to max of the rounds)")
+def _speed_ups(axes, figures: list[dict[str, Any]]) -> None:
+    """A group of bars per task, a bar per combination but plain decoding."""
+    tasks = suite_report.shown_tasks(figures[0])
+    drafted = [figure for figure in figures if figure["method"] != "none"]
+    width = 0.8 / max(1, len(drafted))
+    for number, figure in enumerate(drafted):
+        shift = width * (number - (len(drafted) - 1) / 2)
+        middle, error = _bars([figure["tasks"][task]["speed_up"] for task in tasks])
+        positions = [index + shift for index in range(len(tasks))]
+        axes.bar(positions, middle, width, yerr=error, label=figure["label"])
+    axes.axhline(1, color="0.5", linestyle=":", label="plain decoding")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
+    axes.set_ylabel("speed-up over plain decoding")
+    # Room for the legend above the bars.
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])
+    axes.legend(fontsize="small", ncols=2, loc="upper left")
+
+
+def _depths(axes, figures: list[dict[str, Any]]) -> None:
+    for figure in figures:
+        shares = figure["tasks"][OVERALL]["acceptance_by_depth"]
+        if shares:
+            depths = range(1, len(shares) + 1)
+            axes.plot(depths, shares, "o-", label=figure["label"])
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("depth")
+    axes.set_ylabel("share of steps that accept a node there")
+    if axes.lines:
+        axes.legend(fontsize="small")
 
 
 def _curve(axes, curve: list[dict[str, Any]]) -> None:

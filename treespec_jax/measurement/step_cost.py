@@ -60,9 +60,18 @@ class StepCost:
     rest_share: float
 
 
-def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
-    """Compiles all that these prompts will run, on prompts just long enough for it."""
+def warm_up(
+    llm, prompts: Iterable[Sequence[int]], params: SamplingParams | None = None
+) -> None:
+    """Compiles all that these prompts will run, on prompts just long enough for it.
+
+    Args:
+      llm: an `LLM`.
+      prompts: token ids.
+      params: how they will be sampled; penalties take a program of their own.
+    """
     config = llm.engine.config
+    one = dataclasses.replace(params or SamplingParams(), max_tokens=1, logprobs=False)
     sizes = {
         size
         for prompt in prompts
@@ -71,8 +80,8 @@ def warm_up(llm, prompts: Iterable[Sequence[int]]) -> None:
     for size in sorted(sizes):
         length = min(size + 1, config.max_len - 1)
         # Greedy or not is one program.
-        params = SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True)
-        llm.generate([[0] * length], params)
+        llm.generate([[0] * length], one)
+    llm.engine.compile()
 
 
 def middle_of(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
@@ -113,7 +122,7 @@ def step_cost(
             engine.submit(request)
         before = engine.prefill_seconds
         began = time.perf_counter()
-        engine.advance()
+        engine.advance(shape=speculation.shape)
         prefill = engine.prefill_seconds - before
         seconds = time.perf_counter() - began - prefill
         for request in requests:

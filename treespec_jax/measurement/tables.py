@@ -9,24 +9,31 @@ from typing import Any
 def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> str:
     """Columns padded to equal width; the first is left-aligned, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(gap.join(_padded(row, widths)).rstrip() for row in rows)
+    return "\n".join(gap.join(_padded(row, widths, 1)).rstrip() for row in rows)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, readable as it stands; the first row is the head."""
+def markdown(rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table, readable as it stands; the first row is the head.
+
+    Args:
+      rows: texts, equally many in each.
+      words: columns, from the first, that are left-aligned.
+    """
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
     rule = [
-        "-" * width if i == 0 else "-" * (width - 1) + ":"
+        "-" * width if i < words else "-" * (width - 1) + ":"
         for i, width in enumerate(widths)
     ]
-    lines = [_padded(row, widths) for row in [rows[0], rule, *rows[1:]]]
+    lines = [_padded(row, widths, words) for row in [rows[0], rule, *rows[1:]]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """The cells of a row: the first is left-aligned, the others right."""
-    first, *others = zip(row, widths, strict=True)
-    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+def _padded(row: Sequence[str], widths: Sequence[int], words: int) -> list[str]:
+    """The cells of a row: the first `words` are left-aligned, the others right."""
+    return [
+        cell.ljust(width) if i < words else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
 
 
 def percents(shares: Sequence[float]) -> str:

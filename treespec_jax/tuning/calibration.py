@@ -86,6 +86,21 @@ def reliability(records: Iterable[TreeRecord]) -> list[dict[str, float]]:
     return rows
 
 
+def merged(tables: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    """What `reliability` would give for the records of several calls together."""
+    rows = []
+    for same in zip(*tables, strict=True):
+        nodes = sum(row["nodes"] for row in same)
+        means = {
+            name: sum(row["nodes"] * row[name] for row in same) / nodes
+            if nodes
+            else 0.0
+            for name in ("estimated", "realised")
+        }
+        rows.append({**same[0], "nodes": nodes, **means})
+    return rows
+
+
 def error(rows: Sequence[dict[str, float]]) -> float:
     """Mean gap between estimate and outcome, weighted by nodes."""
     nodes = sum(row["nodes"] for row in rows)

@@ -79,6 +79,11 @@ class Tokenizer:
         front = [self.bos_id] if add_bos and self.bos_id is not None else []
         return front + self._encode(text)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be written; the template may yet be malformed."""
+        return self._settings.template is not None
+
     def chat_template(self) -> ChatTemplate:
         """How a conversation is written. Raises UserError: there is no template."""
         if self._template is None:
