@@ -33,6 +33,8 @@ from treespec_jax.sampling.select import top_k
 
 # Best tokens of a draft model that become guesses.
 MODEL_GUESSES = 8
+# Weight of the other sources' guesses beside a model that is sure.
+LEAST_REST = 0.1
 # A match from this length on is copied without asking the model.
 LONG = 10
 
@@ -138,12 +140,12 @@ class AutoWithModel(SourceDrafter):
             model, rows = lax.cond(copying, skip, ask)
             silent = jnp.where(copying, -jnp.inf, model.log_prob)
             model = dataclasses.replace(model, log_prob=silent)
-            return together([guesses, model]), (known, rows)
+            return _beside(model, guesses), (known, rows)
 
         if expand is not None:
             noise_VB = None if noise_CVB is None else noise_CVB[0]
             said = self._guesses(logits_VB, noise_VB, context, 1)
-            root = together([root, said])
+            root = _beside(said, root)
         tree = growth.grow(shape, context, root, expand_both, self.tau)
         return tree, AutoState(sources, finish(tree))
 
@@ -181,6 +183,17 @@ class AutoWithModel(SourceDrafter):
         shape = -1, width, count
         number = len(self.parts)
         return guesses_of(number, tokens_RK.reshape(shape), log_RK.reshape(shape))
+
+
+def _beside(model: Guesses, others: Guesses) -> Guesses:
+    """The guesses of a model, and of others what it leaves over.
+
+    It has read the text, and they have not: what it thinks unlikely is unlikely. A
+    silent model leaves all of it.
+    """
+    rest_BW1 = 1.0 - jnp.sum(jnp.exp(model.log_prob), axis=2, keepdims=True)
+    log_BWK = others.log_prob + jnp.log(jnp.maximum(rest_BW1, LEAST_REST))
+    return together([model, dataclasses.replace(others, log_prob=log_BWK)])
 
 
 def _log_softmax(values_RK, all_RJ):
