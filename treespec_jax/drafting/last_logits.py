@@ -134,7 +134,7 @@ class LastLogits:
         root_BK = jnp.broadcast_to(outlook.context.root[:, None], (B, K))
         tail_BK2 = jnp.stack([root_BK, known_BK], axis=2)
         width = state.found.following.shape[2]
-        best = matching.find(texts, tail_BK2, width, 1, self.history)
+        best = matching.find(texts, tail_BK2, width, 1, self.history, guessed=1)
         # A candidate comes first, and then what followed its match.
         following_BKC = best.following.reshape(B, K, width)[:, :, :-1]
         following_BKC = jnp.concatenate([known_BK[:, :, None], following_BKC], axis=2)

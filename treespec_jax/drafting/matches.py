@@ -17,12 +17,15 @@ import jax.numpy as jnp
 
 from treespec_jax.drafting.protocol import Committed, Sizes
 from treespec_jax.drafting.rates import Rates
+from treespec_jax.errors import UserError
 from treespec_jax.sampling.select import top_k
 
 # Stands for no token; what it never equals stands past the beginning of a text.
 NOBODY, NOWHERE = -1, -2
 # A match longer by a token weighs so much more.
 GAIN = 4.0
+# Whole numbers up to this one are exact in float32.
+EXACT = 1 << 24
 # Lengths of matches that are worth the same, by their least, and what at first.
 LENGTHS = (1, 2, 3, 4, 5, 7, 10, 16)
 PRIOR = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -146,7 +149,12 @@ class Matches:
 
 
 def find(
-    texts: Texts, tail_BWn: jax.Array, depth: int, count: int, history: int
+    texts: Texts,
+    tail_BWn: jax.Array,
+    depth: int,
+    count: int,
+    history: int,
+    guessed: int = 0,
 ) -> Matches:
     """The longest matches of some tails, of equal ones the latest.
 
@@ -156,10 +164,11 @@ def find(
     Args:
       texts: what to search.
       tail_BWn: int32 [B, W, n], the tokens that are looked for, oldest first; NOBODY
-        for tokens that a short text lacks. The last ones may be guesses.
+        for tokens that a short text lacks.
       depth: C, tokens wanted after a match.
       count: P, of matches.
       history: 0 to leave the ring out.
+      guessed: how many of a tail's last tokens are guesses, which come after the text.
 
     Returns:
       Matches of B·W rows.
@@ -197,25 +206,49 @@ def find(
         age_BWH = jnp.broadcast_to(age_H, run_BWH.shape)
         order_BWS = jnp.concatenate([order_BWS, age_BWH], axis=2)
     size = S + ring
-    # Whole numbers below 2^24 are exact in float32, whose top-k is the quick one.
-    score_BWS = (run_BWS * size + jnp.where(run_BWS > 0, order_BWS, 0)).astype(
-        jnp.float32
-    )
+    score_BWS = run_BWS * size + jnp.where(run_BWS > 0, order_BWS, 0)
+    if _scores(longest, size) <= EXACT:
+        # Whose top-k is the quick one.
+        score_BWS = score_BWS.astype(jnp.float32)
     score_RP, place_RP = top_k(score_BWS.reshape(B * W, size).T, min(count, size))
+    lacking = (0, 0), (0, count - score_RP.shape[1])
+    score_RP, place_RP = jnp.pad(score_RP, lacking), jnp.pad(place_RP, lacking)
     lengths_RP = score_RP.astype(jnp.int32) // size
     slot_R1 = jnp.repeat(jnp.arange(B), W)[:, None]
-    following = _after(texts, slot_R1, place_RP, depth)
+    guesses_RG = tail_BWn.reshape(B * W, longest)[:, longest - guessed :]
+    following = _after(texts, slot_R1, place_RP, guesses_RG, depth)
     return Matches(jnp.where(lengths_RP[:, :, None] > 0, following, NOBODY), lengths_RP)
 
 
-def _after(texts: Texts, slot_R1, place_RP, depth: int):
-    """The tokens [R, P, C] after places of the text, or of the ring behind it."""
+def check_search(longest: int, history: int, max_len: int) -> None:
+    """Raises UserError if matches in so many tokens cannot be told apart."""
+    if _scores(longest, max_len + 1 + history) >= 1 << 31:
+        raise UserError(
+            f"longest={longest} is too long to search max_len={max_len} and "
+            f"history={history} tokens; lower it"
+        )
+
+
+def _scores(longest: int, size: int) -> int:
+    """How many scores there are of matches in `size` tokens."""
+    return (longest + 1) * size
+
+
+def _after(texts: Texts, slot_R1, place_RP, guesses_RG, depth: int):
+    """The tokens [R, P, C] after places of the text, or of the ring behind it.
+
+    Guesses come after the text.
+    """
     S, ring = texts.text.shape[1], texts.history.shape[0]
-    step_C = jnp.arange(depth)
-    # Text that reaches its own end goes on with what followed the match.
-    period_RP1 = jnp.maximum(texts.lengths[slot_R1] - 1 - place_RP, 1)[:, :, None]
+    guessed, step_C = guesses_RG.shape[1], jnp.arange(depth)
+    # Text that reaches its end goes on with what followed the match.
+    end_R1 = texts.lengths[slot_R1]
+    period_RP1 = jnp.maximum(end_R1 + guessed - 1 - place_RP, 1)[:, :, None]
     place_RPC = place_RP[:, :, None] + 1 + step_C % period_RP1
     tokens = texts.text[slot_R1[:, :, None], jnp.clip(place_RPC, 0, S - 1)]
+    for number in range(guessed):
+        is_guess_RPC = place_RPC == end_R1[:, :, None] + number
+        tokens = jnp.where(is_guess_RPC, guesses_RG[:, number, None, None], tokens)
     if not ring:
         return tokens
     beyond_RP1 = (place_RP >= S)[:, :, None]
@@ -335,7 +368,7 @@ def observe(
       first: depth from which on it counts.
     """
     following_BC, columns = committed.following, matches.following.shape[2]
-    agrees_B1P = (committed.count > 0)[:, None, None] & (matches.lengths > 0)[:, None]
+    agrees_B1P = (matches.lengths > 0)[:, None]
     for depth in range(min(columns, following_BC.shape[1])):
         node = branch(matches, agrees_B1P, depth)
         real_B1 = (depth < committed.count)[:, None] & (node.length > 0)

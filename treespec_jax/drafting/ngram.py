@@ -73,6 +73,7 @@ class Matching:
         self.history = history
 
     def init(self, sizes: Sizes) -> MatchingState:
+        matching.check_search(self.longest, self.history, sizes.max_len)
         return MatchingState(Matches.none(sizes, MATCHES), matching.start_rates())
 
     def ingest(self, state: MatchingState, committed: Committed) -> MatchingState:
