@@ -73,6 +73,24 @@ def test_an_engine_begins_with_what_another_learnt(target, taught, saved):
 
 
 @pytest.mark.slow
+def test_a_table_is_a_function_of_the_texts_alone(target, taught):
+    """Idle slots, whatever they said before, teach nothing; twice is the same."""
+    llm, found = taught[0], []
+    for before in ([[7]], [[40, 3, 2], [11, 12]], [[40, 3, 2], [11, 12]]):
+        llm.generate(before, PARAMS)
+        empty = make(target, options={"successors": 4})
+        llm.engine.draft_state = empty.engine.draft_state
+        (completion,) = llm.generate(PROMPTS[:1], PARAMS)
+        found.append(table_of(llm))
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    # All but the last token of the text were looked past.
+    said = [*PROMPTS[0], *completion.token_ids[:-1]]
+    assert (found[0][1][0, said, 0] > -np.inf).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 6])
 @pytest.mark.parametrize("method", ["recycle", "auto"])
 def test_other_numbers_of_successors(target, taught, saved, method, count):
