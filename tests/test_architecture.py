@@ -40,6 +40,7 @@ FORBIDDEN = {
     "treespec_jax.models": ("treespec_jax.drafting",),
     "treespec_jax.limits": ("jax",),
     "treespec_jax.checkpoints.formats": ("jax",),
+    "treespec_jax.checkpoints.recycle_table": ("jax",),
     "treespec_jax.measurement": ("treespec_jax.commands",),
 }
 LONGEST, WIDEST = 80, 6

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from treespec_jax.checks import (
@@ -365,6 +366,8 @@ class SpeculativeConfig:
       typical_delta: its bound is min(eps, delta exp(-entropy)), in (0, 1].
       options: settings of the method itself, a mapping by name, kept as sorted pairs;
         each drafter says which it has.
+      recycle_table: file of successors that methods "recycle" and "auto" begin with, if
+        it is there; `LLM.save_recycle_table` writes it. "": they begin with none.
     """
 
     method: str = ""
@@ -378,8 +381,15 @@ class SpeculativeConfig:
     typical_eps: float = 0.09
     typical_delta: float = 0.3
     options: tuple[tuple[str, Any], ...] = ()
+    recycle_table: str = ""
 
     def __post_init__(self):
+        table = self.recycle_table
+        if isinstance(table, Path):
+            object.__setattr__(self, "recycle_table", str(table))
+        elif not isinstance(table, str):
+            message = f"speculative recycle_table must be a path, got {table!r}"
+            raise UserError(message)
         for name in ("method", "tree", "rule", "proposal", "cascade"):
             value = getattr(self, name)
             if not isinstance(value, str):

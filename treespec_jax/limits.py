@@ -83,7 +83,25 @@ def check_speculation(config: SpeculativeConfig) -> TreeShape:
         compatibility.choose_proposal(
             config.rule, config.proposal, shape, config.cascade
         )
+    if shape.depth and config.recycle_table:
+        check_table(config)
     return shape if shape.depth else ROOT_ONLY
+
+
+def check_table(config: SpeculativeConfig) -> None:
+    """Raises UserError if the method has no table that a file could keep."""
+    named = f"recycle_table={config.recycle_table}"
+    if not METHODS[config.method].has_table:
+        known = " or ".join(name for name, m in METHODS.items() if m.has_table)
+        raise UserError(
+            f"{named} is of no use to method {config.method!r}; leave it out, or take "
+            f"method {known}"
+        )
+    if dict(config.options).get("scope") == "request":
+        raise UserError(
+            f"{named}: with scope=request every request begins without successors; "
+            "leave one of them out"
+        )
 
 
 def check_drafter(config: SpeculativeConfig) -> None:

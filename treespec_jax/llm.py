@@ -15,10 +15,12 @@ import numpy as np
 from treespec_jax import limits, speculation
 from treespec_jax.checkpoints import Description, LoadedModel, describe, load
 from treespec_jax.checkpoints.chat import check_conversations, check_messages
+from treespec_jax.checkpoints.recycle_table import Table, TableFile
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.checks import from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
+from treespec_jax.drafting import recycle
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.stats import total
@@ -59,11 +61,12 @@ class LLM:
       engine: that runs the requests.
       notes: what of the checkpoints was left out, and what to know of the
         vocabularies of target and drafter, a line each.
+      recycle_table: file that `save_recycle_table` writes; None: it has to be named.
 
     Raises:
       UserError: a checkpoint that cannot be read, vocabularies that differ, a
-        malformed tree, a rule that would not be lossless for it, or sizes that do not
-        fit; found before weights are read.
+        malformed tree, a rule that would not be lossless for it, a recycle table that
+        does not fit, or sizes that do not; found before weights are read.
     """
 
     def __init__(
@@ -86,6 +89,14 @@ class LLM:
                 draft = _described(config.model)
         left_out = [*target.notes, *(draft.notes if draft is not None else ())]
         self.notes = (*left_out, *check_pair(target, draft))
+        self.recycle_table: Path | None = None
+        table = None
+        if shape.depth and config.recycle_table:
+            file = TableFile(config.recycle_table, target)
+            self.recycle_table, table = file.path, file.read()
+            if table is None:
+                note = f"{file.path} is not there yet: nothing to recycle at first"
+                self.notes += (note,)
         max_len = limits.text_length(settings.max_len, target, draft)
         limits.check_tree(shape.depth, max_len)
 
@@ -113,6 +124,8 @@ class LLM:
             made,
             target.config.eos_ids,
         )
+        if table is not None:
+            self._recycle(table)
 
     def generate(
         self,
@@ -217,6 +230,44 @@ class LLM:
         messages = check_messages(messages)
         params = params or SamplingParams()
         return Stream(self.engine, self._chat_reader(messages, params, variables))
+
+    def save_recycle_table(self, path: str | Path | None = None) -> Path:
+        """Writes what all requests taught methods "recycle" and "auto" to a file.
+
+        A later `LLM` over the same vocabulary begins with it (`recycle_table`). It
+        makes no text different, only the first ones faster.
+
+        Args:
+          path: of the file, an .npz; None: `SpeculativeConfig.recycle_table`.
+
+        Returns:
+          the path.
+
+        Raises:
+          UserError: there is nothing of that kind to write, no path, or nowhere to
+            write; a file that was there stays as it was.
+        """
+        found = recycle.table_of(self.drafter, self.engine.draft_state)
+        if found is None:
+            raise UserError(
+                "the drafter recycles nothing that outlives a request; take method "
+                "'recycle' or 'auto'"
+            )
+        path = path or self.recycle_table
+        if path is None:
+            raise UserError("no file was named for the recycle table; give its path")
+        file = TableFile(path, self)
+        file.write(Table(np.asarray(found.best[0]), np.asarray(found.logits[0])))
+        return file.path
+
+    def _recycle(self, table: Table) -> None:
+        """Gives the drafter a table, of as many successors as it has."""
+        engine = self.engine
+        count = recycle.table_of(self.drafter, engine.draft_state).best.shape[2]
+        table = table.resized(count)
+        engine.draft_state = recycle.with_table(
+            self.drafter, engine.draft_state, table.best, table.logits
+        )
 
     def _reader(self, prompt: Prompt, params: SamplingParams) -> Reader:
         if isinstance(prompt, str):

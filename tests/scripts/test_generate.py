@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests.scripts.support import SCRIPTS
-from treespec_jax.commands import runtime
+from treespec_jax import checkpoints, speculation
+from treespec_jax.commands import loading, runtime
+from treespec_jax.config import SpeculativeConfig
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +185,37 @@ def test_a_cascade_is_labelled_lossy(generate, temperature):
     assert "token (lossy: cascade opt, 0.3)" in generate(*args).out
 
 
+def test_recycled_successors_go_on_in_the_next_run(run_script, files, tmp_path):
+    """Written at the end, read at the start; the text stays, and steps are saved."""
+    table = tmp_path / "t.npz"
+    args = [f"--target={files.target}", "--method=auto", "--tree=chain:2"]
+    args += [f"--recycle_table={table}", "--prompt=the cat", "--max_len=64"]
+    args += ["--max_tokens=24", "--ignore_eos"]
+    first = run_script("generate.py", *args, "--json")
+    assert first.code == 0
+    assert first.err == f"note: {table} is not there yet: nothing to recycle at first\n"
+    with np.load(table) as arrays:
+        before = arrays["logits"].copy()
+    second = run_script("generate.py", *args)
+    assert second.code == 0 and second.err == ""
+    cold = json.loads(first.out)
+    assert cold["settings"]["speculative"]["recycle_table"] == str(table)
+    assert second.out.startswith("the cat" + cold["completions"][0]["text"])
+    stats = cold["stats"]
+    assert list(stats["accepted_by_source"]) == list(
+        speculation.make(SpeculativeConfig(method="auto")).drafter.sources
+    )
+    assert sum(stats["accepted_by_source"].values()) == stats["accepted"] > 0
+    rows = [line.split() for line in second.out.splitlines()]
+    (steps,) = (int(row[1]) for row in rows if row[:1] == ["steps"])
+    assert steps < stats["steps"]
+    (shares,) = (row for row in rows if row[:3] == ["accepted", "by", "source"])
+    assert "recycle" in shares and shares[-1] == "%"
+    with np.load(table) as arrays:
+        known = before > -np.inf
+        assert known.any() and (arrays["logits"][known] > -np.inf).all()
+
+
 def test_plain_decoding_needs_no_drafter(run_script, files):
     args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--max_len=64"]
     result = run_script("generate.py", *args, "--max_tokens=3", "--ignore_eos")
@@ -240,6 +274,7 @@ def test_tokenizer_by_flag_and_stop(run_script, files):
         ("--tokenizer=/no/such/file", "/no/such/file"),
         ("--config=/no/such/config.py", "/no/such/config.py"),
         ("--config.speculative.tree=none", "config.speculative.tree"),
+        ("--recycle_table=t.npz", "of no use to method 'draft_model'"),
         ("stray", "stray"),
     ],
 )
@@ -271,6 +306,30 @@ def test_bad_configuration(refuses, files, tmp_path, lines, override, expected):
     args = [f"--config={tmp_path / 'config.py'}", f"--target={files.target}"]
     args += [f"--draft={files.draft}", "--prompt=a", *([override] if override else [])]
     refuses(expected, "generate.py", *args)
+
+
+def test_bad_options_and_tables(refuses, files, tmp_path, monkeypatch):
+    """Found before weights are read, and tables before jax starts."""
+    monkeypatch.setattr(loading, "make_llm", lambda *_: pytest.fail("weights"))
+    args = [f"--target={files.target}", "--method=recycle", "--prompt=a"]
+    monkeypatch.setattr(checkpoints, "load", lambda *_, **__: pytest.fail("weights"))
+    for option, expected in (
+        ("scope=all", "scope 'all' is unknown"),
+        ("longest=3", "'longest' in options of method 'recycle'"),
+        ("successors=0", "successors must be a whole number >= 1"),
+    ):
+        refuses(expected, "generate.py", *args, f"--drafter_option={option}")
+    monkeypatch.setattr(runtime, "set_up", lambda _: pytest.fail("jax starts"))
+    (tmp_path / "t.npz").write_text("no table")
+    for path, expected in (
+        ("t.npz", "is no recycle table"),
+        ("no/t.npz", "cannot write"),
+        (".", "Is a directory"),
+    ):
+        refuses(expected, "generate.py", *args, f"--recycle_table={tmp_path / path}")
+    table = ["--drafter_option=scope=request", f"--recycle_table={tmp_path / 'n.npz'}"]
+    refuses("scope=request", "generate.py", *args, *table)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
 
 
 def test_unknown_keys_of_a_handmade_configuration(refuses, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from treespec_jax.commands import prompts, runtime, settings
+from treespec_jax.commands import loading, prompts, runtime, settings
 from treespec_jax.errors import UserError
 from treespec_jax.measurement import output, tables, timing
 
@@ -81,6 +82,50 @@ def test_bundled_pair_is_the_default(monkeypatch, tmp_path):
     assert found.speculative.model == str(tmp_path / "draft")
     plain = settings.Experiment().with_paths(needs_drafter=False)
     assert plain.speculative.model is None
+
+
+def test_a_recycle_table_goes_with_methods_that_have_one():
+    given = {"method": "auto", "recycle_table": "t.npz"}
+    made = settings.build({"speculative": given})
+    assert made.with_tree("chain:2").speculative.recycle_table == "t.npz"
+    for other, kept in (("recycle", "t.npz"), ("ngram", ""), ("draft_model", "")):
+        changed = made.with_tree("chain:2", method=other)
+        assert changed.speculative.recycle_table == kept
+    assert made.with_tree("none").speculative.recycle_table == ""
+
+
+class Saving:
+    """An `LLM` as far as `keeping_table` looks."""
+
+    def __init__(self, recycle_table, error=None):
+        self.recycle_table, self._error, self.saved = recycle_table, error, 0
+
+    def save_recycle_table(self):
+        self.saved += 1
+        if self._error:
+            raise self._error
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("ended", [None, KeyboardInterrupt, RuntimeError])
+def test_a_recycle_table_is_written_however_a_run_ends(ended, full, capsys):
+    """What ended the run is raised; that the disk is full, if nothing else did."""
+    llm = Saving("t.npz", UserError("disk full") if full else None)
+    raised = ended or (UserError if full else None)
+    expected = pytest.raises(raised) if raised else contextlib.nullcontext()
+    with expected, loading.keeping_table(llm):
+        if ended:
+            raise ended("it")
+    assert llm.saved == 1
+    noted = "no recycle table was written: disk full" in capsys.readouterr().err
+    assert noted == bool(ended and full)
+
+
+def test_without_a_file_no_recycle_table_is_written():
+    llm = Saving(None)
+    with loading.keeping_table(llm):
+        pass
+    assert llm.saved == 0
 
 
 def test_in_turn_rotates_and_keeps_pairs():

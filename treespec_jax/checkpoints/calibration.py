@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from treespec_jax.checkpoints.files import check_writable, write_whole
 from treespec_jax.checks import check_float
 from treespec_jax.errors import UserError
 
@@ -56,8 +56,7 @@ def output_file(checkpoint: str | Path, output: str | Path | None) -> Path:
             f"{path} is a file, so that nothing can be kept beside it; give "
             "--output=FILE"
         )
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"cannot write {file}; give --output=FILE in another folder")
+    check_writable(file, "give --output=FILE in another folder")
     return file
 
 
@@ -67,12 +66,5 @@ def write(file: Path, values: Mapping[str, Any]) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
-    partial = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(dict(values), indent=2) + "\n")
-        os.replace(partial, file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {file}: {error.strerror}; give --output=FILE"
-        ) from None
+    data = json.dumps(dict(values), indent=2) + "\n"
+    write_whole(file, data.encode(), "give --output=FILE")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,31 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not {values!r:.40}")
     return values
+
+
+def check_writable(path: Path, remedy: str) -> None:
+    """Raises UserError, which ends with `remedy`, if no file can be written there."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}; {remedy}")
+
+
+def write_whole(path: Path, data: bytes, remedy: str) -> None:
+    """Writes all of a file or nothing; the one that is there stays until then.
+
+    Raises:
+      UserError: it cannot be written; ends with `remedy`.
+    """
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        message = f"cannot write {path}: {error.strerror}; {remedy}"
+        raise UserError(message) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def cause(error: BaseException) -> str:

@@ -21,7 +21,10 @@ from treespec_jax.tuning import calibration
 _SETTINGS = setting_flags.SettingFlags(
     # The tree must branch.
     defaults={"speculative.tree": "regular:8x1", "sampling.temperature": 1.0},
-    without=("speculative.method", "sampling.ignore_eos", "engine.record"),
+    without=(
+        *("speculative.method", "speculative.recycle_table"),
+        *("sampling.ignore_eos", "engine.record"),
+    ),
 )
 
 

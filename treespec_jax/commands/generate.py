@@ -20,6 +20,7 @@ from typing import Any
 from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string
 
 from treespec_jax import commands
+from treespec_jax.checkpoints import recycle_table
 from treespec_jax.commands import dialogue, flags, loading, prompts, runtime
 from treespec_jax.commands.prompts import Prompt
 from treespec_jax.commands.setting_flags import SettingFlags
@@ -62,6 +63,9 @@ def main(given) -> None:
     # A greeting stands for what the user will say, to see that it can be answered.
     some = texts or [[*opening, {"role": "user", "content": "Hello"}]]
     encoded = loading.check(settings, some, trees, options)
+    table = settings.speculative.recycle_table
+    if table and not settings.plain:
+        recycle_table.check_output(table)
     runtime.set_up(given.compilation_cache)
     run(job, encoded, given.compare)
 
@@ -101,20 +105,18 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
     loaded = time.perf_counter()
     if not job.prompts:
         encoded = [[0] * (n + 1) for n in llm.engine.config.prefill_chunks]
-    step_cost.warm_up(llm, encoded)
-    timing = {
-        "load_seconds": loaded - began,
-        "compile_seconds": time.perf_counter() - loaded,
-    }
-    answered, completions, stats, first = _completions(job, llm, params)
-    if first is not None:
-        timing["first_token_seconds"] = first - commands.STARTED
+    timing, comparison = {"load_seconds": loaded - began}, None
+    with loading.keeping_table(llm):
+        step_cost.warm_up(llm, encoded)
+        timing["compile_seconds"] = time.perf_counter() - loaded
+        answered, completions, stats, first = _completions(job, llm, params)
+        if first is not None:
+            timing["first_token_seconds"] = first - commands.STARTED
+        if compare and answered:
+            plain = loading.make_llm(settings.with_tree("none"), pair)
+            step_cost.warm_up(plain, encoded)
+            comparison = _compare(job, llm, plain, answered, completions)
     reliability = rounds.reliability([r for c in completions for r in c.records])
-    comparison = None
-    if compare and answered:
-        plain = loading.make_llm(settings.with_tree("none"), pair)
-        step_cost.warm_up(plain, encoded)
-        comparison = _compare(job, llm, plain, answered, completions)
     if not job.shown:
         report = {
             "settings": loading.in_force(settings, llm),

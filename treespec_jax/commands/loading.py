@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from treespec_jax import limits
@@ -42,7 +43,8 @@ def check(
       UserError: a checkpoint whose configuration or tokenizer cannot be read, a pair
         of different vocabularies, max_len past the models' positions, a tree that is
         deeper than max_len, no tokenizer, no chat template, a prompt without room in
-        max_len, or a logit bias for a token that the target lacks.
+        max_len, a recycle table that does not fit, or a logit bias for a token that
+        the target lacks.
     """
     target, max_len = check_models(settings, trees)
     tokenizer = target.tokenizer
@@ -62,6 +64,7 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
     Arguments as for `check`; it raises what that does of the models and the trees.
     """
     from treespec_jax.checkpoints import describe
+    from treespec_jax.checkpoints.recycle_table import TableFile
     from treespec_jax.checkpoints.tokenizers import check_pair
 
     tokenizer = settings.tokenizer or None
@@ -70,6 +73,8 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
     if settings.speculative.model:
         draft = describe(settings.speculative.model, tokenizer)
         check_pair(target, draft)
+    if settings.speculative.recycle_table and not settings.plain:
+        TableFile(settings.speculative.recycle_table, target).read()
     max_len = limits.text_length(settings.engine.max_len, target, draft)
     for tree in trees:
         limits.check_tree(shapes.parse(tree).depth, max_len)
@@ -85,13 +90,17 @@ def load_pair(settings: Experiment) -> Pair:
     """Reads the weights that `settings` name.
 
     Raises:
-      UserError: a checkpoint that cannot be read, or a mesh that cannot be had.
+      UserError: an option that the method does not have, a checkpoint that cannot be
+        read, or a mesh that cannot be had.
     """
     import jax
 
+    from treespec_jax import speculation
     from treespec_jax.checkpoints import load
     from treespec_jax.sharding import make_mesh
 
+    if not settings.plain:
+        speculation.find(settings.speculative)
     dtype = settings.dtype or None
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
@@ -125,6 +134,27 @@ def make_llms(variants: Mapping[Any, Experiment], pair: Pair) -> dict[Any, Any]:
     for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
         print(f"note: {note}", file=sys.stderr)
     return llms
+
+
+@contextlib.contextmanager
+def keeping_table(llm) -> Iterator[None]:
+    """Writes the recycle table of an `LLM` in the end, if its settings name a file.
+
+    Also when the block is interrupted or fails. What ended it is raised then, whatever
+    becomes of the file.
+    """
+    if llm.recycle_table is None:
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        try:
+            llm.save_recycle_table()
+        except Exception as error:
+            print(f"note: no recycle table was written: {error}", file=sys.stderr)
+        raise
+    llm.save_recycle_table()
 
 
 def in_force(settings: Experiment, llm, *sections: str) -> dict[str, Any]:

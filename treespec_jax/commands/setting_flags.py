@@ -62,6 +62,8 @@ HELP: dict[str, dict[str, str]] = {
         "typical_eps": "typical rule: a token of this probability always passes",
         "typical_delta": "typical rule: its bound is min(eps, delta exp(-entropy))",
         "options": "NAME=VALUE, a setting of the method; repeatable; default: none",
+        "recycle_table": "file of successors that methods recycle and auto begin with; "
+        "generate writes it at the end; default: none",
     },
     "engine": {
         "max_batch": "texts decoded together",

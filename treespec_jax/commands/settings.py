@@ -195,7 +195,8 @@ class Experiment:
     def with_tree(self, tree: str, **changes) -> Experiment:
         """The same with another tree shape and further changes of `speculative`.
 
-        Nothing else of `speculative` applies to the shape `none`, plain decoding.
+        Nothing else of `speculative` applies to the shape `none`, plain decoding, and
+        no recycle table to a method that has none.
 
         Raises:
           UserError: a rule or a cascade that does not take the shape.
@@ -203,6 +204,9 @@ class Experiment:
         if shapes.parse(tree).depth == 0:
             speculative = SpeculativeConfig(method="none", tree="none")
         else:
+            method = changes.get("method", self.speculative.method)
+            if not METHODS[method].has_table:
+                changes["recycle_table"] = ""
             speculative = dataclasses.replace(self.speculative, tree=tree, **changes)
         return dataclasses.replace(self, speculative=speculative)
 

@@ -14,6 +14,8 @@ class Method:
       name: of the class.
       needs_model: whether it needs a checkpoint of its own.
       takes_model: whether it can use one.
+      has_table: whether it recycles successors, which a file can keep
+        (`SpeculativeConfig.recycle_table`).
       tree: the shape that it grows unless one is named.
     """
 
@@ -21,6 +23,7 @@ class Method:
     name: str
     needs_model: bool = False
     takes_model: bool = False
+    has_table: bool = False
     tree: str = "dynamic:15@6"
 
 
@@ -29,9 +32,9 @@ METHODS = {
     "draft_model": Method(
         "draft_model", "DraftModel", needs_model=True, takes_model=True, tree="chain:5"
     ),
-    "recycle": Method("recycle", "Recycle"),
+    "recycle": Method("recycle", "Recycle", has_table=True),
     "ngram": Method("ngram", "Ngram"),
     "suffix": Method("suffix", "Suffix"),
     "last_logits": Method("last_logits", "LastLogitsDrafter"),
-    "auto": Method("auto", "Auto", takes_model=True),
+    "auto": Method("auto", "Auto", takes_model=True, has_table=True),
 }

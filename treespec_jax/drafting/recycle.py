@@ -13,15 +13,22 @@ wins, so that the table depends on the texts alone.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax.checks import check_int
-from treespec_jax.drafting.protocol import Committed, Needs, Sizes, Successors
+from treespec_jax.drafting.protocol import (
+    Committed,
+    Drafter,
+    Needs,
+    Sizes,
+    Successors,
+)
 from treespec_jax.drafting.rates import Rates
-from treespec_jax.drafting.sources import Nodes, SourceDrafter
+from treespec_jax.drafting.sources import Nodes, SourceDrafter, SourcesState
 from treespec_jax.errors import UserError
 
 # Lower bounds of the bins that a stored probability falls into.
@@ -170,6 +177,45 @@ class Recycling:
             best=state.best.at[table_N, row_N].set(best, mode="drop"),
             logits=state.logits.at[table_N, row_N].set(logits, mode="drop"),
         )
+
+
+def table_of(drafter: Drafter, state: Any) -> RecycleState | None:
+    """The table that all requests teach; None if the drafter has none.
+
+    Args:
+      drafter: any.
+      state: of it.
+    """
+    index = _index_of(drafter)
+    return None if index is None else state.parts[index]
+
+
+def with_table(
+    drafter: SourceDrafter, state: SourcesState, best: np.ndarray, logits: np.ndarray
+) -> SourcesState:
+    """The state with other successors; what they are worth is measured anew.
+
+    Args:
+      drafter: one that `table_of` finds a table in.
+      state: of it.
+      best: int32 [V, K].
+      logits: float32 [V, K].
+    """
+    index = _index_of(drafter)
+    table = state.parts[index]
+    # Copies on the device, so that they may be donated, where the others were.
+    table = dataclasses.replace(
+        table, best=table.best.at[0].set(best), logits=table.logits.at[0].set(logits)
+    )
+    parts = (*state.parts[:index], table, *state.parts[index + 1 :])
+    return dataclasses.replace(state, parts=parts)
+
+
+def _index_of(drafter: Drafter) -> int | None:
+    for index, part in enumerate(getattr(drafter, "parts", ())):
+        if isinstance(part, Recycling) and part.scope == "engine":
+            return index
+    return None
 
 
 class Recycle(SourceDrafter):

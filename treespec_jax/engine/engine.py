@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from treespec_jax import limits
 from treespec_jax.config import EngineConfig
@@ -88,6 +89,19 @@ class Engine:
     def free_pages(self) -> int:
         """Pages that belong to no request."""
         return self._scheduler.free_pages
+
+    @property
+    def draft_state(self) -> Any:
+        """The drafter's state, as all dispatches under way will leave it.
+
+        Another one of the same arrays' shapes and places may be set. The next dispatch
+        takes it away from whoever still holds it.
+        """
+        return self._executor.draft_state
+
+    @draft_state.setter
+    def draft_state(self, state: Any) -> None:
+        self._executor.draft_state = state
 
     def program(self) -> tuple[Callable, tuple]:
         """The function of a dispatch and its arguments, to compile ahead of time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,15 @@ class Executor:
         """
         control = placement.described(_control(plan), self._placement.mesh)
         return self._traced_dispatch(shape), (self._leaves, self._state, control)
+
+    @property
+    def draft_state(self) -> Any:
+        """The drafter's state after all dispatches; another of its kind may be set."""
+        return self._state.draft
+
+    @draft_state.setter
+    def draft_state(self, state: Any) -> None:
+        self._state = dataclasses.replace(self._state, draft=state)
 
     @property
     def _leaves(self):

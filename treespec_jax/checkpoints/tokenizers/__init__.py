@@ -6,6 +6,7 @@ from treespec_jax.checkpoints.tokenizers.vocabulary import (
     check_pair,
     check_rows,
     compare_vocabularies,
+    fingerprint,
 )
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "check_rows",
     "compare_vocabularies",
     "find_tokenizer",
+    "fingerprint",
     "load_tokenizer",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 from treespec_jax.checkpoints.tokenizers.base import Tokenizer
@@ -49,6 +50,14 @@ def check_rows(tokenizer: Tokenizer, rows: int, chosen: bool = False) -> str | N
             "it, or name this one with --tokenizer"
         )
     return f"{counts}: the last {rows - pieces} are padding and stand for no text"
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 in hex of all spellings: equal for equal vocabularies, in any format."""
+    digest = hashlib.sha256()
+    for token in range(tokenizer.vocab_size):
+        digest.update(tokenizer.piece(token).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
 
 
 def compare_vocabularies(target: Tokenizer, drafter: Tokenizer) -> str | None:
