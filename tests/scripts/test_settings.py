@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from treespec_jax.checkpoints import files
 from treespec_jax.commands import prompts, runtime, settings
 from treespec_jax.errors import UserError
 from treespec_jax.measurement import output, tables, timing
@@ -157,10 +158,10 @@ def test_tables_line_up():
 
 def test_cache_folder_follows_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert runtime.default_cache_folder() == tmp_path / "treespec-jax"
+    assert files.cache_folder() == tmp_path / "treespec-jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert runtime.default_cache_folder() == tmp_path / ".cache" / "treespec-jax"
+    assert files.cache_folder() == tmp_path / ".cache" / "treespec-jax"
 
 
 def test_unwritable_cache_folder_is_left_alone(compilation_cache):
