@@ -30,7 +30,7 @@ def test_every_configuration_is_valid(path):
 
 
 def test_defaults_survive_a_round_trip():
-    plain = settings.Experiment()
+    plain = settings.build()
     assert settings.build(settings.default_config()) == plain
     assert settings.build(json.loads(json.dumps(plain.as_dict()))) == plain
 
@@ -71,17 +71,36 @@ def test_bad_values_are_named(values, expected):
         settings.build(values)
 
 
-def test_bundled_pair_is_the_default(monkeypatch, tmp_path):
-    monkeypatch.setattr(settings, "BUNDLED", tmp_path)
-    with pytest.raises(UserError, match="no target"):
-        settings.Experiment().with_paths(needs_drafter=True)
-    for name in ("target", "draft"):
-        (tmp_path / name).mkdir()
-    found = settings.Experiment().with_paths(needs_drafter=True)
-    assert found.target == str(tmp_path / "target")
-    assert found.speculative.model == str(tmp_path / "draft")
-    plain = settings.Experiment().with_paths(needs_drafter=False)
-    assert plain.speculative.model is None
+def test_bundled_pair_is_the_default():
+    for given in ({}, {"target": ""}):
+        found = settings.build(given).with_paths(needs_drafter=True)
+        assert found.target == "tinystories-5m"
+        assert found.speculative.model == "tinystories-630k"
+        plain = settings.build(given).with_paths(needs_drafter=False)
+        assert plain.speculative.model is None
+
+
+def test_a_drafter_is_chosen_for_a_name_alone(tmp_path, monkeypatch):
+    """By the catalogue, unless the user says what drafts."""
+    monkeypatch.chdir(tmp_path)
+    name = "smollm2-135m-instruct"
+    assert settings.build({"target": name}).speculative.method == "auto"
+    chosen = {"target": name, "speculative": {"model": "some/draft"}}
+    assert settings.build(chosen).speculative.method == "draft_model"
+    plain = {"target": name, "speculative": {"method": "none"}}
+    assert settings.build(plain).speculative.method == "none"
+    (tmp_path / name).mkdir()
+    assert settings.build({"target": name}).speculative.method == ""
+
+
+def test_what_is_missing_is_named(tmp_path):
+    for field, what in (("target", "target"), ("tokenizer", "tokenizer")):
+        experiment = settings.build({field: str(tmp_path / "gone")})
+        with pytest.raises(UserError, match=f"no {what} at .*gone; check the path"):
+            experiment.with_paths()
+    near = settings.build({"target": "smollm2-135-instruct"})
+    with pytest.raises(UserError, match="did you mean 'smollm2-135m-instruct'"):
+        near.with_paths()
 
 
 def test_in_turn_rotates_and_keeps_pairs():

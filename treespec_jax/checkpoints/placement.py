@@ -115,7 +115,7 @@ class Parameters:
 
     def __init__(self, about: Description, dtype: Any = None):
         self.dtype = None if dtype is None else check_dtype(dtype)
-        tensors = about.format.open(about)
+        tensors = about.open()
         self.source = tensors.source
         if self.dtype is None:
             self.dtype = check_dtype(self.source.dtype)

@@ -9,7 +9,6 @@ For example:
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list
@@ -19,7 +18,9 @@ _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def define() -> None:
     DEFINE_list(
-        "model", None, "names of models, or paths of checkpoints; default: all names"
+        "model",
+        None,
+        "names, or checkpoints as --target takes them; default: all",
     )
     DEFINE_enum(
         "dtype", "bfloat16", list(_DTYPES), "of the parameters and of the cache"
@@ -52,11 +53,14 @@ def describe(name: str, size: int) -> dict[str, Any]:
       UserError: no model of that name and no file, or an unreadable checkpoint.
     """
     from treespec_jax import checkpoints
+    from treespec_jax.checkpoints import names
     from treespec_jax.checkpoints.families import parameter_count
     from treespec_jax.models import presets
 
-    path = Path(name).expanduser()
-    config = checkpoints.describe(path).config if path.exists() else presets.get(name)
+    if names.known(name):
+        config = checkpoints.describe(name).config
+    else:
+        config = presets.get(name)
     parameters = parameter_count(config)
     rows = config.num_layers * 2 * config.num_kv_heads * config.head_dim
     return {
