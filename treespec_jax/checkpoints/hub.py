@@ -197,8 +197,8 @@ class HubName:
             ) from None
         except errors.RepositoryNotFoundError:
             raise UserError(
-                f"no file or folder is called {self}, and no model of the hub that you "
-                "may read; check the name, or log in (hf auth login) if it is private"
+                f"{self} is no file or folder, and no model of the hub that you may "
+                "read; check the name, or log in (hf auth login) if it is private"
             ) from None
         except errors.RevisionNotFoundError:
             raise UserError(
@@ -233,7 +233,7 @@ class HubName:
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set"
         return (
-            f"no file or folder is called {self}, {why}, and its cache "
+            f"{self} is no file or folder; {why}, and the hub's cache "
             f"{constants.HF_HUB_CACHE} does not hold all of it; connect once to "
             "download it"
         )
