@@ -72,9 +72,7 @@ def check_dtype(dtype: Any) -> np.dtype:
 
 def abstract_parameters(config: ModelConfig, dtype: np.dtype):
     """The model without values: its graph, and its parameters by dotted path."""
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    )
+    graph, state = nnx.split(Transformer(config, dtype=dtype, rngs=None))
     return graph, state, _by_path(state)
 
 
