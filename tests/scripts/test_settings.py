@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from treespec_jax import limits
 from treespec_jax.checkpoints import files
 from treespec_jax.commands import prompts, runtime, settings
 from treespec_jax.errors import UserError
@@ -83,14 +84,20 @@ def test_bundled_pair_is_the_default():
 def test_a_drafter_is_chosen_for_a_name_alone(tmp_path, monkeypatch):
     """By the catalogue, unless the user says what drafts."""
     monkeypatch.chdir(tmp_path)
-    name = "smollm2-135m-instruct"
-    assert settings.build({"target": name}).speculative.method == "auto"
-    chosen = {"target": name, "speculative": {"model": "some/draft"}}
-    assert settings.build(chosen).speculative.method == "draft_model"
-    plain = {"target": name, "speculative": {"method": "none"}}
-    assert settings.build(plain).speculative.method == "none"
+    name = "tinystories-5m"
+
+    def drafter(**speculative):
+        built = settings.build({"target": name, "speculative": speculative}).speculative
+        return limits.resolve(built).method, built.model
+
+    assert drafter() == ("draft_model", "tinystories-630k")
+    assert drafter(method="draft_model") == ("draft_model", "tinystories-630k")
+    assert drafter(model="some/draft") == ("draft_model", "some/draft")
+    for method in ("none", "auto"):
+        assert drafter(method=method) == (method, None)
+    # A folder of that name is another model.
     (tmp_path / name).mkdir()
-    assert settings.build({"target": name}).speculative.method == ""
+    assert drafter() == ("auto", None)
 
 
 def test_what_is_missing_is_named(tmp_path):
