@@ -1,12 +1,15 @@
-# Two commands for a fresh machine: `make demo` and `make test`; `make test-fast` for
-# daily work.
+# For a fresh machine: `make demo`, `make chat` and `make test`; `make test-fast` for daily
+# work.
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= once upon a time
 # Test processes. Compiling keeps one core busy, so two halve the time on two.
 JOBS ?= 2
 
-.PHONY: demo test test-fast lint clean
+# As typed, so that a prompt may hold quotes and dollar signs.
+export TEXT := $(value PROMPT)
+CHAT_MODEL := smollm2-135m-instruct
+
+.PHONY: demo chat test test-fast lint clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("treespec-jax needs Python 3.11 or newer, this is %d.%d; set PYTHON=" % v)'
@@ -19,7 +22,12 @@ $(VENV)/.dev: $(VENV)/.run
 	touch $@
 
 demo: $(VENV)/.run
-	@$(VENV)/bin/python scripts/generate.py --prompt="$(PROMPT)"
+	@$(VENV)/bin/python scripts/generate.py --prompt="$${TEXT:-once upon a time}"
+
+chat: $(VENV)/.run
+	@$(VENV)/bin/python scripts/fetch_model.py $(CHAT_MODEL) > /dev/null
+	@$(VENV)/bin/python scripts/generate.py --chat --target=$(CHAT_MODEL) \
+		--max_tokens=512 $${TEXT:+--prompt="$$TEXT"}
 
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -55,13 +55,17 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> NoReturn:
         module.define()
         if any(argument in _HELP for argument in argv[1:]):
             _, _, listed = flags.FLAGS.module_help(module.__name__).partition(":\n")
-            print(f"{inspect.cleandoc(module.__doc__)}\n\nflags:\n{listed}")
+            print(inspect.cleandoc(module.__doc__))
+            print(f"\nflags:\n{listed}" if listed else "")
             sys.exit(0)
-    run(lambda _: module.main(flags.FLAGS), argv)
+    allowed = len(getattr(module, "ARGUMENTS", ()))
+    run(lambda rest: module.main(flags.FLAGS, *rest[1:]), argv, allowed)
 
 
 def run(
-    main: Callable[[list[str]], Any], argv: Sequence[str] | None = None
+    main: Callable[[list[str]], Any],
+    argv: Sequence[str] | None = None,
+    arguments: int = 0,
 ) -> NoReturn:
     """Parses the flags, calls `main(argv)` and exits.
 
@@ -71,16 +75,17 @@ def run(
     a bug and keeps its traceback.
 
     Args:
-      main: gets the program name alone, as positional arguments are refused; what it
-        returns is the exit code, None is 0.
+      main: gets the program name and the arguments that are no flags; what it returns
+        is the exit code, None is 0.
       argv: the command line; None: that of the process.
+      arguments: how many besides flags are taken, at most.
 
     Raises:
       SystemExit: always.
     """
     with _one_line_errors():
         skip_absent_tpu()
-        code = main(_parse(list(sys.argv if argv is None else argv)))
+        code = main(_parse(list(sys.argv if argv is None else argv), arguments))
         sys.stdout.flush()
         sys.exit(code)
 
@@ -132,8 +137,8 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Parses flags. Raises UserError for anything wrong with them."""
+def _parse(argv: list[str], arguments: int) -> list[str]:
+    """Parses flags; the rest. Raises UserError for anything wrong with them."""
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -147,9 +152,11 @@ def _parse(argv: list[str]) -> list[str]:
         if missing:
             raise UserError(f"--{missing[1]} is missing; give it a value") from None
         raise UserError(str(error)) from None
-    if len(rest) > 1:
+    if len(rest) > 1 + arguments:
         hint = "give --name=value (--help lists them)"
-        raise UserError(f"argument {rest[1]!r} is not a flag; {hint}")
+        if arguments:
+            hint = f"besides flags {arguments} is taken at most"
+        raise UserError(f"argument {rest[1 + arguments]!r} is not a flag; {hint}")
     return rest
 
 

@@ -348,8 +348,8 @@ class SpeculativeConfig:
       method: what drafts, one of `drafting.METHODS`; "none" is plain decoding, "" the
         one that goes with the target: the catalogue's, a draft model if one is named,
         else "auto".
-      model: path of the draft model's checkpoint, or a loaded one; None for methods
-        without a model.
+      model: path or name of the draft model's checkpoint (`checkpoints.names`), or a
+        loaded one; None for methods without a model.
       tree: a tree shape, see `treespec_jax.trees.shapes.parse`; "": the method's.
       tau: temperature of the drafter's estimate that a child is right,
         softmax(score / tau); orders the paths of a dynamic tree. None: the one that

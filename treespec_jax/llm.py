@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax import limits, speculation
-from treespec_jax.checkpoints import Description, LoadedModel, describe, load
+from treespec_jax.checkpoints import Description, LoadedModel, describe, load, names
 from treespec_jax.checkpoints.chat import check_conversations, check_messages
 from treespec_jax.checkpoints.recycle_table import Table, TableFile
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
@@ -41,10 +41,11 @@ class LLM:
     the speed differs.
 
     Args:
-      model: path of a checkpoint (see `checkpoints.load`), a description of one, or a
-        loaded one.
+      model: path or name of a checkpoint (see `checkpoints.load`), a description of
+        one, or a loaded one.
       speculative: `SpeculativeConfig` or its fields (method, model, tree, rule, …);
-        None is plain decoding.
+        None is plain decoding. A model of the catalogue gets its drafter, unless one
+        is chosen.
       dtype: of weights and activations ("float32", "bfloat16"); None: float32 on a
         CPU, where it is the quick one, else the checkpoint's own.
       mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
@@ -79,6 +80,8 @@ class LLM:
         **engine: Any,
     ):
         config = _speculative_config(speculative)
+        if isinstance(model, str):
+            config = names.with_drafter(model, config)
         settings = from_mapping(EngineSettings, engine, "LLM")
         shape = limits.check_speculation(config)
         target, draft = _described(model), None

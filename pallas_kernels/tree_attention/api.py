@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.tree_attention import gpu, reference, tpu
+from pallas_kernels.tree_attention import reference
 from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes, default_sizes
 from pallas_kernels.tree_attention.operands import Operands
 from pallas_kernels.tree_attention.sizes import BlockSizes, choose
 from pallas_kernels.tree_attention.spec import PLATFORMS, AttentionSpec
 
-_KERNELS = {"tpu": tpu, "gpu": gpu}
+# As `jax.Device.device_kind` says of a CPU, which no kernel is for.
+_CPU = "cpu"
 
 
 def tree_attention(operands: Operands, spec: AttentionSpec) -> jax.Array:
@@ -44,12 +46,12 @@ def tree_attention(operands: Operands, spec: AttentionSpec) -> jax.Array:
         operands = dataclasses.replace(operands, tree_depth=None)
     if spec.mesh is not None:
         return _on_mesh(spec, operands)
-    plain = functools.partial(reference.tree_attention, spec=spec)
-    if spec.implementation == "reference":
-        return plain(operands)
+    plain = functools.partial(_reference, spec)
     named = spec.implementation is not None
+    if spec.implementation == "reference" or (not named and spec.device_kind == _CPU):
+        return plain(operands)
     kernels = {}
-    for name in [spec.implementation] if named else _KERNELS:
+    for name in [spec.implementation] if named else PLATFORMS:
         planned, reason = _plan(name, operands, spec)
         if reason is None:
             kernels[PLATFORMS[name]] = functools.partial(_kernel, planned)
@@ -60,6 +62,11 @@ def tree_attention(operands: Operands, spec: AttentionSpec) -> jax.Array:
     if not kernels:
         return plain(operands)
     return lax.platform_dependent(operands, **kernels, default=plain)
+
+
+def _module(name: str):
+    """A kernel's module, imported where it may run: Pallas takes its time."""
+    return importlib.import_module(f"pallas_kernels.tree_attention.{name}")
 
 
 def _plan(
@@ -77,8 +84,8 @@ def _plan(
         if not isinstance(sizes, BlockSizes):
             sizes = choose(spec.device_kind, rows, dims.K)
         spec = planned(block_sizes=sizes)
-        return spec, tpu.unsupported(operands, spec)
-    reason = gpu.unsupported(operands, spec)
+        return spec, _module(name).unsupported(operands, spec)
+    reason = _module(name).unsupported(operands, spec)
     if reason is None and not isinstance(sizes, GpuBlockSizes):
         itemsize = operands.queries.dtype.itemsize
         sizes = default_sizes(itemsize, rows, dims.H, spec.device_kind)
@@ -109,10 +116,15 @@ def _on_mesh(spec: AttentionSpec, operands: Operands) -> jax.Array:
     return run(operands)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # Traced once for all layers.
+def _reference(spec: AttentionSpec, operands: Operands) -> jax.Array:
+    return reference.tree_attention(operands, spec)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)  # Traced once for all layers.
 def _kernel(spec: AttentionSpec, operands: Operands) -> jax.Array:
-    return _KERNELS[spec.implementation].tree_attention(operands, spec)
+    return _module(spec.implementation).tree_attention(operands, spec)
 
 
 def _forward(spec, operands):

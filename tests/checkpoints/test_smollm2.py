@@ -16,9 +16,9 @@ import pytest
 
 from tests.checkpoints.support import forward
 from treespec_jax.checkpoints import convert, describe, load
-from treespec_jax.commands.runtime import default_cache_folder
+from treespec_jax.checkpoints.catalogue import CATALOGUE
 
-MODEL = default_cache_folder() / "models" / "smollm2-135m-instruct.gguf"
+MODEL = CATALOGUE["smollm2-135m-instruct"].path
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smollm2.json").read_text())
 pytestmark = [
     pytest.mark.slow,

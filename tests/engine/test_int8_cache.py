@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from treespec_jax.checkpoints import load
+from treespec_jax.checkpoints.catalogue import BUNDLED
 from treespec_jax.commands.prompts import STORIES
-from treespec_jax.commands.settings import BUNDLED
 from treespec_jax.config import SamplingParams
 from treespec_jax.llm import LLM
 

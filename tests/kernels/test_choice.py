@@ -113,6 +113,7 @@ def test_the_platform_chooses():
         named = AttentionSpec(scale=0.1, implementation=name)
         assert kernels_in(case, named) == {name}
     assert not kernels_in(case, REFERENCE)
+    assert not kernels_in(case, dataclasses.replace(SPEC, device_kind="cpu"))
     text = attend.lower(case, SPEC).as_text()
     assert "while" in text and "custom_call" not in text
     out = attend(case, SPEC)

@@ -226,6 +226,18 @@ def test_every_parameter_names_its_axes():
             assert len(axes) == len(leaf.shape), path
 
 
+def test_abstract_models_are_those_of_random_ones():
+    """Without a random number, hence at once."""
+    for config in FAMILIES.values():
+        abstract = Transformer(config, dtype=jnp.bfloat16, rngs=None)
+        traced = nnx.eval_shape(
+            lambda c=config: Transformer(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        )
+        graphs, states = zip(*map(nnx.split, (abstract, traced)), strict=True)
+        assert graphs[0] == graphs[1]
+        assert jax.tree.leaves(states[0]) == jax.tree.leaves(states[1])
+
+
 def test_fresh_norms_change_nothing():
     """A new 1 + w norm starts at w = 0, a new bias at 0."""
     model = Transformer(FAMILIES["gemma3"], rngs=nnx.Rngs(0))

@@ -300,8 +300,10 @@ def run(*arguments):
 def test_list():
     done = run()
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    sizes, _, catalogue = done.stdout.partition("\n\n")
+    lines = sizes.splitlines()
     assert len(lines) == len(PUBLISHED) + 2
+    assert "tinystories-5m" in catalogue and "smollm2-135m-instruct" in catalogue
     assert lines[0].split()[:3] == ["name", "family", "parameters"]
     row = next(line.split() for line in lines if line.startswith("llama-3-8b"))
     assert row[1:] == ["llama", "8,030,261,248", "16.06", "131.1", "8,192"]

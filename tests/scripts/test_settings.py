@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from treespec_jax import limits
+from treespec_jax.checkpoints import files
 from treespec_jax.commands import loading, prompts, runtime, settings
 from treespec_jax.errors import UserError
 from treespec_jax.measurement import output, tables, timing
@@ -30,7 +32,7 @@ def test_every_configuration_is_valid(path):
 
 
 def test_defaults_survive_a_round_trip():
-    plain = settings.Experiment()
+    plain = settings.build()
     assert settings.build(settings.default_config()) == plain
     assert settings.build(json.loads(json.dumps(plain.as_dict()))) == plain
 
@@ -71,17 +73,42 @@ def test_bad_values_are_named(values, expected):
         settings.build(values)
 
 
-def test_bundled_pair_is_the_default(monkeypatch, tmp_path):
-    monkeypatch.setattr(settings, "BUNDLED", tmp_path)
-    with pytest.raises(UserError, match="no target"):
-        settings.Experiment().with_paths(needs_drafter=True)
-    for name in ("target", "draft"):
-        (tmp_path / name).mkdir()
-    found = settings.Experiment().with_paths(needs_drafter=True)
-    assert found.target == str(tmp_path / "target")
-    assert found.speculative.model == str(tmp_path / "draft")
-    plain = settings.Experiment().with_paths(needs_drafter=False)
-    assert plain.speculative.model is None
+def test_bundled_pair_is_the_default():
+    for given in ({}, {"target": ""}):
+        found = settings.build(given).with_paths(needs_drafter=True)
+        assert found.target == "tinystories-5m"
+        assert found.speculative.model == "tinystories-630k"
+        plain = settings.build(given).with_paths(needs_drafter=False)
+        assert plain.speculative.model is None
+
+
+def test_a_drafter_is_chosen_for_a_name_alone(tmp_path, monkeypatch):
+    """By the catalogue, unless the user says what drafts."""
+    monkeypatch.chdir(tmp_path)
+    name = "tinystories-5m"
+
+    def drafter(**speculative):
+        built = settings.build({"target": name, "speculative": speculative}).speculative
+        return limits.resolve(built).method, built.model
+
+    assert drafter() == ("draft_model", "tinystories-630k")
+    assert drafter(method="draft_model") == ("draft_model", "tinystories-630k")
+    assert drafter(model="some/draft") == ("draft_model", "some/draft")
+    for method in ("none", "auto"):
+        assert drafter(method=method) == (method, None)
+    # A folder of that name is another model.
+    (tmp_path / name).mkdir()
+    assert drafter() == ("auto", None)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    for field, what in (("target", "target"), ("tokenizer", "tokenizer")):
+        experiment = settings.build({field: str(tmp_path / "gone")})
+        with pytest.raises(UserError, match=f"no {what} at .*gone; check the path"):
+            experiment.with_paths()
+    near = settings.build({"target": "smollm2-135-instruct"})
+    with pytest.raises(UserError, match="did you mean 'smollm2-135m-instruct'"):
+        near.with_paths()
 
 
 def test_a_recycle_table_goes_with_methods_that_have_one():
@@ -202,10 +229,10 @@ def test_tables_line_up():
 
 def test_cache_folder_follows_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert runtime.default_cache_folder() == tmp_path / "treespec-jax"
+    assert files.cache_folder() == tmp_path / "treespec-jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert runtime.default_cache_folder() == tmp_path / ".cache" / "treespec-jax"
+    assert files.cache_folder() == tmp_path / ".cache" / "treespec-jax"
 
 
 def test_unwritable_cache_folder_is_left_alone(compilation_cache):

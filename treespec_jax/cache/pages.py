@@ -117,9 +117,7 @@ def _write(layers, destination: Destination, kv, path_BC, after):
     """`commit` of the heads that one device holds."""
     B, C = path_BC.shape
     lengths, page_table = destination.lengths, destination.page_table
-    quantised = isinstance(layers[0], tuple)
-    _, K, _, page, _ = jax.tree.leaves(layers)[0].shape
-    many = B * C > MAX_ROW_WRITES
+    page = jax.tree.leaves(layers)[0].shape[3]
     offset_C = jnp.arange(C)
     position_BC = lengths[:, None] + offset_C
     # Nothing here is negative: XLA need not be told what to do if it were.
@@ -129,51 +127,63 @@ def _write(layers, destination: Destination, kv, path_BC, after):
     )
     wanted_BC = (offset_C < destination.counts[:, None]) & after
     ids_BC = jnp.where(wanted_BC, ids_BC, TRASH_PAGE)
-    row_BC = lax.rem(position_BC, page)
+    corners = path_BC, ids_BC, lax.rem(position_BC, page)
+    many = B * C > MAX_ROW_WRITES
 
-    def put(pages, rows_BK2T):
-        """Writes rows [B, K, 2, T, H], or what there is one of per row [B, K, 2, T]."""
-        rows_BK2T = rows_BK2T.astype(pages.dtype)
-        wide = rows_BK2T.shape[4:]
-        if many and not quantised:
-            part = tuple(map(slice, wide))
-            rows_BTK2 = jnp.moveaxis(rows_BK2T, 3, 1)
-            rows_BCK2 = rows_BTK2[jnp.arange(B)[:, None], path_BC]
-            return pages.at[ids_BC, :, :, row_BC, *part].set(rows_BCK2)
+    def write(pages, kv_BK2TH):
+        if not isinstance(pages, tuple):
+            return _put(pages, kv_BK2TH, corners, many, scatter=True)
+        # On a TPU, XLA copies the whole of an int8 array to scatter into it.
+        parts = zip(pages, quantize_rows(kv_BK2TH), strict=True)
+        return tuple(_put(*part, corners, many, scatter=False) for part in parts)
 
-        def write_row(pages, source):
-            slot, node, page_id, row = source
-            zeros = (0,) * len(wide)
-            new = lax.dynamic_slice(
-                rows_BK2T,
-                (slot, 0, 0, node, *zeros),
-                (1, K, 2, 1, *wide),
-                allow_negative_indices=False,
-            )
-            corner = page_id, 0, 0, row, *zeros
-            return lax.dynamic_update_slice(
-                pages, new, corner, allow_negative_indices=False
-            )
+    return tuple(map(write, layers, kv))
 
-        if many:
-            # On a TPU, XLA copies the whole of an int8 array to scatter into it.
-            def body(i, pages):
-                return write_row(pages, [x[i] for x in sources])
 
-            return lax.fori_loop(0, B * C, body, pages)
-        return functools.reduce(write_row, zip(*sources, strict=True), pages)
+# Traced once for all layers.
+@functools.partial(jax.jit, static_argnames=("many", "scatter"))
+def _put(pages, rows_BK2T, corners, many: bool, scatter: bool):
+    """Writes rows [B, K, 2, T, H], or what there is one of per row [B, K, 2, T].
 
-    # Slot, node, page and row of every write, the same for all layers.
+    Args:
+      pages: of one layer.
+      rows_BK2T: of the same layer.
+      corners: int32 [B, C] each: which of the T rows, its page, and its row there.
+      many: too many rows to write each by an operation of its own.
+      scatter: many rows are written by a scatter, not in a loop.
+    """
+    path_BC, ids_BC, row_BC = corners
+    B, C = path_BC.shape
+    rows_BK2T = rows_BK2T.astype(pages.dtype)
+    K, wide = rows_BK2T.shape[1], rows_BK2T.shape[4:]
+    if many and scatter:
+        part = tuple(map(slice, wide))
+        rows_BTK2 = jnp.moveaxis(rows_BK2T, 3, 1)
+        rows_BCK2 = rows_BTK2[jnp.arange(B)[:, None], path_BC]
+        return pages.at[ids_BC, :, :, row_BC, *part].set(rows_BCK2)
+
+    def write_row(pages, source):
+        slot, node, page_id, row = source
+        zeros = (0,) * len(wide)
+        new = lax.dynamic_slice(
+            rows_BK2T,
+            (slot, 0, 0, node, *zeros),
+            (1, K, 2, 1, *wide),
+            allow_negative_indices=False,
+        )
+        corner = page_id, 0, 0, row, *zeros
+        return lax.dynamic_update_slice(
+            pages, new, corner, allow_negative_indices=False
+        )
+
     slots = [i // C for i in range(B * C)]
     sources = [x.reshape(-1) for x in (path_BC, ids_BC, row_BC)]
     if many:
         sources = [jnp.asarray(slots), *sources]
-    else:
-        sources = [slots, *map(jnp.unstack, sources)]
 
-    def write(layer_pages, layer_kv):
-        if not quantised:
-            return put(layer_pages, layer_kv)
-        return tuple(map(put, layer_pages, quantize_rows(layer_kv)))
+        def body(i, pages):
+            return write_row(pages, [x[i] for x in sources])
 
-    return tuple(write(p, k) for p, k in zip(layers, kv, strict=True))
+        return lax.fori_loop(0, B * C, body, pages)
+    sources = [slots, *map(jnp.unstack, sources)]
+    return functools.reduce(write_row, zip(*sources, strict=True), pages)

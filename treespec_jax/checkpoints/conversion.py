@@ -103,7 +103,7 @@ def convert(
         files = {
             name: sums for g in groups for name, sums in journal.done[g.name].items()
         }
-        finish(partial, path, about, about.path.name, parameters.dtype, files)
+        finish(partial, path, about, about.name, parameters.dtype, files)
         (path / _JOURNAL).unlink()
     count = sum(group.nbytes for group in groups) // parameters.dtype.itemsize
     return Converted(parameters.dtype, count, resumed)

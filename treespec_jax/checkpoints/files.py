@@ -11,6 +11,15 @@ from typing import Any
 from treespec_jax.errors import UserError
 
 
+def cache_folder() -> Path:
+    """The user's folder of what can be made or fetched again.
+
+    `treespec-jax` under $XDG_CACHE_HOME or ~/.cache; it need not exist.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "treespec-jax"
+
+
 def read_bytes(path: Path) -> bytes:
     """All of a file. Raises UserError if it is missing or unreadable."""
     try:

@@ -27,7 +27,7 @@ class LoadedModel:
         `eos_ids` holds its ends of text too.
       model: the decoder, its parameters in `dtype`.
       tokenizer: or None if the checkpoint has none.
-      source: name of the file or folder that it came from.
+      source: name of the file or folder that it came from, or that the user gave.
       dtype: of the parameters.
       notes: what of the checkpoint was left out, a line each.
       tau: fitted for it as a drafter, or None (`calibration`).
@@ -55,31 +55,35 @@ def load(
 
     Args:
       checkpoint: the path of a Hugging Face folder, a GGUF file, a llama2.c version 0
-        `.bin` file, or a folder that `save` wrote; or what `describe` gave for one,
-        which is not described again.
+        `.bin` file, or a folder that `save` wrote; a name of the catalogue, or
+        `org/name` of the Hugging Face Hub (see `names.locate`); or what `describe` gave
+        for one, which is not described again.
       dtype: float32, bfloat16 or float16; None: as stored.
-      tokenizer: a file to use instead of the one found with the weights or described.
+      tokenizer: to use instead of the one found with the weights or described; see
+        `describe`.
       progress: wraps the list of parameters as they are read, to show a bar.
       mesh: of devices that hold the parameters together, see `sharding.make_mesh`; a
         process reads what its own devices hold. None: the first device holds all.
       rules: how the parameters are cut; None: the default ones.
 
     Raises:
-      UserError: the path is missing, unreadable or of no known kind; a tensor is
-        missing, unread, of the wrong shape or not finite; a setting is not supported;
-        the tokenizer does not fit the embedding (see `check_rows`); a calibration
-        beside it holds no tau; a rule names an axis that the mesh does not have.
+      UserError: the path is missing, unreadable or of no known kind; a name that cannot
+        be had; a tensor is missing, unread, of the wrong shape or not finite; a setting
+        is not supported; the tokenizer does not fit the embedding (see `check_rows`); a
+        calibration beside it holds no tau; a rule names an axis that the mesh does not
+        have.
     """
     if not isinstance(checkpoint, Description):
         checkpoint = describe(checkpoint, tokenizer)
     elif tokenizer is not None:
-        checkpoint = describe(checkpoint.path, tokenizer)
+        given = {"name": checkpoint.name, "repository": checkpoint.repository}
+        checkpoint = dataclasses.replace(describe(checkpoint.path, tokenizer), **given)
     parameters = Parameters(checkpoint, dtype)
     return LoadedModel(
         checkpoint.config,
         parameters.build(progress, mesh, rules),
         checkpoint.tokenizer,
-        checkpoint.path.name,
+        checkpoint.name,
         parameters.dtype,
         checkpoint.notes,
         calibration.read_tau(checkpoint.path),

@@ -72,9 +72,7 @@ def check_dtype(dtype: Any) -> np.dtype:
 
 def abstract_parameters(config: ModelConfig, dtype: np.dtype):
     """The model without values: its graph, and its parameters by dotted path."""
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    )
+    graph, state = nnx.split(Transformer(config, dtype=dtype, rngs=None))
     return graph, state, _by_path(state)
 
 
@@ -115,7 +113,7 @@ class Parameters:
 
     def __init__(self, about: Description, dtype: Any = None):
         self.dtype = None if dtype is None else check_dtype(dtype)
-        tensors = about.format.open(about)
+        tensors = about.open()
         self.source = tensors.source
         if self.dtype is None:
             self.dtype = check_dtype(self.source.dtype)

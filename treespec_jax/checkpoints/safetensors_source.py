@@ -14,6 +14,8 @@ import numpy as np
 from treespec_jax.checkpoints.files import first_line, read_json
 from treespec_jax.errors import UserError
 
+INDEX = "model.safetensors.index.json"
+
 # As numpy calls them; what it does not know keeps the name that the file uses.
 _DTYPES = {
     "F64": "float64",
@@ -143,7 +145,7 @@ def _damaged(file: Path, reason: str) -> UserError:
 
 def _find(folder: Path) -> tuple[Iterable[Path], tuple[Path, Mapping[str, str]] | None]:
     """The files to read, and the index with what it says, if there is one."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, Mapping) or not names:

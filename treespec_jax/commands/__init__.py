@@ -2,7 +2,8 @@
 
 A command's module is light to import. It has a docstring, whose first line describes
 the command; `define()`, which defines the flags; and `main(given)`, which runs it on
-their values (`absl.flags.FlagValues`) once the command line is parsed.
+their values (`absl.flags.FlagValues`) once the command line is parsed. One that takes
+arguments besides flags names them in `ARGUMENTS`: `main(given, …)` gets those given.
 """
 
 import time
@@ -17,6 +18,7 @@ COMMANDS = (
     "measure_rules",
     "calibrate_drafter",
     "list_models",
+    "fetch_model",
     "convert_checkpoint",
     "widen_checkpoint",
     "train_lm",

@@ -157,8 +157,7 @@ class Run:
         if not programs:
             return {}
         checkpoints = peers.Checkpoints(
-            settings.target,
-            settings.speculative.model,
+            *benchmark_job.folders(settings),
             dtype,
             target.tokenizer,
             target.config.eos_ids,

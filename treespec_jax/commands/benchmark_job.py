@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from treespec_jax import limits
+from treespec_jax.checkpoints import names
 from treespec_jax.commands import loading, suites
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.drafting import METHODS
@@ -74,7 +75,7 @@ def make(settings: Experiment) -> Job:
     grid = settings.benchmark
     target, limit = loading.check_models(settings, grid.shapes)
     if grid.peers:
-        peers.check(settings.target, settings.speculative.model, settings.sampling)
+        peers.check(*folders(settings), settings.sampling)
     tokenizer = target.tokenizer
     suite = suites.find(grid.suite, tokenizer.has_chat_template).first(grid.questions)
     needed = {q: longest(q, settings, tokenizer) for q in suite.questions}
@@ -99,6 +100,15 @@ def make(settings: Experiment) -> Job:
         dataclasses.replace(suite, questions=fitting),
         [question.id for question in suite.questions if question not in fitting],
         target,
+    )
+
+
+def folders(settings: Experiment) -> tuple[str, str | None]:
+    """Paths of the target and of the drafter, if there is one, for peers to read."""
+    draft = settings.speculative.model
+    return (
+        str(names.locate(settings.target, "target").path),
+        str(names.locate(draft, "drafter").path) if draft else None,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from absl.flags import DEFINE_string
 
 from treespec_jax.checkpoints import calibration as files
+from treespec_jax.checkpoints.names import locate
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.errors import UserError
@@ -62,7 +63,8 @@ def run(settings: Experiment, prompts_file: str | None, output: str) -> None:
     """
     from treespec_jax.measurement import machine, rounds
 
-    file = files.output_file(settings.speculative.model, output)
+    drafter = locate(settings.speculative.model, "drafter")
+    file = files.output_file(drafter.path, output)
     texts = prompts.read_or_stories(prompts_file)
     loading.check(settings, texts, [settings.speculative.tree])
     pair = loading.load_pair(settings)

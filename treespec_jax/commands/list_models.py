@@ -9,17 +9,20 @@ For example:
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_list
+
+from treespec_jax.checkpoints.catalogue import Model
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def define() -> None:
     DEFINE_list(
-        "model", None, "names of models, or paths of checkpoints; default: all names"
+        "model",
+        None,
+        "names, or checkpoints as --target takes them; default: all",
     )
     DEFINE_enum(
         "dtype", "bfloat16", list(_DTYPES), "of the parameters and of the cache"
@@ -28,13 +31,18 @@ def define() -> None:
 
 
 def main(given) -> None:
+    from treespec_jax.checkpoints.catalogue import CATALOGUE
     from treespec_jax.measurement.tables import aligned
     from treespec_jax.models import presets
 
     dtype, names = given.dtype, given.model or presets.names()
     models = [describe(name, _DTYPES[dtype]) for name in names]
+    catalogue = [] if given.model else [_entry(model) for model in CATALOGUE.values()]
     if given.json:
-        print(json.dumps({"dtype": dtype, "models": models}, indent=2))
+        report = {"dtype": dtype, "models": models}
+        if catalogue:
+            report["catalogue"] = catalogue
+        print(json.dumps(report, indent=2))
         return
     head = ["name", "family", "parameters", f"{dtype} GB", "cache kB", "tokens"]
     rows = [head]
@@ -43,6 +51,25 @@ def main(given) -> None:
         rows.append([*row, f"{cache / 1e3:.1f}", f"{positions:,}"])
     print(aligned(rows))
     print("cache: per token of a text; tokens: the longest text the model knows")
+    if catalogue:
+        print("\nnames that --target takes, besides paths and org/name of the hub:")
+        print(
+            aligned([list(row) for row in (catalogue[0], *map(dict.values, catalogue))])
+        )
+
+
+def _entry(model: Model) -> dict[str, str]:
+    where = "part of the package"
+    if model.wheel is not None:
+        here = model.path.exists()
+        where = str(model.path) if here else f"treespec fetch_model {model.name}"
+    drafter = model.draft or f"method {model.method}"
+    return {
+        "name": model.name,
+        "drafter": drafter,
+        "licence": model.licence,
+        "where": where,
+    }
 
 
 def describe(name: str, size: int) -> dict[str, Any]:
@@ -52,11 +79,14 @@ def describe(name: str, size: int) -> dict[str, Any]:
       UserError: no model of that name and no file, or an unreadable checkpoint.
     """
     from treespec_jax import checkpoints
+    from treespec_jax.checkpoints import names
     from treespec_jax.checkpoints.families import parameter_count
     from treespec_jax.models import presets
 
-    path = Path(name).expanduser()
-    config = checkpoints.describe(path).config if path.exists() else presets.get(name)
+    if names.known(name):
+        config = checkpoints.describe(name).config
+    else:
+        config = presets.get(name)
     parameters = parameter_count(config)
     rows = config.num_layers * 2 * config.num_kv_heads * config.head_dim
     return {

@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from treespec_jax.checkpoints.files import cache_folder
+
 
 def set_up(compilation_cache: str | None = None) -> None:
     """Prepares jax; the first call that imports it.
@@ -22,16 +24,10 @@ def set_up(compilation_cache: str | None = None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     chosen = compilation_cache or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folder = Path(chosen or default_cache_folder()).expanduser().absolute()
+    folder = Path(chosen or cache_folder()).expanduser().absolute()
     with contextlib.suppress(OSError, RuntimeError):
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def default_cache_folder() -> Path:
-    """`treespec-jax` under $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "treespec-jax"

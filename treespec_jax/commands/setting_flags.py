@@ -23,8 +23,9 @@ flags.disclaim_key_flags()
 # it all.
 HELP: dict[str, dict[str, str]] = {
     "": {
-        "target": "target's checkpoint; default: the bundled one",
-        "tokenizer": "tokenizer file; default: the checkpoint's own",
+        "target": "target's checkpoint: a path, org/name of the Hugging Face Hub, or a "
+        "name of list_models",
+        "tokenizer": "tokenizer file or name; default: the checkpoint's own",
         "dtype": "float32, bfloat16 or float16; default: float32 on a CPU, else the "
         "checkpoint's",
         "mesh": "devices that share the models: tensor:4; default: one device",
@@ -48,7 +49,8 @@ HELP: dict[str, dict[str, str]] = {
     "speculative": {
         "method": f"what drafts: {', '.join(METHODS)}; default: draft_model where a "
         "drafter is named, else auto",
-        "model": "drafter's checkpoint; default: the bundled one, if the target is",
+        "model": "drafter's checkpoint, as the target's; default: the one for that "
+        "name, if the target is a name of list_models",
         "tree": "none, chain:5, regular:4x2x1, dynamic:15@5 or allotted:15@5; default: "
         "the method's",
         "tau": "temperature of the drafter's estimates; default: the one fitted by "

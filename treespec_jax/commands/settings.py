@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 from treespec_jax import limits
 from treespec_jax.acceptance import compatibility
+from treespec_jax.checkpoints import catalogue, names
 from treespec_jax.checks import check_bool, check_float, check_int, from_mapping
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
 
-BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -145,19 +145,20 @@ class Experiment:
     """Everything that decides a run, checked.
 
     Attributes:
-      target: path of the model whose text is wanted; empty: the bundled one.
-      tokenizer: a file to use instead of the one found with the weights.
+      target: the model whose text is wanted: a path, a name of the catalogue, or
+        org/name of the Hugging Face Hub; empty: the bundled one.
+      tokenizer: a file or name to use instead of the one found with the weights.
       dtype: of weights and activations; empty: see `LLM`.
       mesh: of devices that share the models, such as "tensor:4"; empty: one device.
       sampling: what each prompt asks for.
       speculative: the drafter, its trees, and the rule that judges them; `model` is a
-        path, None: the bundled drafter if the target is the bundled one.
+        path or name.
       engine: fixed sizes.
       benchmark: what scripts/benchmark.py compares.
       comparison: what scripts/compare_rules.py compares.
     """
 
-    target: str = ""
+    target: str = catalogue.DEFAULT
     tokenizer: str = ""
     dtype: str = ""
     mesh: str = ""
@@ -173,6 +174,7 @@ class Experiment:
             if not isinstance(value, (str, Path)):
                 raise UserError(f"{name} must be a text, got {value!r}")
             object.__setattr__(self, name, str(value))
+        object.__setattr__(self, "target", self.target or catalogue.DEFAULT)
         if self.dtype and self.dtype not in DTYPES:
             raise UserError(
                 f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
@@ -211,7 +213,9 @@ class Experiment:
         return dataclasses.replace(self, speculative=speculative)
 
     def with_paths(self, needs_drafter: bool | None = None) -> Experiment:
-        """The same with the bundled pair filled in, all paths looked up.
+        """The same without a drafter that is not needed; all paths looked up.
+
+        Names of the hub are not: that takes a network.
 
         Args:
           needs_drafter: whether a drafter will be loaded; None: if the tree needs one.
@@ -219,24 +223,20 @@ class Experiment:
         Raises:
           UserError: a checkpoint is missing, or a drafter is wanted and none is named.
         """
-        target, draft = self.target, self.speculative.model
         if needs_drafter is None:
             needs_drafter = self.needs_drafter
-        if not target:
-            target = str(BUNDLED / "target")
-            draft = draft or str(BUNDLED / "draft")
-        draft = (draft or None) if needs_drafter else None
-        paths = {"target": target, "drafter": draft, "tokenizer": self.tokenizer}
-        for what, path in paths.items():
-            if path and not Path(path).expanduser().exists():
-                raise UserError(f"no {what} at {path}; check the path")
+        draft = (self.speculative.model or None) if needs_drafter else None
+        given = {"target": self.target, "drafter": draft, "tokenizer": self.tokenizer}
+        for what, name in given.items():
+            if name:
+                names.check(name, what)
         if needs_drafter and not draft:
             raise UserError(
                 f"tree {self.speculative.tree!r} needs a drafter: give --draft=PATH, "
                 "or --tree=none for plain decoding"
             )
         speculative = dataclasses.replace(self.speculative, model=draft)
-        return dataclasses.replace(self, target=target, speculative=speculative)
+        return dataclasses.replace(self, speculative=speculative)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON; takes the form of a configuration file."""
@@ -299,6 +299,8 @@ def build(
 ) -> Experiment:
     """Turns a configuration file's values and the command line into settings.
 
+    A target of the catalogue gets its drafter, unless one is chosen.
+
     Args:
       values: a ConfigDict or nested mapping; a missing key takes its default.
       overrides: by dotted name ("sampling.max_tokens"); None means not given.
@@ -318,7 +320,9 @@ def build(
             (tree[section[0]] if section else tree)[name] = value
     for name, cls in SECTIONS.items():
         tree[name] = _checked(cls, tree[name], name)
-    return _checked(Experiment, tree, "configuration")
+    built = _checked(Experiment, tree, "configuration")
+    speculative = names.with_drafter(built.target, built.speculative)
+    return dataclasses.replace(built, speculative=speculative)
 
 
 def _checked(cls, values: Mapping[str, Any], what: str):

@@ -107,7 +107,7 @@ class Engine:
         """The function of a dispatch and its arguments, to compile ahead of time.
 
         The second argument, the state, is donated. An engine of abstract models
-        (`nnx.eval_shape`) can do this and nothing else.
+        (`Transformer` without `rngs`) can do this and nothing else.
         """
         plan = self._scheduler.idle_plan()
         return self._executor.program(plan, self.speculation.shape)

@@ -34,8 +34,8 @@ class Executor:
     """Runs plans. Calls return before the device is done.
 
     Args:
-      target: the model whose text is wanted; its parameters may be abstract
-        (`nnx.eval_shape`), to compile ahead of time and for nothing else.
+      target: the model whose text is wanted; its parameters may be abstract,
+        to compile ahead of time and for nothing else.
       speculation: see `speculation.Speculation`.
       config: fixed sizes.
       num_pages: pages that slots may own.

@@ -132,9 +132,7 @@ def abstract_model(
       dtype: of the parameters.
       devices: that share it; empty: not known, as for lowering alone.
     """
-    model = nnx.eval_shape(
-        lambda: Transformer(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    )
+    model = Transformer(config, dtype=jnp.dtype(dtype), rngs=None)
     if not devices:
         return model
     mesh = sharding.make_mesh({sharding.TENSOR: len(devices)}, devices)

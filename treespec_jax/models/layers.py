@@ -33,10 +33,20 @@ ACTIVATIONS = {
 
 
 def param(
-    rngs: nnx.Rngs, dtype, axes: tuple[str, ...], shape, scale=None, fill: float = 1.0
+    rngs: nnx.Rngs | None,
+    dtype,
+    axes: tuple[str, ...],
+    shape,
+    scale=None,
+    fill: float = 1.0,
 ):
-    """A parameter with logical axis names: normal with `scale`, or `fill` if None."""
-    if scale is None:
+    """A parameter with logical axis names: normal with `scale`, or `fill` if None.
+
+    Without `rngs` it is abstract: a shape and a dtype.
+    """
+    if rngs is None:
+        value = jax.ShapeDtypeStruct(shape, dtype)
+    elif scale is None:
         value = jnp.full(shape, fill, dtype)
     else:
         value = (jax.random.normal(rngs.params(), shape) * scale).astype(dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from treespec_jax.checkpoints import names
 from treespec_jax.checkpoints.formats.gguf import GgufFormat
 from treespec_jax.checkpoints.formats.huggingface import HuggingFaceFormat
 from treespec_jax.checkpoints.formats.llama2c import Llama2cFormat
@@ -45,19 +46,28 @@ def find_format(path: Path) -> Format:
 def describe(path: str | Path, tokenizer: str | Path | None = None) -> Description:
     """Reads what a checkpoint says about itself, without its weights; milliseconds.
 
+    Of a repository of the hub this downloads what is small.
+
     Args:
       path: as for `load`.
-      tokenizer: a file to use instead of the one found with the weights.
+      tokenizer: to use instead of the one found with the weights: a file, a folder, or
+        a name.
 
     Raises:
-      UserError: the path is missing, unreadable or of no known kind; a setting is not
-        supported; the tokenizer does not fit the embedding (see `check_rows`).
+      UserError: the path is missing, unreadable or of no known kind; a name that cannot
+        be had (see `names.locate`); a setting is not supported; the tokenizer does not
+        fit the embedding (see `check_rows`).
     """
-    path = Path(path).expanduser()
+    located = names.locate(path)
+    path, repository = located.path, located.repository
+    if repository is not None and repository.file is None:
+        repository.check(path)
     found = find_format(path)
-    about = found.describe(path)
+    about = dataclasses.replace(
+        found.describe(path), name=located.name, repository=repository
+    )
     if tokenizer is not None:
-        reader = load_tokenizer(tokenizer)
+        reader = load_tokenizer(names.locate(tokenizer, "tokenizer").path)
     else:
         reader = found.read_tokenizer(path)
     if reader is None:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from treespec_jax.checkpoints.hub import HubName
 from treespec_jax.checkpoints.pieces import Tensors
 from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
@@ -23,6 +24,9 @@ class Description:
       format: reads the weights.
       dtype: name of the stored parameters' dtype, where it is known without them.
       notes: what of the checkpoint is left out, a line each.
+      name: what reports call it.
+      repository: of the hub, from which `open` downloads the weights; None: there is
+        nothing to download.
     """
 
     config: ModelConfig
@@ -31,6 +35,18 @@ class Description:
     format: Format
     dtype: str | None = None
     notes: tuple[str, ...] = ()
+    name: str = ""
+    repository: HubName | None = None
+
+    def open(self) -> Tensors:
+        """The tensors, unread, and where they go.
+
+        Raises:
+          UserError: a file is missing or damaged, or cannot be downloaded.
+        """
+        if self.repository is not None:
+            self.repository.fetch_weights(self.path)
+        return self.format.open(self)
 
 
 @runtime_checkable
