@@ -97,7 +97,7 @@ params[1] = dataclasses.replace(params[1], temperature=0.9)
 
 
 def run(**options):
-    llm = LLM(folders["target"], **sizes, **options)
+    llm = LLM(folders["target"], **({"speculative": None} | options), **sizes)
     executor = llm.engine._executor
     texts = [c.token_ids for c in llm.generate(prompts, params)]
     held = [
@@ -116,7 +116,7 @@ found["texts"]["shared"] = run(mesh="tensor:4", **pair)
 loaded = load(folders["target"], mesh=sharding.make_mesh("tensor:4"))
 for name, options in {"pair": pair, "twice": {"mesh": "tensor:4"}}.items():
     try:
-        LLM(loaded, **sizes, **options)
+        LLM(loaded, **({"speculative": None} | options), **sizes)
     except UserError as error:
         found["errors"][name] = str(error)
 print(json.dumps(found))

@@ -32,6 +32,8 @@ from treespec_jax.texts import Reader, Stream
 __all__ = ["LLM", "Completion", "Generation", "Stream"]
 
 Model = Description | LoadedModel
+# What goes with the target.
+FITTING = SpeculativeConfig()
 
 
 class LLM:
@@ -44,8 +46,8 @@ class LLM:
       model: path or name of a checkpoint (see `checkpoints.load`), a description of
         one, or a loaded one.
       speculative: `SpeculativeConfig` or its fields (method, model, tree, rule, …);
-        None is plain decoding. A model of the catalogue gets its drafter, unless one
-        is chosen.
+        None is plain decoding. What is left open goes with the model: the drafter that
+        the catalogue has for it, or else "auto", which needs no drafter.
       dtype: of weights and activations ("float32", "bfloat16"); None: float32 on a
         CPU, where it is the quick one, else the checkpoint's own.
       mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
@@ -74,7 +76,7 @@ class LLM:
         self,
         model: str | Path | Model,
         *,
-        speculative: SpeculativeConfig | Mapping[str, Any] | None = None,
+        speculative: SpeculativeConfig | Mapping[str, Any] | None = FITTING,
         dtype: str | None = None,
         mesh: str | jax.sharding.Mesh | None = None,
         **engine: Any,
@@ -327,7 +329,7 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
 def _speculative_config(given) -> SpeculativeConfig:
     if isinstance(given, SpeculativeConfig):
         return given
-    values = dict(given) if given else {"method": "none"}
+    values = {"method": "none"} if given is None else dict(given)
     return from_mapping(SpeculativeConfig, values, "speculative")
 
 

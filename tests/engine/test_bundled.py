@@ -54,7 +54,7 @@ def generate(llm, name):
 @pytest.fixture(scope="module")
 def plain(pair):
     """Plain decoding, one prompt at a time."""
-    llm = LLM(pair[0], max_batch=1, max_len=384)
+    llm = LLM(pair[0], speculative=None, max_batch=1, max_len=384)
     return {name: generate(llm, name)[0] for name in SETTINGS}
 
 

@@ -97,7 +97,13 @@ def test_a_model_without_a_template_says_so(tokenizer, tmp_path):
     shutil.copy(GOLDEN / "llama2" / "tokenizer.json", tmp_path)
     bare = load_tokenizer(tmp_path)
     for reader, expected in ((bare, "no chat template beside"), (None, "no tokenizer")):
-        model = LLM(scripted(reader, {}), max_batch=1, max_len=32, page_size=16)
+        model = LLM(
+            scripted(reader, {}),
+            speculative=None,
+            max_batch=1,
+            max_len=32,
+            page_size=16,
+        )
         with pytest.raises(UserError, match=expected):
             model.chat(HELLO)
 
@@ -107,7 +113,7 @@ def test_notes_on_vocabularies(tokenizer):
     size = tokenizer.vocab_size
     padded = scripted(tokenizer, {}, vocab_size=size + 24)
     exact = scripted(tokenizer, {})
-    assert LLM(exact, max_len=32).notes == ()
+    assert LLM(exact, speculative=None, max_len=32).notes == ()
     model = LLM(padded, speculative={"model": exact, "tree": "chain:2"}, max_len=32)
     (note,) = model.notes
     assert note.endswith(
@@ -122,7 +128,8 @@ def test_notes_on_vocabularies(tokenizer):
 def test_tokens_without_a_row_are_refused(tokenizer):
     """Added tokens past the embedding, as some checkpoints have them."""
     reader = load_tokenizer(GOLDEN / "mistral")
-    model = LLM(scripted(reader, {}, vocab_size=reader.vocab_size - 1), max_len=32)
+    target = scripted(reader, {}, vocab_size=reader.vocab_size - 1)
+    model = LLM(target, speculative=None, max_len=32)
     assert model.notes[0].endswith("from '[/INST]' on cannot be used")
     with pytest.raises(UserError, match=f"token id {reader.vocab_size - 1} is outside"):
         model.generate("a [/INST] b")

@@ -24,7 +24,7 @@ def pair():
 def run(pair, cache_dtype, tree):
     llm = LLM(
         pair[0],
-        speculative=tree and dict(model=pair[1], tree=tree, tau=0.7),
+        speculative=dict(model=pair[1], tree=tree, tau=0.7) if tree else None,
         max_batch=2,
         max_len=384,
         prefill_chunks=(128,),

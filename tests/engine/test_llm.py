@@ -49,7 +49,7 @@ def llm(target, draft):
 
 @pytest.fixture(scope="module")
 def plain(target):
-    return LLM(target, **SIZES)
+    return LLM(target, speculative=None, **SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -379,7 +379,7 @@ def test_a_pair_needs_one_vocabulary(target, tokenizer, tmp_path_factory):
 def test_without_a_tokenizer_tokens_still_work(script):
     """Token ids in and out; text and stop texts are refused."""
     bare = scripted(None, follow([script.prompt_ids[-1], *script.ids]))
-    model = LLM(bare, **SIZES)
+    model = LLM(bare, speculative=None, **SIZES)
     (completion,) = model.generate(script.prompt_ids, PARAMS)
     assert completion.token_ids == script.ids and completion.text == ""
     with pytest.raises(UserError, match="has no tokenizer"):

@@ -118,7 +118,7 @@ def test_a_table_that_is_not_there_begins_empty(target, tmp_path):
 @pytest.mark.slow
 def test_an_engine_without_a_table_has_nothing_to_save(target, tmp_path, taught):
     for llm in (
-        LLM(target, **SIZES),
+        LLM(target, speculative=None, **SIZES),
         make(target, "ngram"),
         make(target, options={"scope": "request"}),
     ):
