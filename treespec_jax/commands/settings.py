@@ -191,8 +191,10 @@ class Experiment:
     @property
     def needs_drafter(self) -> bool:
         """Whether the weights of a drafter have to be loaded."""
-        method = limits.resolve(self.speculative).method
-        return not self.plain and METHODS[method].needs_model
+        resolved = limits.resolve(self.speculative)
+        method, named = METHODS[resolved.method], bool(resolved.model)
+        wanted = method.needs_model or (method.takes_model and named)
+        return wanted and not self.plain
 
     def with_tree(self, tree: str, **changes) -> Experiment:
         """The same with another tree shape and further changes of `speculative`.
@@ -206,16 +208,15 @@ class Experiment:
         if shapes.parse(tree).depth == 0:
             speculative = SpeculativeConfig(method="none", tree="none")
         else:
-            method = changes.get("method", self.speculative.method)
-            if not METHODS[method].has_table:
-                changes["recycle_table"] = ""
             speculative = dataclasses.replace(self.speculative, tree=tree, **changes)
+            if not METHODS[limits.resolve(speculative).method].has_table:
+                speculative = dataclasses.replace(speculative, recycle_table="")
         return dataclasses.replace(self, speculative=speculative)
 
     def with_paths(self, needs_drafter: bool | None = None) -> Experiment:
-        """The same without a drafter that is not needed; all paths looked up.
+        """The same with method and tree, without a drafter that is not needed.
 
-        Names of the hub are not: that takes a network.
+        All paths are looked up; names of the hub are not, which takes a network.
 
         Args:
           needs_drafter: whether a drafter will be loaded; None: if the tree needs one.
@@ -230,12 +231,13 @@ class Experiment:
         for what, name in given.items():
             if name:
                 names.check(name, what)
+        resolved = limits.resolve(self.speculative)
         if needs_drafter and not draft:
             raise UserError(
-                f"tree {self.speculative.tree!r} needs a drafter: give --draft=PATH, "
-                "or --tree=none for plain decoding"
+                f"tree {resolved.tree!r} needs a drafter: give --draft=PATH, or "
+                "--tree=none for plain decoding"
             )
-        speculative = dataclasses.replace(self.speculative, model=draft)
+        speculative = dataclasses.replace(resolved, model=draft)
         return dataclasses.replace(self, speculative=speculative)
 
     def as_dict(self) -> dict[str, Any]:
