@@ -31,22 +31,23 @@ class _Speed:
     """Of one shape.
 
     Attributes:
-      runs: dispatches that were read, the first of which compiled.
-      tokens_per_second: running mean; None before the second.
-      tokens_per_step: likewise.
+      runs: dispatches that were read.
+      tokens_per_second: running mean; None before a dispatch was timed.
+      tokens_per_step: likewise; None before one ran a step.
     """
 
     runs: int = 0
     tokens_per_second: float | None = None
     tokens_per_step: float | None = None
 
-    def add(self, steps: int, tokens: int, slots: int, seconds: float) -> None:
+    def add(self, steps: int, tokens: int, slots: int, seconds: float | None) -> None:
         self.runs += 1
-        if self.runs == 1 or not steps or seconds <= 0:
+        if not steps:
             return
-        self.tokens_per_second = _mean(self.tokens_per_second, tokens / seconds)
         per_step = tokens / (steps * max(slots, 1))
         self.tokens_per_step = _mean(self.tokens_per_step, per_step)
+        if seconds:
+            self.tokens_per_second = _mean(self.tokens_per_second, tokens / seconds)
 
 
 def _mean(old: float | None, new: float) -> float:
@@ -75,13 +76,20 @@ class Chooser:
         if self._plain == self._tree or self._unproven():
             return self._tree, max_steps
         if self._wait > 0:
-            self._wait -= 1
             return self._best, max_steps
-        self._wait = self._period
-        self._period = min(2 * self._period, RARELY)
         other = self._plain if self._best == self._tree else self._tree
         steps = TRIAL_STEPS if max_steps is None else min(TRIAL_STEPS, max_steps)
         return other, steps
+
+    def started(self, shape: TreeShape) -> None:
+        """A dispatch of that shape was started; a choice need not lead to one."""
+        if self._unproven():
+            return
+        if shape == self._best:
+            self._wait = max(0, self._wait - 1)
+        else:
+            self._wait = self._period
+            self._period = min(2 * self._period, RARELY)
 
     def begin_text(self) -> None:
         """A new text began: what was learnt may not hold for it."""
@@ -89,7 +97,12 @@ class Chooser:
         self._period = SOON
 
     def record(
-        self, shape: TreeShape, steps: int, tokens: int, slots: int, seconds: float
+        self,
+        shape: TreeShape,
+        steps: int,
+        tokens: int,
+        slots: int,
+        seconds: float | None,
     ) -> None:
         """Takes in how a dispatch went.
 
@@ -98,7 +111,8 @@ class Chooser:
           steps: that ran.
           tokens: emitted, by all slots.
           slots: that took part.
-          seconds: from its start, or from the end of the last one.
+          seconds: from its start, or from the end of the last one; None if something
+            else took some of that time.
         """
         self._speeds[shape].add(steps, tokens, slots, seconds)
         known = {s: v.tokens_per_second for s, v in self._speeds.items()}

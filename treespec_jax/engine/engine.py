@@ -29,12 +29,14 @@ class _Flight:
       shape: that it grows.
       outbox: on the device.
       started: time of its launch.
+      timed: whether its time is that of its steps: nothing was compiled meanwhile.
     """
 
     plan: Plan
     shape: TreeShape
     outbox: Outbox
     started: float
+    timed: bool
 
 
 class Engine:
@@ -185,13 +187,17 @@ class Engine:
     def _launch(self, plan: Plan | None, shape: TreeShape) -> None:
         if plan is None:
             return
-        started = time.perf_counter()
+        started, compiled = time.perf_counter(), self.compilations["dispatch"]
         try:
             outbox = self._executor.dispatch(plan, shape)
         except BaseException:
             self._scheduler.abandon(plan)
             raise
-        self._flights.append(_Flight(plan, shape, outbox, started))
+        timed = self.compilations["dispatch"] == compiled
+        for flight in self._flights:
+            flight.timed &= timed
+        self._flights.append(_Flight(plan, shape, outbox, started, timed))
+        self._chooser.started(shape)
 
     def _land(self) -> list[Request]:
         flight = self._flights[0]
@@ -201,8 +207,9 @@ class Engine:
         now = time.perf_counter()
         seconds = now - max(flight.started, self._landed)
         self._landed = now
+        timed = seconds if flight.timed else None
         tokens, slots = int(done.emission.counts.sum()), len(flight.plan.slots)
-        self._chooser.record(flight.shape, int(done.steps), tokens, slots, seconds)
+        self._chooser.record(flight.shape, int(done.steps), tokens, slots, timed)
         return self._scheduler.file(flight.plan, done, flight.shape.num_nodes - 1)
 
     def _prefill(self) -> list[Request]:
