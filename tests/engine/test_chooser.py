@@ -10,6 +10,7 @@ from treespec_jax.engine.chooser import (
     RARELY,
     SOON,
     TRIAL_STEPS,
+    WORTH_COMPILING,
     Chooser,
 )
 from treespec_jax.trees import shapes
@@ -35,6 +36,7 @@ class Script:
 
     def __post_init__(self):
         self.chooser = Chooser((TREE, ROOT_ONLY))
+        self.chooser.compiled = True
         self.ran, self._known = [], set()
 
     def dispatch(self, count: int = 1) -> list[tuple]:
@@ -135,3 +137,11 @@ def test_time_that_something_else_took_is_not_counted():
     for _ in range(20):
         script.chooser.record(TREE, STEPS, STEPS, 1, None)
     assert script.share(RARELY // 2) > 0.9
+
+
+def test_a_short_run_compiles_nothing_for_a_trial():
+    script = Script(tree=(2.0, 1.0))
+    script.chooser.compiled = False
+    ran = script.dispatch(WORTH_COMPILING // STEPS)
+    assert {shape for shape, _ in ran} == {TREE}
+    assert ROOT_ONLY in {shape for shape, _ in script.dispatch(SOON + 1)}

@@ -107,7 +107,7 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
         encoded = [[0] * (n + 1) for n in llm.engine.config.prefill_chunks]
     timing, comparison = {"load_seconds": loaded - began}, None
     with loading.keeping_table(llm):
-        step_cost.warm_up(llm, encoded)
+        step_cost.warm_up(llm, encoded, every_shape=compare)
         timing["compile_seconds"] = time.perf_counter() - loaded
         answered, completions, stats, first = _completions(job, llm, params)
         if first is not None:

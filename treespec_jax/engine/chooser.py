@@ -16,6 +16,8 @@ from treespec_jax.trees.shapes import TreeShape
 
 # Dispatches of the tree before plain decoding is tried.
 FIRST_LOOK = 3
+# Tokens after which plain decoding may be compiled for a trial, which takes seconds.
+WORTH_COMPILING = 512
 # Tokens per step from which on a tree is taken to be the quicker without a trial.
 ENOUGH = 3.0
 # Dispatches between trials of the shape not in use: at first, and at most.
@@ -32,16 +34,19 @@ class _Speed:
 
     Attributes:
       runs: dispatches that were read.
+      tokens: that they emitted.
       tokens_per_second: running mean; None before a dispatch was timed.
       tokens_per_step: likewise; None before one ran a step.
     """
 
     runs: int = 0
+    tokens: int = 0
     tokens_per_second: float | None = None
     tokens_per_step: float | None = None
 
     def add(self, steps: int, tokens: int, slots: int, seconds: float | None) -> None:
         self.runs += 1
+        self.tokens += tokens
         if not steps:
             return
         per_step = tokens / (steps * max(slots, 1))
@@ -59,9 +64,13 @@ class Chooser:
 
     Args:
       shapes: at least one; with one it has no choice.
+
+    Attributes:
+      compiled: whether all shapes are, so that a trial costs nothing else.
     """
 
     def __init__(self, shapes: Sequence[TreeShape]):
+        self.compiled = False
         self._tree, self._plain = shapes[0], shapes[-1]
         self._speeds = {shape: _Speed() for shape in shapes}
         self._best = self._tree
@@ -127,4 +136,6 @@ class Chooser:
         speed = self._speeds[self._tree]
         if self._speeds[self._plain].runs:
             return False
-        return speed.runs <= FIRST_LOOK or (speed.tokens_per_step or 0.0) >= ENOUGH
+        early = speed.runs <= FIRST_LOOK
+        early |= not self.compiled and speed.tokens < WORTH_COMPILING
+        return early or (speed.tokens_per_step or 0.0) >= ENOUGH

@@ -143,6 +143,7 @@ class Engine:
         plan = self._scheduler.idle_plan()
         for shape in self.speculation.shapes:
             fetch(self._executor.dispatch(plan, shape))
+        self._chooser.compiled = True
 
     def advance(
         self, max_steps: int | None = None, shape: TreeShape | None = None

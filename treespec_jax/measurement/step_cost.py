@@ -61,7 +61,10 @@ class StepCost:
 
 
 def warm_up(
-    llm, prompts: Iterable[Sequence[int]], params: SamplingParams | None = None
+    llm,
+    prompts: Iterable[Sequence[int]],
+    params: SamplingParams | None = None,
+    every_shape: bool = True,
 ) -> None:
     """Compiles all that these prompts will run, on prompts just long enough for it.
 
@@ -69,6 +72,7 @@ def warm_up(
       llm: an `LLM`.
       prompts: token ids.
       params: how they will be sampled; penalties take a program of their own.
+      every_shape: also what a long run may turn to (`engine.chooser`).
     """
     config = llm.engine.config
     one = dataclasses.replace(params or SamplingParams(), max_tokens=1, logprobs=False)
@@ -81,7 +85,8 @@ def warm_up(
         length = min(size + 1, config.max_len - 1)
         # Greedy or not is one program.
         llm.generate([[0] * length], one)
-    llm.engine.compile()
+    if every_shape:
+        llm.engine.compile()
 
 
 def middle_of(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
