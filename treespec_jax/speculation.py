@@ -114,7 +114,8 @@ def make(
     drafter = cls.make(model, config.tau or tau or DEFAULT_TAU, options)
     cascade = Cascade(config.cascade, float(config.alpha)) if config.cascade else None
     shapes = (shape,)
-    if config.method == "auto" and config.rule == "exact" and not cascade:
+    skips = getattr(options, "may_skip", False)
+    if skips and config.rule == "exact" and not cascade:
         # The text depends on no shape: where nothing hits, plain steps are quicker.
         shapes = (shape, ROOT_ONLY)
     return Speculation(drafter, shapes, rules.make(config), config.proposal, cascade)
