@@ -9,6 +9,11 @@ import platform
 
 # Before jax starts: with libtpu installed it would look for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# LLVM's optimisation is half of what compiling costs, and most programs of tests run
+# too little to win it back. XLA's own passes still run. Processes that tests start
+# inherit it; with "0" all is compiled as users have it, and so are, in any case, the
+# modules that ask for `optimised_programs`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
@@ -69,8 +74,18 @@ def ragged_prompts() -> list[list[int]]:
     return [rng.integers(3, 97, n).tolist() for n in (1, 5, 17, 40, 3)]
 
 
-@pytest.fixture(scope="session")
-def tpu_compiler():
+@pytest.fixture(scope="module")
+def optimised_programs():
+    """What a module compiles from here on is compiled as users have it."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.fixture(scope="module")
+def tpu_compiler(optimised_programs):
     """Skips where libtpu cannot be; fails, by use, where it is there but broken."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         pytest.skip("libtpu exists for Linux on x86-64 only")

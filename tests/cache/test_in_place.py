@@ -14,6 +14,8 @@ from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.engine.engine import Engine
 
+pytestmark = pytest.mark.usefixtures("optimised_programs")
+
 # A pool of 1021 pages: no other array of the program has such an axis.
 POOL = 1020
 BATCH, PAGE, MAX_LEN = 2, 16, 128

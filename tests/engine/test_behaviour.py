@@ -17,6 +17,8 @@ CASES = {
     "terminal chain:3": 5,
 }
 
+pytestmark = pytest.mark.usefixtures("optimised_programs")
+
 
 @pytest.fixture(scope="module")
 def pair():

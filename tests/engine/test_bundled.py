@@ -38,7 +38,7 @@ COMMON_WORDS = set(
     )
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised_programs")]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ OPENINGS = [
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("optimised_programs"),
     pytest.mark.skipif(not SHARED.is_dir(), reason="real checkpoints are not here"),
 ]
 

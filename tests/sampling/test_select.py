@@ -88,6 +88,7 @@ def test_ties_between_blocks_go_to_the_lower_index():
     assert top_k(x, 4)[1].tolist() == [[20001, 9000, 20000, 0]]
 
 
+@pytest.mark.usefixtures("optimised_programs")
 def test_a_shorter_look_at_the_top_is_no_sort_on_a_cpu():
     """Two slices of different length of one result once made XLA sort everything."""
 
