@@ -7,6 +7,7 @@ elsewhere (`test_distributions`); here it is the form of a verdict.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.trees import shapes
 
 B, V = 16, 11
+# Of the root of every slot.
+POSITION = 7
 
 
 def settings(temperature) -> Sampling:
@@ -44,6 +47,41 @@ class Judged:
     verdict: object
 
 
+def randomness_of(shape, sampling) -> Randomness:
+    """Of the step that a drafter and a rule share."""
+    root_B = jnp.full(B, POSITION)
+    return Randomness(sampling, root_B, shape.num_nodes, shape.depth, V)
+
+
+@functools.cache
+def grower(name: str, proposal: str):
+    """Trees of one shape, compiled once for all rules that judge them."""
+    shape = shapes.parse(name)
+
+    @jax.jit
+    def grow(draft_VBT, sampling, keep_BT):
+        context = DraftContext(
+            target=None,
+            vocab=V,
+            active=jnp.ones(B, bool),
+            root=jnp.zeros(B, jnp.int32),
+            lengths=jnp.full(B, POSITION),
+            page_table=jnp.zeros((B, 1), jnp.int32),
+            sampling=sampling,
+            randomness=randomness_of(shape, sampling),
+            proposal=proposal,
+        )
+
+        def expand(level, scratch):
+            nodes = shape.topology.inner(level.depth)
+            return draft_VBT[:, :, nodes].reshape(V, -1), scratch
+
+        tree = growth.grow(shape, context, draft_VBT[:, :, 0], expand, 0.7)
+        return dataclasses.replace(tree, valid=tree.valid & keep_BT)
+
+    return grow
+
+
 class RuleContract:
     """Verdicts are paths from the root, with a token after each node."""
 
@@ -56,52 +94,27 @@ class RuleContract:
     @pytest.fixture(scope="class")
     def judge(self, rule):
         """A verdict on trees of a drafter that is near the target."""
-        compiled = {}
 
-        def program(name):
+        @functools.partial(jax.jit, static_argnums=0)
+        def decide(shape, tree, logits_VBT, sampling):
+            randomness = randomness_of(shape, sampling)
+            logits_VR = logits_VBT.reshape(V, -1)
+            return rule.decide(tree, logits_VR, sampling, randomness, shape.depth)
+
+        def call(name, temperature, keep=None, seed=0) -> Judged:
             shape = shapes.parse(name)
             T, C = shape.num_nodes, shape.depth
             proposal = (
                 compatibility.choose_proposal(rule.name, "", shape) if C else "best"
             )
-
-            @jax.jit
-            def run(logits_VBT, draft_VBT, sampling, keep_BT):
-                position = jnp.full(B, 7)
-                randomness = Randomness(sampling, position, T, C, V)
-                context = DraftContext(
-                    target=None,
-                    vocab=V,
-                    active=jnp.ones(B, bool),
-                    root=jnp.zeros(B, jnp.int32),
-                    lengths=position,
-                    page_table=jnp.zeros((B, 1), jnp.int32),
-                    sampling=sampling,
-                    randomness=randomness,
-                    proposal=proposal,
-                )
-                expanded = shape.topology
-
-                def expand(level, scratch):
-                    nodes = expanded.inner(level.depth)
-                    return draft_VBT[:, :, nodes].reshape(V, -1), scratch
-
-                tree = growth.grow(shape, context, draft_VBT[:, :, 0], expand, 0.7)
-                tree = dataclasses.replace(tree, valid=tree.valid & keep_BT)
-                logits_VR = logits_VBT.reshape(V, B * T)
-                return tree, rule.decide(tree, logits_VR, sampling, randomness, C)
-
-            return run
-
-        def call(name, temperature, keep=None, seed=0) -> Judged:
-            T = shapes.parse(name).num_nodes
             rng = np.random.default_rng(seed)
             logits = 2 * rng.normal(size=(V, B, T)).astype(np.float32)
             draft = logits + rng.normal(size=logits.shape).astype(np.float32)
-            compiled[name] = compiled.get(name) or program(name)
+            sampling = settings(temperature)
             keep = np.ones((B, T), bool) if keep is None else keep
-            out = compiled[name](logits, draft, settings(temperature), keep)
-            tree, verdict = jax.tree.map(np.asarray, out)
+            tree = grower(name, proposal)(draft, sampling, keep)
+            verdict = decide(shape, tree, logits, sampling)
+            tree, verdict = jax.tree.map(np.asarray, (tree, verdict))
             return Judged(tree, logits, verdict)
 
         return call
