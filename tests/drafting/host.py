@@ -331,9 +331,9 @@ class LastLogits:
         if not length:
             return Match(0, [token])
         following = []
-        # At its own end a text goes on with what followed the match.
+        # At its own end a text goes on with the candidate, then in a circle.
         while len(following) < self.width - 1:
-            following += text[place + 1 :]
+            following += [*text, token][place + 1 :]
         return Match(length, [token, *following[: self.width - 1]])
 
     def _continuations(self, slot: int, path: Path) -> tuple[dict[int, float], int]:

@@ -322,7 +322,6 @@ def test_bad_sampling_is_refused(settings, message):
     "options, message",
     [
         ({"speculative": {"method": "draft_model"}}, "needs a model; give its path"),
-        ({"speculative": {"tree": "chain:3"}}, "needs a model"),
         ({"speculative": {"modle": "x"}}, "unknown key 'modle'.*did you mean 'model'"),
         ({"speculative": {"method": "magic"}}, "method 'magic' is unknown"),
         ({"speculative": {"model": "x", "tree": "regular:0"}}, "'regular:0' is malf"),

@@ -364,7 +364,7 @@ def test_bad_checkpoints(refuses, files, tmp_path):
         target = f"--target={tmp_path / name}"
         refuses(name, "generate.py", target, "--tree=none", a)
     target = f"--target={files.target}"
-    refuses("--draft", "generate.py", target, a)
+    refuses("--draft", "generate.py", target, "--method=draft_model", a)
     refuses("no target at /no/such", "generate.py", "--target=/no/such", a)
     refuses("vocabular", "generate.py", target, f"--draft={files.foreign}", a)
     bare = f"--target={files.bare}"

@@ -300,9 +300,17 @@ def branch(matches: Matches, agrees_BWP: jax.Array, depth: int) -> Branching:
       agrees_BWP: bool, which of them a node's path follows.
       depth: of the nodes.
     """
-    tokens_BP = matches.following[:, :, depth]
-    agrees_BWP &= ((matches.lengths > 0) & (tokens_BP != NOBODY))[:, None]
-    length_BWP = jnp.where(agrees_BWP, matches.lengths[:, None], 0)
+    node = _branch(matches.following[:, :, depth], matches.lengths, agrees_BWP)
+    length = jnp.where(node.length > 0, node.length + depth, 0)
+    return dataclasses.replace(node, length=length)
+
+
+# Traced once for all levels of one width.
+@jax.jit
+def _branch(tokens_BP, lengths_BP, agrees_BWP) -> Branching:
+    """The same with the lengths at the roots."""
+    agrees_BWP &= ((lengths_BP > 0) & (tokens_BP != NOBODY))[:, None]
+    length_BWP = jnp.where(agrees_BWP, lengths_BP[:, None], 0)
     longest_BW1 = jnp.max(length_BWP, axis=2, keepdims=True)
     weight_BWP = jnp.where(agrees_BWP, GAIN ** (length_BWP - longest_BW1), 0.0)
     same_BPP = tokens_BP[:, :, None] == tokens_BP[:, None]
@@ -313,12 +321,11 @@ def branch(matches: Matches, agrees_BWP: jax.Array, depth: int) -> Branching:
         jnp.where(same_BPP[:, None], weight_BWP[:, :, None], 0.0), axis=3
     )
     total_BW1 = jnp.maximum(jnp.sum(weight_BWP, axis=2, keepdims=True), 1e-30)
-    longest_BW = longest_BW1[:, :, 0]
     return Branching(
         tokens=tokens_BP,
         first=agrees_BWP & ~repeats_BWP,
         share=said_BWP / total_BW1,
-        length=jnp.where(longest_BW > 0, longest_BW + depth, 0),
+        length=longest_BW1[:, :, 0],
     )
 
 

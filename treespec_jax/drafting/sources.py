@@ -206,6 +206,8 @@ def guesses_of(source: int, tokens: jax.Array, log_prob: jax.Array) -> Guesses:
     return Guesses(tokens, log_prob, jnp.full(tokens.shape, source, jnp.int32))
 
 
+# Traced once for all levels of one width.
+@jax.jit
 def together(found: Sequence[Guesses]) -> Guesses:
     """The guesses of all sources, each token once: the most confident one stays."""
     tokens_BWK, log_BWK, source_BWK = (
