@@ -135,15 +135,20 @@ class Engine:
         """Ends a request where it stands and frees its slot."""
         self._scheduler.cancel(request, finish_reason)
 
-    def compile(self) -> None:
-        """Compiles a dispatch of every shape, which else its first use does.
+    def compile(self, chunks: Sequence[int] = (), every_shape: bool = True) -> None:
+        """Compiles programs side by side, which else their first use does in turn.
 
-        Nothing may be under way.
+        Args:
+          chunks: sizes of prefills, of `EngineConfig.prefill_chunks`.
+          every_shape: dispatches of all shapes, not of the first alone.
         """
-        plan = self._scheduler.idle_plan()
-        for shape in self.speculation.shapes:
-            fetch(self._executor.dispatch(plan, shape))
-        self._chooser.compiled = True
+        scheduler, shapes = self._scheduler, self.speculation.shapes
+        self._executor.compile(
+            scheduler.idle_plan(),
+            shapes if every_shape else shapes[:1],
+            [scheduler.idle_chunk(size) for size in chunks],
+        )
+        self._chooser.compiled |= every_shape
 
     def advance(
         self, max_steps: int | None = None, shape: TreeShape | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -82,26 +83,33 @@ class Executor:
 
     def prefill(self, chunk: ChunkPlan) -> None:
         """Puts a chunk of a text into the caches, and waits until it is there."""
-        rows = Chunk(chunk.tokens, chunk.start, chunk.count, chunk.page_table)
-        self._state = self._prefill(
-            self._leaves,
-            self._state,
-            np.int32(chunk.slot),
-            rows,
-            (chunk.following, chunk.root),
-        )
+        self._state = self._prefill(self._leaves, self._state, *_chunk(chunk))
         jax.block_until_ready(self._state.root)
 
     def dispatch(self, plan: Plan, shape: TreeShape) -> Outbox:
         """Starts a dispatch; its outbox is still on the device."""
-        if shape not in self._dispatches:
-            self._dispatches[shape] = jax.jit(
-                self._traced_dispatch(shape), donate_argnums=1
-            )
-        self._state, outbox = self._dispatches[shape](
-            self._leaves, self._state, _control(plan)
-        )
+        program, control = self._dispatch(shape), _control(plan)
+        self._state, outbox = program(self._leaves, self._state, control)
         return outbox
+
+    def compile(
+        self, plan: Plan, shapes: Sequence[TreeShape], chunks: Sequence[ChunkPlan]
+    ) -> None:
+        """Compiles dispatches of some shapes and prefills of some sizes, and no more.
+
+        Compilers keep one core busy: the programs are compiled side by side, the
+        largest first.
+        """
+        state = self._leaves, self._state
+        jobs = [(self._dispatch(shape), (*state, _control(plan))) for shape in shapes]
+        jobs += [(self._prefill, (*state, *_chunk(chunk))) for chunk in chunks]
+        with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+            # Tracing is Python, and goes on while the last ones compile.
+            under_way = [
+                pool.submit(program.lower(*args).compile) for program, args in jobs
+            ]
+            for job in under_way:
+                job.result()
 
     def program(self, plan: Plan, shape: TreeShape) -> tuple[Callable, tuple]:
         """The function of a dispatch and its arguments, to compile ahead of time.
@@ -119,6 +127,13 @@ class Executor:
     @draft_state.setter
     def draft_state(self, state: Any) -> None:
         self._state = dataclasses.replace(self._state, draft=state)
+
+    def _dispatch(self, shape: TreeShape) -> Callable:
+        if shape not in self._dispatches:
+            self._dispatches[shape] = jax.jit(
+                self._traced_dispatch(shape), donate_argnums=1
+            )
+        return self._dispatches[shape]
 
     @property
     def _leaves(self):
@@ -168,6 +183,12 @@ class Executor:
 def fetch(outbox: Outbox) -> Any:
     """The outbox as NumPy arrays; waits for its dispatch."""
     return jax.device_get(outbox)
+
+
+def _chunk(chunk: ChunkPlan) -> tuple:
+    """Arguments of a prefill behind the state."""
+    rows = Chunk(chunk.tokens, chunk.start, chunk.count, chunk.page_table)
+    return np.int32(chunk.slot), rows, (chunk.following, chunk.root)
 
 
 def _control(plan: Plan) -> Control:

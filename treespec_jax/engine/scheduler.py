@@ -360,6 +360,12 @@ class Scheduler:
             enough &= len(slot.pages) * self.config.page_size > slot.bound
         return enough
 
+    def idle_chunk(self, size: int) -> ChunkPlan:
+        """A prefill of nothing, for the shapes of its arrays."""
+        tokens, one = np.zeros((1, size), np.int32), np.zeros(1, np.int32)
+        table = np.full_like(self._page_table[:1], TRASH_PAGE)
+        return ChunkPlan(0, tokens, tokens, one, one, one, table)
+
     def idle_plan(self) -> Plan:
         """A dispatch in which nobody runs, for the shapes of its arrays."""
         return self._plan_of({}, self.config.steps_per_dispatch)

@@ -81,12 +81,12 @@ def warm_up(
         for prompt in prompts
         for _, size, _ in prefill_plan(len(prompt) - 1, config.prefill_chunks)
     }
+    if not one.penalised:
+        llm.engine.compile(sorted(sizes), every_shape)
     for size in sorted(sizes):
         length = min(size + 1, config.max_len - 1)
         # Greedy or not is one program.
         llm.generate([[0] * length], one)
-    if every_shape:
-        llm.engine.compile()
 
 
 def middle_of(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
