@@ -24,7 +24,7 @@ class Method:
     needs_model: bool = False
     takes_model: bool = False
     has_table: bool = False
-    tree: str = "dynamic:15@6"
+    tree: str = "dynamic:7@5"
 
 
 METHODS = {

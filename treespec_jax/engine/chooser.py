@@ -24,8 +24,8 @@ ENOUGH = 3.0
 SOON, RARELY = 4, 64
 # Steps of a trial.
 TRIAL_STEPS = 2
-# Weight of the newest dispatch in a running mean.
-FRESH = 0.25
+# Steps that a running mean remembers: a short trial moves it little.
+MEMORY = 32
 
 
 @dataclasses.dataclass
@@ -49,14 +49,16 @@ class _Speed:
         self.tokens += tokens
         if not steps:
             return
+        weight = min(1.0, steps / MEMORY)
         per_step = tokens / (steps * max(slots, 1))
-        self.tokens_per_step = _mean(self.tokens_per_step, per_step)
+        self.tokens_per_step = _mean(self.tokens_per_step, per_step, weight)
         if seconds:
-            self.tokens_per_second = _mean(self.tokens_per_second, tokens / seconds)
+            speed = tokens / seconds
+            self.tokens_per_second = _mean(self.tokens_per_second, speed, weight)
 
 
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + FRESH * (new - old)
+def _mean(old: float | None, new: float, weight: float) -> float:
+    return new if old is None else old + weight * (new - old)
 
 
 class Chooser:
