@@ -271,7 +271,7 @@ class LLM:
         count = recycle.table_of(self.drafter, engine.draft_state).best.shape[2]
         table = table.resized(count)
         engine.draft_state = recycle.with_table(
-            self.drafter, engine.draft_state, table.best, table.logits
+            engine.draft_state, table.best, table.logits
         )
 
     def _reader(self, prompt: Prompt, params: SamplingParams) -> Reader:

@@ -92,10 +92,14 @@ def test_a_table_is_a_function_of_the_texts_alone(target, taught):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 6])
-@pytest.mark.parametrize("method", ["recycle", "auto"])
-def test_other_numbers_of_successors(target, taught, saved, method, count):
-    """Fewer are the best, further ones are unknown."""
-    llm = make(target, method, recycle_table=str(saved), options={"successors": count})
+@pytest.mark.parametrize("method", ["recycle", "auto", "auto with a model"])
+def test_other_numbers_of_successors(target, tiny_draft, saved, method, count):
+    """Fewer are the best, further ones are unknown; wherever the table stands."""
+    more = {"recycle_table": str(saved), "options": {"successors": count}}
+    if method == "auto with a model":
+        draft = dataclasses.replace(target, config=tiny_draft.config, model=tiny_draft)
+        method, more["model"] = "auto", draft
+    llm = make(target, method, **more)
     best, logits = table_of(llm)
     assert best.shape == logits.shape == (1, TINY.vocab_size, count)
     shared = min(count, 4)

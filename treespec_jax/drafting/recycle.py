@@ -28,7 +28,7 @@ from treespec_jax.drafting.protocol import (
     Successors,
 )
 from treespec_jax.drafting.rates import Rates
-from treespec_jax.drafting.sources import Nodes, SourceDrafter, SourcesState
+from treespec_jax.drafting.sources import Nodes, SourceDrafter
 from treespec_jax.errors import UserError
 
 # Lower bounds of the bins that a stored probability falls into.
@@ -184,38 +184,35 @@ def table_of(drafter: Drafter, state: Any) -> RecycleState | None:
 
     Args:
       drafter: any.
-      state: of it.
+      state: of it, wherever the table stands in it.
     """
-    index = _index_of(drafter)
-    return None if index is None else state.parts[index]
+    parts = getattr(drafter, "parts", ())
+    if not any(isinstance(p, Recycling) and p.scope == "engine" for p in parts):
+        return None
+    return next(filter(_is_table, jax.tree.leaves(state, is_leaf=_is_table)))
 
 
-def with_table(
-    drafter: SourceDrafter, state: SourcesState, best: np.ndarray, logits: np.ndarray
-) -> SourcesState:
-    """The state with other successors; what they are worth is measured anew.
+def with_table(state: Any, best: np.ndarray, logits: np.ndarray) -> Any:
+    """A drafter's state with other successors; their worth is measured anew.
 
     Args:
-      drafter: one that `table_of` finds a table in.
-      state: of it.
+      state: one that `table_of` finds a table in.
       best: int32 [V, K].
       logits: float32 [V, K].
     """
-    index = _index_of(drafter)
-    table = state.parts[index]
-    # Copies on the device, so that they may be donated, where the others were.
-    table = dataclasses.replace(
-        table, best=table.best.at[0].set(best), logits=table.logits.at[0].set(logits)
-    )
-    parts = (*state.parts[:index], table, *state.parts[index + 1 :])
-    return dataclasses.replace(state, parts=parts)
+
+    def replaced(x):
+        if not _is_table(x):
+            return x
+        # Copies on the device, where the others were: the next dispatch takes them.
+        best_1VK, logits_1VK = x.best.at[0].set(best), x.logits.at[0].set(logits)
+        return dataclasses.replace(x, best=best_1VK, logits=logits_1VK)
+
+    return jax.tree.map(replaced, state, is_leaf=_is_table)
 
 
-def _index_of(drafter: Drafter) -> int | None:
-    for index, part in enumerate(getattr(drafter, "parts", ())):
-        if isinstance(part, Recycling) and part.scope == "engine":
-            return index
-    return None
+def _is_table(x: Any) -> bool:
+    return isinstance(x, RecycleState)
 
 
 class Recycle(SourceDrafter):
