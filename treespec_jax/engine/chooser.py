@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from treespec_jax.trees.shapes import TreeShape
 
 # Dispatches of the tree before plain decoding is tried.
-FIRST_LOOK = 3
+FIRST_LOOK = 2
 # Tokens after which plain decoding may be compiled for a trial, which takes seconds.
 WORTH_COMPILING = 512
 # Tokens per step from which on a tree is taken to be the quicker without a trial.
@@ -76,7 +76,7 @@ class Chooser:
         self._tree, self._plain = shapes[0], shapes[-1]
         self._speeds = {shape: _Speed() for shape in shapes}
         self._best = self._tree
-        self._wait = self._period = SOON
+        self._wait, self._period = 0, SOON
 
     def choose(self, max_steps: int | None) -> tuple[TreeShape, int | None]:
         """The shape of the next dispatch, and steps to run at most.
