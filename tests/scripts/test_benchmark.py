@@ -50,10 +50,12 @@ class FakeLLM:
             config=config,
             program=lambda: (None, (arrays, arrays, None)),
             compile=lambda: None,
-            reset=lambda: None,
         )
         self.drafter = types.SimpleNamespace(tau=0.7)
         self.size = 1 if settings.plain else 2
+
+    def reset(self):
+        pass
 
     def generate(self, prompts, params, max_steps=None):
         params = params if isinstance(params, list) else [params] * len(prompts)

@@ -146,7 +146,9 @@ class Engine:
         # A dispatch may have been started ahead of a text that then ended.
         self.drain()
         self._executor.reset()
+        compiled = self._chooser.compiled
         self._chooser = Chooser(self.speculation.shapes)
+        self._chooser.compiled = compiled
 
     def compile(self, chunks: Sequence[int] = (), every_shape: bool = True) -> None:
         """Compiles programs side by side, which else their first use does in turn.

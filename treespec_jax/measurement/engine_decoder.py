@@ -36,7 +36,7 @@ class EngineDecoder:
         step_cost.warm_up(self.llm, [[0] * (size + 1) for size in chunks], params)
 
     def reset(self) -> None:
-        self.llm.engine.reset()
+        self.llm.reset()
 
     def answer(self, turns, params, streaming=False):
         prompts, steps = [turn.prompt for turn in turns], 1 if streaming else None
