@@ -129,8 +129,19 @@ class LLM:
             made,
             target.config.eos_ids,
         )
+        self._table = table
         if table is not None:
             self._recycle(table)
+
+    def reset(self) -> None:
+        """Forgets all texts, and what they taught the drafter, as if it were new.
+
+        Raises:
+          ValueError: a request waits or runs.
+        """
+        self.engine.reset()
+        if self._table is not None:
+            self._recycle(self._table)
 
     def generate(
         self,

@@ -59,7 +59,8 @@ def test_an_engine_begins_with_what_another_learnt(target, taught, saved):
     llm, cold = taught
     fresh = make(target, recycle_table=saved, options={"successors": 4})
     assert not fresh.notes and fresh.recycle_table == saved
-    for ours, theirs in zip(table_of(fresh), table_of(llm), strict=True):
+    learnt = table_of(llm)
+    for ours, theirs in zip(table_of(fresh), learnt, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # The same state in the engine that is compiled.
     llm.engine.draft_state = fresh.engine.draft_state
@@ -70,6 +71,12 @@ def test_an_engine_begins_with_what_another_learnt(target, taught, saved):
     for generation in (warm, cold):
         accepted = generation.stats.accepted
         assert generation.stats.accepted_by_source == {"recycle": accepted}
+    # Its state went to the other engine.
+    fresh.reset()
+    for ours, theirs in zip(table_of(fresh), learnt, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    llm.reset()
+    assert llm.generate(PROMPTS, PARAMS).stats.steps == cold.stats.steps
 
 
 @pytest.mark.slow

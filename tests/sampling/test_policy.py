@@ -186,6 +186,9 @@ def test_a_step_has_the_noise_of_the_next_positions():
             got = jax.jit(noise.Noise.after)(one, depth)
             np.testing.assert_array_equal(got, want[:, :, depth])
     assert not np.asarray(own.with_rows(2, quiet=jnp.bool_(True)).rows).any()
+    # Of a tree of a root alone.
+    none = own.with_rows(0, quiet=jnp.bool_(False))
+    np.testing.assert_array_equal(none.after(jnp.int32(0)), own.after(jnp.int32(0)))
 
 
 P = np.array([0.35, 0.25, 0.15, 0.1, 0.06, 0.05, 0.03, 0.01])

@@ -54,6 +54,9 @@ class FakeLLM:
         self.drafter = types.SimpleNamespace(tau=0.7)
         self.size = 1 if settings.plain else 2
 
+    def reset(self):
+        pass
+
     def generate(self, prompts, params, max_steps=None):
         params = params if isinstance(params, list) else [params] * len(prompts)
         return [self._one(p, s) for p, s in zip(prompts, params, strict=True)]
@@ -116,17 +119,19 @@ def test_an_interrupted_run_goes_on(bench, fake, tmp_path):
     stopped = bench("--rounds=2", "--latency_tokens=4")
     assert stopped.code == 130 and stopped.err.splitlines()[-1] == "interrupted"
     assert "repeat the command" in stopped.err
-    # Each answer of the first round is two calls; the fourth was under way.
+    # All answers of the first round are there, and the stream of one.
     lines = (folder / FILE).read_text().splitlines()
-    assert len(lines) == 1 + 3 and [p.name for p in folder.iterdir()] == [FILE]
+    kinds = [json.loads(line)["kind"] for line in lines]
+    assert kinds == ["header", *["answer"] * 6, "stream"]
+    assert [p.name for p in folder.iterdir()] == [FILE]
     fake.asked.clear()
     fake.stop_after = 10**9
     # A killed process may leave a part of a line.
     (folder / FILE).write_text("\n".join([*lines, lines[-1][:40]]))
     done = bench("--rounds=2", "--latency_tokens=4")
     assert done.code == 0, done.err
-    assert len(fake.asked) == 2 * (6 - 3) + 6
-    assert (folder / FILE).read_text().splitlines()[:4] == lines
+    assert len(fake.asked) == (6 - 1) + 6
+    assert (folder / FILE).read_text().splitlines()[:8] == lines
     shown = (folder / "results.md").read_text()
     assert shown.strip() in done.out and "2 rounds" in shown
     report = json.loads((folder / "results.json").read_text())
@@ -139,7 +144,7 @@ def test_an_interrupted_run_goes_on(bench, fake, tmp_path):
     assert (chain["memory_bytes"], plain["texts_unlike_plain"]) == (80, 0)
     again = bench("--rounds=2", "--latency_tokens=4")
     assert again.code == 0 and again.out == done.out
-    assert len(fake.asked) == 2 * (6 - 3) + 6, "all was there"
+    assert len(fake.asked) == (6 - 1) + 6, "all was there"
 
 
 def test_results_of_other_settings_stay(bench, fake, refuses, pair, tmp_path):

@@ -41,6 +41,7 @@ def line(combination, question, seconds, counts, *, number=0, category="a", **mo
         "peak_rss_bytes": 9_000_000,
         "peak_device_bytes": None,
         "reliability": None,
+        "process": "1",
     }
     return {**dataclasses.asdict(combination), **values, **more}
 
@@ -125,7 +126,9 @@ def test_estimates_of_several_answers_are_weighed_by_nodes():
 @pytest.fixture
 def results():
     lines = [*PLAIN_LINES, *CHAIN_LINES]
-    lines[2] |= {"token_ids": [[9]], "arrivals": [[(0.02, 1), (0.03, 2)]]}
+    lines[2] |= {"token_ids": [[9]]}
+    # The process ended within the round.
+    lines[3] |= {"process": "2"}
     typical = dataclasses.replace(CHAIN, rule="typical")
     stats = {**CHAIN_LINES[0]["stats"], "rule": "typical"}
     for number, question in enumerate("12"):
@@ -141,6 +144,8 @@ def results():
         "versions": {"jax": "0.10", "device_kind": "cpu", "cpus": 2},
     }
     found = {"answer": lines}
+    cell = {**dataclasses.asdict(CHAIN), "round": 0, "question": "1", "category": "a"}
+    found["stream"] = [{**cell, "arrivals": [[(0.02, 1), (0.03, 2)]]}]
     found["step"] = [
         {"method": "ngram", "shape": "chain:2", "rule": "exact", "batch": 1}
         | {"step": 0.01, "target": 0.008, "draft": 0.001, "target_share": 0.8}
@@ -182,6 +187,7 @@ def test_tables(results):
     text = "\n".join(shown)
     assert "DIFFER FROM PLAIN DECODING: ngram chain:2, T=0, batch 1: 1" in text
     assert "LOSSY: ngram chain:2 typical, T=0, batch 1." in text
+    assert "ngram chain:2, T=0, batch 1: a drafter that learns" in text
     assert "skipped: ngram x: it cannot be" in text and "max_len: 7" in text
     assert "Peak resident memory of the run 9 MB." in text
     for row in (s for s in shown if s.startswith("|")):

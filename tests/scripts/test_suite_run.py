@@ -27,17 +27,20 @@ SAMPLING = SamplingParams(max_tokens=4, seed=7)
 
 
 class Echo:
-    """Answers with the tokens of the prompt, so many that they are counted.
+    """Answers with the tokens of the prompt.
 
     Attributes:
-      calls: prompts, settings and whether a stream was asked for, of every call.
+      calls: prompts, settings and whether a stream was asked for, of every call;
+        "reset" between them.
     """
 
     memory_bytes = 3
 
-    def __init__(self, streams=False):
-        self.streams = streams
+    def __init__(self):
         self.calls = []
+
+    def reset(self):
+        self.calls.append("reset")
 
     def answer(self, turns, params, streaming=False):
         self.calls.append(([turn.prompt for turn in turns], list(params), streaming))
@@ -80,14 +83,23 @@ def test_another_combination_comes_first_each_time():
     assert len(keys) == 3 * 2 * 3
 
 
+def test_streams_are_timed_behind_the_first_round():
+    peer = Combination("transformers", "plain", "-", 0.0, 2)
+    tasks = list(schedule([PLAIN, CHAIN, peer], QUESTIONS, 2, streams=True))
+    order = [(t.round, t.stream, t.combination.label, len(t.questions)) for t in tasks]
+    none, chain = "none", "ngram chain:2"
+    assert [t.stream for t in tasks] == [False] * 6 + [True] * 4 + [False] * 6
+    streams = [(0, True, none, 2), (0, True, chain, 2), (0, True, chain, 1)]
+    assert order[6:10] == [*streams, (0, True, none, 1)]
+    assert [task.kind for task in tasks[5:7]] == ["answer", "stream"]
+
+
 def test_questions_are_asked_turn_by_turn_with_the_answers_between():
     decoder = Echo()
-    lines = suite_run.answer(decoder, Task(PLAIN, 0, QUESTIONS[:2]), workload())
-    prompts = [call[0] for call in decoder.calls]
+    lines = suite_run.answer(decoder, Task(PLAIN, 0, QUESTIONS[:2]), workload(), None)
     second = "twoxxx\n\nthree"
-    assert prompts == [["one", "two"], [second], ["one", "two"], [second]]
-    assert [call[2] for call in decoder.calls] == [False, False, True, True]
-    assert [p.max_tokens for p in decoder.calls[2][1]] == [2, 2]
+    assert [call[0] for call in decoder.calls] == [["one", "two"], [second]]
+    assert not any(call[2] for call in decoder.calls)
     one, two = lines
     assert (one["turns"], two["turns"]) == (1, 2)
     assert (one["tokens"], two["tokens"]) == (3, 3 + 4)
@@ -98,22 +110,29 @@ def test_questions_are_asked_turn_by_turn_with_the_answers_between():
     assert (one["seconds"], two["seconds"]) == (1.5, 3.5)
     assert one["wall_seconds"] == two["wall_seconds"] == 3.5 / 2
     assert (one["prefill_seconds"], two["prefill_seconds"]) == (0.25, 0.5)
-    assert one["arrivals"] == [[(0.5, 1), (1.0, 1)]]
-    assert len(two["arrivals"]) == 2 and one["memory_bytes"] == 3
+    assert one["arrivals"] is None and one["memory_bytes"] == 3
     assert two["category"] == "b" and one["peak_rss_bytes"] > 1 << 20
 
 
-def test_streams_are_taken_in_the_first_round_alone():
-    decoder = Echo()
-    (line,) = suite_run.answer(decoder, Task(PLAIN, 1, QUESTIONS[:1]), workload())
-    assert line["arrivals"] is None and len(decoder.calls) == 1
-    (line,) = suite_run.answer(
-        decoder, Task(PLAIN, 0, QUESTIONS[:1]), workload(latency_tokens=0)
-    )
-    assert line["arrivals"] is None and len(decoder.calls) == 2
-    other = Echo(streams=True)
-    (line,) = suite_run.answer(other, Task(PLAIN, 1, QUESTIONS[:1]), workload())
-    assert len(other.calls) == 1 and len(line["arrivals"][0]) == 3
+def test_streams_are_those_of_the_same_turns(tmp_path):
+    decoder, task = Echo(), Task(PLAIN, 0, QUESTIONS[:2])
+    journal = Journal(tmp_path, {})
+    journal.begin({}, {})
+    journal.add("answer", [(task.cell(QUESTIONS[0]), {"texts": ["a"]})])
+    journal.add("answer", [(task.cell(QUESTIONS[1]), {"texts": ["b", "c"]})])
+    timed = dataclasses.replace(task, stream=True)
+    one, two = suite_run.stream(decoder, timed, workload(), journal)
+    assert [call[0] for call in decoder.calls] == [["one", "two"], ["twob\n\nthree"]]
+    assert all(call[2] for call in decoder.calls)
+    assert [p.max_tokens for p in decoder.calls[0][1]] == [2, 2]
+    assert one == {"category": "a", "arrivals": [[(0.5, 1), (1.0, 1)]]}
+    assert len(two["arrivals"]) == 2
+
+
+def test_a_peer_tells_its_arrivals_with_its_answer():
+    peer = Combination("transformers", "plain", "-", 0.0, 1)
+    (line,) = suite_run.answer(Echo(), Task(peer, 1, QUESTIONS[:1]), workload(), None)
+    assert len(line["arrivals"][0]) == 3
 
 
 def test_seeds_are_those_of_the_question_and_the_round():
@@ -130,7 +149,7 @@ def test_seeds_are_those_of_the_question_and_the_round():
 
 def test_turns_without_room_are_left_out():
     (line,) = suite_run.answer(
-        Echo(), Task(PLAIN, 0, QUESTIONS[1:2]), workload(max_len=13)
+        Echo(), Task(PLAIN, 0, QUESTIONS[1:2]), workload(max_len=13), None
     )
     assert line["turns"] == 1 and line["texts"] == ["xxx"]
 
@@ -138,21 +157,37 @@ def test_turns_without_room_are_left_out():
 def test_an_answer_without_a_token_is_an_error():
     empty = workload(encode=lambda text: [])
     with pytest.raises(UserError, match="question 1 got no token"):
-        suite_run.answer(Echo(), Task(PLAIN, 0, QUESTIONS[:1]), empty)
+        suite_run.answer(Echo(), Task(PLAIN, 0, QUESTIONS[:1]), empty, None)
 
 
 def test_chat_models_get_messages():
     decoder = Echo()
     load = workload(chat=True, encode=lambda messages: [1] * len(messages))
-    suite_run.answer(decoder, Task(PLAIN, 1, QUESTIONS[1:2]), load)
+    suite_run.answer(decoder, Task(PLAIN, 1, QUESTIONS[1:2]), load, None)
     (first,), (second,) = (call[0] for call in decoder.calls)
     assert first == [{"role": "user", "content": "two"}]
     assert [m["content"] for m in second] == ["two", "x", "three"]
 
 
+def test_every_pass_begins_without_what_was_learnt(tmp_path):
+    hot = dataclasses.replace(CHAIN, temperature=1.0)
+    tasks = list(schedule([PLAIN, CHAIN, hot], QUESTIONS, 2, streams=True))
+    decoders = {PLAIN: Echo(), CHAIN: Echo()}
+    journal = Journal(tmp_path, {})
+    journal.begin({}, {})
+    suite_run.run(tasks, decoders, workload(), journal, lambda task: None)
+    calls = decoders[CHAIN].calls
+    assert calls[0] == "reset" and calls.count("reset") == 2 * 3
+    begun = [calls[i + 1] for i, call in enumerate(calls) if call == "reset"]
+    assert all(prompts[0] == "one" for prompts, _, _ in begun)
+    heat = [params[0].temperature for _, params, _ in begun]
+    assert heat == [0, 0, 1, 1, 0, 1]
+    assert [streaming for _, _, streaming in begun] == [False, True] * 2 + [False] * 2
+
+
 def test_only_what_is_missing_runs(tmp_path):
     tasks = list(schedule([PLAIN, CHAIN], QUESTIONS, 2))
-    decoders = {PLAIN.program: Echo(), CHAIN.program: Echo()}
+    decoders = {PLAIN: Echo(), CHAIN: Echo()}
 
     def run(journal, stop_after=99):
         seen = []

@@ -20,7 +20,7 @@ from absl.flags import DEFINE_bool
 from treespec_jax.commands import benchmark_job, flags, loading, runtime, setting_flags
 from treespec_jax.commands.benchmark_job import Job
 from treespec_jax.measurement import peers
-from treespec_jax.measurement.grid import Combination, Task
+from treespec_jax.measurement.grid import ANSWER, Combination, Task
 from treespec_jax.measurement.journal import FILE, Journal
 from treespec_jax.measurement.output import Study, check_folder, say
 from treespec_jax.measurement.suite import Conversation
@@ -195,13 +195,12 @@ class Run:
 
     def _take_apart(self, llms: dict[Combination, Any], target) -> None:
         """Behind the first half of the first answer by plain decoding."""
-        from treespec_jax.measurement import suite_run
         from treespec_jax.measurement.breakdown import Breakdown
 
         job = self.job
         question = job.suite.questions[0]
         plain = next(task for task in job.tasks if task.combination.plain)
-        line = self.journal.find(suite_run.ANSWER, plain.cell(question))
+        line = self.journal.find(ANSWER, plain.cell(question))
         Breakdown(
             llms={program: llms[program] for program in self.steps},
             target=target,

@@ -56,8 +56,9 @@ class Job:
     @property
     def tasks(self) -> list[Task]:
         """All cells, in order."""
-        rounds = self.settings.benchmark.rounds
-        return list(schedule(list(self.variants), self.suite.questions, rounds))
+        grid, questions = self.settings.benchmark, self.suite.questions
+        streams = grid.latency_tokens > 0
+        return list(schedule(list(self.variants), questions, grid.rounds, streams))
 
     def encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
         """Token ids of a prompt."""

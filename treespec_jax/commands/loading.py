@@ -168,6 +168,8 @@ def in_force(settings: Experiment, llm, *sections: str) -> dict[str, Any]:
     unused = set(SECTIONS) - {*MODEL, *sections}
     values = {k: v for k, v in settings.as_dict().items() if k not in unused}
     values["dtype"] = llm.dtype
+    chosen = limits.resolve(settings.speculative)
+    values["speculative"] |= {"method": chosen.method, "tree": chosen.tree}
     values["engine"] |= dataclasses.asdict(llm.engine.config)
     values["speculative"]["tau"] = llm.drafter.tau
     return values

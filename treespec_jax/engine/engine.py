@@ -135,6 +135,21 @@ class Engine:
         """Ends a request where it stands and frees its slot."""
         self._scheduler.cancel(request, finish_reason)
 
+    def reset(self) -> None:
+        """Forgets all texts: what the drafter has learnt, and which shape was quicker.
+
+        Raises:
+          ValueError: a request waits or runs.
+        """
+        if self.busy:
+            raise ValueError("requests are under way; end them first")
+        # A dispatch may have been started ahead of a text that then ended.
+        self.drain()
+        self._executor.reset()
+        compiled = self._chooser.compiled
+        self._chooser = Chooser(self.speculation.shapes)
+        self._chooser.compiled = compiled
+
     def compile(self, chunks: Sequence[int] = (), every_shape: bool = True) -> None:
         """Compiles programs side by side, which else their first use does in turn.
 

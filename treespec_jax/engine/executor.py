@@ -75,11 +75,19 @@ class Executor:
             state = jax.eval_shape(self._begin, self._leaves)
             self._state = placement.described(state, self._placement.mesh)
         else:
-            self._state = jax.jit(self._begin)(self._leaves)
-            if self._placement.mesh is None:
-                self._state = jax.device_put(self._state, first.sharding)
+            self._fresh_state = jax.jit(self._begin)
+            self.reset()
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
         self._dispatches: dict[TreeShape, Callable] = {}
+
+    def reset(self) -> None:
+        """Empties the caches, and all that the drafter has learnt."""
+        # Two of them may not fit.
+        self._state = None
+        state = self._fresh_state(self._leaves)
+        if self._placement.mesh is None:
+            state = jax.device_put(state, self._target.leaves[0].sharding)
+        self._state = state
 
     def prefill(self, chunk: ChunkPlan) -> None:
         """Puts a chunk of a text into the caches, and waits until it is there."""

@@ -48,24 +48,28 @@ class Decoder(Protocol):
     """Answers turns. Example:
 
       class Echo:
-          streams, memory_bytes = True, 0
+          memory_bytes = 0
 
           def warm_up(self, params):
+              pass
+
+          def reset(self):
               pass
 
           def answer(self, turns, params, streaming=False):
               return [Answer("", t.ids, [(1.0, len(t.ids))], Stats()) for t in turns]
 
     Attributes:
-      streams: whether tokens arrive as soon as they are known, asked for or not.
       memory_bytes: of weights, caches and other state; None: unknown.
     """
 
-    streams: bool
     memory_bytes: int | None
 
     def warm_up(self, params: SamplingParams) -> None:
         """Compiles and touches all that answers with such settings will run."""
+
+    def reset(self) -> None:
+        """Forgets what was learnt from earlier texts."""
 
     def answer(
         self,

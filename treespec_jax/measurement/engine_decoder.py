@@ -21,8 +21,6 @@ class EngineDecoder:
       options: further variables of its chat template.
     """
 
-    streams = False
-
     def __init__(self, llm: LLM, options: Mapping[str, Any]):
         self.llm = llm
         self._options = options
@@ -36,6 +34,9 @@ class EngineDecoder:
     def warm_up(self, params: SamplingParams) -> None:
         chunks = self.llm.engine.config.prefill_chunks
         step_cost.warm_up(self.llm, [[0] * (size + 1) for size in chunks], params)
+
+    def reset(self) -> None:
+        self.llm.reset()
 
     def answer(self, turns, params, streaming=False):
         prompts, steps = [turn.prompt for turn in turns], 1 if streaming else None

@@ -11,6 +11,8 @@ from treespec_jax.measurement.timing import rotated
 
 # Methods of other programs stand in the place of a shape.
 PEER = "transformers"
+# The journal's kinds of lines.
+ANSWER, STREAM = "answer", "stream"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,18 @@ class Task:
       combination: how they are decoded.
       round: number, from 0.
       questions: at most `combination.batch`.
+      stream: whether arrivals of tokens are timed, of turns that were answered before.
     """
 
     combination: Combination
     round: int
     questions: tuple[Question, ...]
+    stream: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Of its lines in the journal."""
+        return STREAM if self.stream else ANSWER
 
     def cell(self, question: Question) -> dict[str, Any]:
         """What names a question's line in the journal."""
@@ -87,12 +96,21 @@ class Task:
 
 
 def schedule(
-    combinations: Sequence[Combination], questions: Sequence[Question], rounds: int
+    combinations: Sequence[Combination],
+    questions: Sequence[Question],
+    rounds: int,
+    streams: bool = False,
 ) -> Iterator[Task]:
     """All cells, as tasks in the order in which they run.
 
     Combinations of one temperature and batch size answer the same questions one after
     the other; another one comes first from batch to batch and from round to round.
+
+    Args:
+      combinations: to run.
+      questions: to be answered.
+      rounds: passes over them.
+      streams: let a pass behind the first round time streams; peers tell them anyway.
     """
     groups: dict[tuple[float, int], list[Combination]] = {}
     for combination in combinations:
@@ -100,7 +118,11 @@ def schedule(
         groups.setdefault(key, []).append(combination)
     for number in range(rounds):
         for (_, batch), members in groups.items():
-            for turn, start in enumerate(range(0, len(questions), batch)):
-                some = tuple(questions[start : start + batch])
-                for combination in rotated(members, number + turn):
-                    yield Task(combination, number, some)
+            passes = {False: members}
+            if streams and number == 0:
+                passes[True] = [member for member in members if not member.peer]
+            for stream, some in passes.items():
+                for turn, start in enumerate(range(0, len(questions), batch)):
+                    asked = tuple(questions[start : start + batch])
+                    for combination in rotated(some, number + turn):
+                        yield Task(combination, number, asked, stream)

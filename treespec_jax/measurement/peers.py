@@ -123,8 +123,6 @@ class TransformersDecoder:
       checkpoints: that both come from.
     """
 
-    streams = True
-
     def __init__(self, kind: str, target, draft, checkpoints: Checkpoints):
         self._kind = kind
         self._target, self._draft = target, draft
@@ -140,6 +138,9 @@ class TransformersDecoder:
         params = dataclasses.replace(params, max_tokens=2, ignore_eos=True)
         # No id is past the end of a vocabulary.
         self._generate([0, 0], params)
+
+    def reset(self) -> None:
+        """Nothing is learnt."""
 
     def answer(self, turns, params, streaming=False):
         return [

@@ -22,12 +22,14 @@ Answers = Sequence[Mapping[str, Any]]
 OVERALL = "overall"
 
 
-def figures(answers: Answers, plain: Answers) -> dict[str, Any]:
+def figures(answers: Answers, plain: Answers, streams: Answers = ()) -> dict[str, Any]:
     """Figures of one combination on some questions, as plain values for JSON.
 
     Args:
       answers: of all rounds.
       plain: those of plain decoding to the same questions in the same rounds.
+      streams: lines of the pass that timed its streams; answers of peers have their
+        arrivals themselves.
     """
     rounds, plain_rounds = _by_round(answers), _by_round(plain)
     stats = total([_stats(a) for a in answers], 0.0, 0.0)
@@ -51,7 +53,7 @@ def figures(answers: Answers, plain: Answers) -> dict[str, Any]:
         "overall_ratio": spread(paired(whole, plain_whole)),
         "decode_tokens_per_second": spread(decode) if known else None,
         "decode_ratio": spread(paired(decode, plain_decode)) if known else None,
-        **latency(answers),
+        **latency([*answers, *streams]),
         "memory_bytes": answers[0]["memory_bytes"],
         "tokens": stats.tokens,
         "steps": stats.steps,
@@ -66,15 +68,15 @@ def figures(answers: Answers, plain: Answers) -> dict[str, Any]:
     }
 
 
-def by_task(answers: Answers, plain: Answers) -> dict[str, dict[str, Any]]:
+def by_task(
+    answers: Answers, plain: Answers, streams: Answers = ()
+) -> dict[str, dict[str, Any]]:
     """`figures` of every category, and of all questions as OVERALL."""
-    found = {}
+    lines, found = (answers, plain, streams), {}
     for category in dict.fromkeys(answer["category"] for answer in answers):
-        some, others = (
-            [a for a in each if a["category"] == category] for each in (answers, plain)
-        )
-        found[category] = figures(some, others)
-    return {**found, OVERALL: figures(answers, plain)}
+        some = ([a for a in each if a["category"] == category] for each in lines)
+        found[category] = figures(*some)
+    return {**found, OVERALL: figures(*lines)}
 
 
 def question_speed(answer: Mapping[str, Any]) -> float:
@@ -100,15 +102,15 @@ def decode_speed(answers: Answers) -> float | None:
     return _sum(answers, "tokens") / seconds
 
 
-def latency(answers: Answers) -> dict[str, float | None]:
+def latency(lines: Answers) -> dict[str, float | None]:
     """Seconds to the first token (median), and between tokens (p50, p95).
 
-    Of the answers that were streamed. Tokens that arrive together share the time since
+    Of the lines that have arrivals. Tokens that arrive together share the time since
     the previous arrival equally.
     """
     first, gaps, weights = [], [], []
-    for answer in answers:
-        for turn in answer["arrivals"] or ():
+    for line in lines:
+        for turn in line["arrivals"] or ():
             first.append(turn[0][0])
             for (before, _), (now, count) in zip(turn, turn[1:], strict=False):
                 gaps.append((now - before) / count)

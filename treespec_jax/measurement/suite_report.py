@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from treespec_jax.measurement import breakdown, spec_bench, suite_run, tables
-from treespec_jax.measurement.grid import PEER, Combination
+from treespec_jax.drafting import METHODS
+from treespec_jax.measurement import breakdown, spec_bench, tables
+from treespec_jax.measurement.grid import ANSWER, PEER, STREAM, Combination
 from treespec_jax.measurement.journal import Journal
 from treespec_jax.measurement.spec_bench import OVERALL
 
@@ -36,19 +37,18 @@ def results(
       combinations: that it holds.
       details: further values to pass on.
     """
-    by_combination: dict[Combination, list[dict[str, Any]]] = {}
-    names = [field.name for field in dataclasses.fields(Combination)]
-    answers = journal.all(suite_run.ANSWER)
-    for answer in answers:
-        key = Combination(**{name: answer[name] for name in names})
-        by_combination.setdefault(key, []).append(answer)
+    answers, streams = map(journal.all, (ANSWER, STREAM))
+    answers_of, streams_of = _by_combination(answers), _by_combination(streams)
     figures = [
         {
             **dataclasses.asdict(combination),
             "label": combination.label,
             "tasks": spec_bench.by_task(
-                by_combination[combination], by_combination[combination.baseline]
+                answers_of[combination],
+                answers_of[combination.baseline],
+                streams_of.get(combination, ()),
             ),
+            "interrupted": _interrupted(answers_of[combination]),
         }
         for combination in combinations
     ]
@@ -62,6 +62,24 @@ def results(
         "peak_rss_bytes": max(a["peak_rss_bytes"] for a in answers),
         "peak_device_bytes": None if None in devices else max(devices),
     }
+
+
+def _by_combination(lines) -> dict[Combination, list[dict[str, Any]]]:
+    found: dict[Combination, list[dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(_combination(line), []).append(line)
+    return found
+
+
+def _interrupted(answers: Sequence[Mapping[str, Any]]) -> int:
+    """Rounds in which a drafter lost what it had learnt, as its process ended."""
+    method = METHODS.get(answers[0]["method"])
+    if method is None or method.needs_model or method.tree == "none":
+        return 0
+    processes: dict[int, set[str]] = {}
+    for answer in answers:
+        processes.setdefault(answer["round"], set()).add(answer["process"])
+    return sum(len(found) > 1 for found in processes.values())
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -84,6 +102,12 @@ def table(results: Mapping[str, Any]) -> str:
     if results["breakdown"]:
         lines += ["", *_breakdown_lines(results["breakdown"])]
     lines += ["", *verdicts(results["figures"])]
+    lines += [
+        f"{_combination(f)}: a drafter that learns from earlier texts lost them within "
+        f"{f['interrupted']} rounds, as the run was interrupted"
+        for f in results["figures"]
+        if f["interrupted"]
+    ]
     lines += [f"skipped: {s['what']}: {s['reason']}" for s in results["skipped"]]
     if results["left_out"]:
         ids = ", ".join(results["left_out"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,9 @@ from treespec_jax.engine.stats import total
 from treespec_jax.errors import UserError
 from treespec_jax.measurement import machine, rounds
 from treespec_jax.measurement.decoders import Answer, Decoder, Turn
-from treespec_jax.measurement.grid import Combination, Task
+from treespec_jax.measurement.grid import ANSWER, Combination, Task
 from treespec_jax.measurement.journal import Journal
 from treespec_jax.measurement.suite import Conversation, Suite
-
-# The journal's kind of lines.
-ANSWER = "answer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Workload:
       suite: the questions.
       sampling: of the answers; each question and round has a seed of its own, and each
         combination a temperature.
-      latency_tokens: per turn of the streamed answer; 0: answers are not streamed.
+      latency_tokens: per turn of a streamed answer.
       chat: ask by the chat template.
       encode: token ids of a prompt.
       max_len: tokens of a text at most, answer included.
@@ -58,7 +56,7 @@ class Workload:
 def is_done(task: Task, journal: Journal) -> bool:
     """Whether the journal has all cells of a task."""
     cells = [task.cell(question) for question in task.questions]
-    return all(journal.find(ANSWER, cell) is not None for cell in cells)
+    return all(journal.find(task.kind, cell) is not None for cell in cells)
 
 
 def run(
@@ -70,6 +68,9 @@ def run(
 ) -> None:
     """Runs the tasks that the journal lacks.
 
+    A decoder begins every pass over the questions without what it learnt before, or it
+    would remember the answers.
+
     Args:
       tasks: in order.
       decoders: by `Combination.program`, warm.
@@ -77,12 +78,22 @@ def run(
       journal: begun.
       progress: called when a task is done or found done.
     """
+    process = f"{time.time():.3f}"
+    under_way: dict[Combination, tuple[Combination, int, bool]] = {}
     for task in tasks:
         if not is_done(task, journal):
-            decoder = decoders[task.combination.program]
-            lines = answer(decoder, task, workload)
+            program = task.combination.program
+            decoder = decoders[program]
+            this_pass = task.combination, task.round, task.stream
+            if under_way.get(program) != this_pass:
+                decoder.reset()
+                under_way[program] = this_pass
+            lines = (stream if task.stream else answer)(
+                decoder, task, workload, journal
+            )
+            values = ({**line, "process": process} for line in lines)
             cells = [task.cell(question) for question in task.questions]
-            journal.add(ANSWER, zip(cells, lines, strict=True))
+            journal.add(task.kind, zip(cells, values, strict=True))
         progress(task)
 
 
@@ -103,17 +114,15 @@ class _Dialogue:
     answers: list[Answer] = dataclasses.field(default_factory=list)
 
 
-def answer(decoder: Decoder, task: Task, workload: Workload) -> list[dict[str, Any]]:
+def answer(
+    decoder: Decoder, task: Task, workload: Workload, journal: Journal
+) -> list[dict[str, Any]]:
     """Has a task's questions answered; a journal line's values for each.
 
-    In the first round they are answered once more as a stream, unless the decoder
-    streams anyway. A turn that has no room in `max_len`, because answers were longer
-    as text than as tokens, is left out with those after it.
+    A turn that has no room in `max_len`, because answers were longer as text than as
+    tokens, is left out with those after it.
     """
-    dialogues = [
-        _Dialogue(Conversation(question, workload.chat), params)
-        for question, params in zip(task.questions, workload.params(task), strict=True)
-    ]
+    dialogues = _dialogues(task, workload)
     wall_seconds = 0.0
     while under_way := _under_way(dialogues, workload):
         given = decoder.answer(
@@ -129,23 +138,69 @@ def answer(decoder: Decoder, task: Task, workload: Workload) -> list[dict[str, A
             dialogue.answers.append(got)
             dialogue.conversation.answered(got.text)
         wall_seconds += max(_seconds(got) for got in given)
-    streamed = None
-    if decoder.streams:
-        streamed = [[a.arrivals for a in dialogue.answers] for dialogue in dialogues]
-    elif task.round == 0 and workload.latency_tokens:
-        streamed = _streamed(decoder, dialogues, workload.latency_tokens)
     return [
         {
-            "category": dialogue.conversation.question.category,
             **_values(dialogue),
+            # Ours come in bursts; a pass of its own times their stream.
+            "arrivals": _arrivals(dialogue) if task.combination.peer else None,
             "wall_seconds": wall_seconds / len(dialogues),
-            "arrivals": streamed and streamed[number],
             "memory_bytes": decoder.memory_bytes,
             "peak_rss_bytes": machine.peak_rss_bytes(),
             "peak_device_bytes": machine.peak_device_bytes(),
         }
-        for number, dialogue in enumerate(dialogues)
+        for dialogue in dialogues
     ]
+
+
+def stream(
+    decoder: Decoder, task: Task, workload: Workload, journal: Journal
+) -> list[dict[str, Any]]:
+    """Times the streams of turns that the journal has answers to; values of lines."""
+    dialogues = _dialogues(task, workload, workload.latency_tokens)
+    texts = [
+        journal.find(ANSWER, task.cell(question))["texts"]
+        for question in task.questions
+    ]
+    for number in range(max(map(len, texts))):
+        pairs = zip(dialogues, texts, strict=True)
+        answered = [(one, given) for one, given in pairs if number < len(given)]
+        under_way = _under_way([dialogue for dialogue, _ in answered], workload)
+        got = decoder.answer(
+            [dialogue.turns[-1] for dialogue in under_way],
+            [dialogue.params for dialogue in under_way],
+            streaming=True,
+        )
+        for (dialogue, given), one in zip(answered, got, strict=True):
+            dialogue.answers.append(one)
+            dialogue.conversation.answered(given[number])
+    return [
+        {
+            "category": dialogue.conversation.question.category,
+            "arrivals": _arrivals(dialogue),
+        }
+        for dialogue in dialogues
+    ]
+
+
+def _dialogues(
+    task: Task, workload: Workload, tokens: int | None = None
+) -> list[_Dialogue]:
+    """Of a task's questions, with answers of so many tokens at most."""
+    params = workload.params(task)
+    if tokens is not None:
+        params = [
+            dataclasses.replace(one, max_tokens=min(tokens, one.max_tokens))
+            for one in params
+        ]
+    return [
+        _Dialogue(Conversation(question, workload.chat), one)
+        for question, one in zip(task.questions, params, strict=True)
+    ]
+
+
+def _arrivals(dialogue: _Dialogue) -> list[list[tuple[float, int]]]:
+    """Of each turn."""
+    return [got.arrivals for got in dialogue.answers]
 
 
 def _under_way(dialogues: Sequence[_Dialogue], workload: Workload) -> list[_Dialogue]:
@@ -164,34 +219,13 @@ def _under_way(dialogues: Sequence[_Dialogue], workload: Workload) -> list[_Dial
     return found
 
 
-def _streamed(
-    decoder: Decoder, dialogues: Sequence[_Dialogue], tokens: int
-) -> list[list[list[tuple[float, int]]]]:
-    """Arrivals per turn of each dialogue, of the same turns asked once more."""
-    found: list[list[list[tuple[float, int]]]] = [[] for _ in dialogues]
-    for number in range(max(len(dialogue.turns) for dialogue in dialogues)):
-        some = [
-            i for i, dialogue in enumerate(dialogues) if number < len(dialogue.turns)
-        ]
-        params = [
-            dataclasses.replace(
-                dialogues[i].params,
-                max_tokens=min(tokens, dialogues[i].params.max_tokens),
-            )
-            for i in some
-        ]
-        turns = [dialogues[i].turns[number] for i in some]
-        for i, got in zip(some, decoder.answer(turns, params, True), strict=True):
-            found[i].append(got.arrivals)
-    return found
-
-
 def _values(dialogue: _Dialogue) -> dict[str, Any]:
     """Sums over the turns of a question."""
     answers = dialogue.answers
     prefill = [a.stats.prefill_seconds for a in answers]
     stats = total([a.stats for a in answers], 0.0, 0.0)
     return {
+        "category": dialogue.conversation.question.category,
         "turns": len(answers),
         "prompt_tokens": sum(len(turn.ids) for turn in dialogue.turns),
         "tokens": stats.tokens,

@@ -48,9 +48,9 @@ class Noise:
         def make():
             return gumbel(self.seed, self.first + depth, self.vocab)
 
-        if self.rows is None:
+        count = 0 if self.rows is None else self.rows.shape[0]
+        if not count:
             return make()
-        count = self.rows.shape[0]
         return lax.cond(
             depth < count,
             lambda: lax.dynamic_index_in_dim(self.rows, depth, keepdims=False),
