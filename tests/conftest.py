@@ -38,16 +38,6 @@ TINY = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Programs are compiled in half the time, and are slower: for small arrays."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.fixture(scope="session")
 def tiny_target() -> Transformer:
     """A random target with logits spread enough to be far from ties."""

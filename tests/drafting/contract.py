@@ -197,7 +197,7 @@ class DrafterContract:
                 state = ingest(state, chunk(slot, text, start, end))
         return state
 
-    def test_trees_have_their_shape(self, filled, propose, texts):
+    def test_trees_have_their_shape(self, drafter, filled, propose, texts):
         """Parents before children, at the depth above, the root's token first."""
         for name in self.shapes:
             shape = shapes.parse(name)
@@ -214,7 +214,32 @@ class DrafterContract:
                 above = np.take_along_axis(tree.depth, tree.parents, axis=1)
                 assert (tree.depth[:, 1:] == above[:, 1:] + 1).all()
                 assert tree.depth.max() <= shape.depth and tree.valid[:, 0].all()
-                assert (tree.proposal is not None) == name.startswith("allotted")
+                sampled = name.startswith("allotted")
+                assert (tree.proposal is not None) == sampled
+                for slot in range(B):
+                    self.check_families(tree, slot, sampled)
+                if tree.source is not None:
+                    known = range(len(drafter.sources) or 1)
+                    assert set(tree.source[tree.valid].tolist()) <= set(known)
+
+    def check_families(self, tree, slot, sampled: bool) -> None:
+        """Siblings differ, and the likelier ones come first unless they were sampled.
+
+        Nothing is below a node that does not exist.
+        """
+        valid, parents = tree.valid[slot], tree.parents[slot]
+        for parent in np.unique(parents):
+            family = np.flatnonzero((parents == parent) & valid)
+            family = family[family > 0]
+            assert valid[parent] or not len(family)
+            tokens, log_prob = (
+                tree.tokens[slot, family],
+                tree.draft_logprob[slot, family],
+            )
+            assert len(set(tokens.tolist())) == len(family)
+            if not sampled:
+                assert (np.diff(log_prob) <= 1e-6).all()
+                assert np.exp(log_prob).sum() <= 1 + 1e-4
 
     def forget(self, state):
         """The state without what was measured of how guesses came true.
@@ -231,11 +256,12 @@ class DrafterContract:
         )
 
     def test_a_text_may_arrive_in_any_pieces(self, filled, ingest, propose, texts):
-        """By steps of one to four tokens as by chunks of a prompt."""
+        """By steps of one to four tokens, plain ones too, as by chunks of a prompt."""
         name = self.shapes[0]
         state, lengths = filled, [20] * B
         for counts in ((2, 1, 3), (1, 4, 2), (1, 1, 1), (4, 2, 2)):
-            _, state = propose(state, texts, lengths, name)
+            grown = "none" if max(counts) == 1 else name
+            _, state = propose(state, texts, lengths, grown)
             state = ingest(state, stepped(texts, lengths, counts))
             lengths = [n + c for n, c in zip(lengths, counts, strict=True)]
         assert lengths == [28] * B

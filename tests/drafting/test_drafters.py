@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,7 @@ from tests.drafting.contract import DrafterContract
 from treespec_jax import speculation
 from treespec_jax.config import SpeculativeConfig
 from treespec_jax.drafting import METHODS
+from treespec_jax.drafting.auto import Auto, AutoOptions
 from treespec_jax.drafting.draft_model import DraftModel
 from treespec_jax.drafting.none import NoDrafter
 from treespec_jax.drafting.rates import Rates
@@ -83,6 +86,19 @@ class TestAuto(SourcesContract):
     @pytest.fixture(scope="class")
     def drafter(self):
         return made("auto", history=0, successors=4, candidates=3)
+
+
+class TestAutoWithModel(SourcesContract):
+    shapes = ("dynamic:5@3",)
+
+    @pytest.fixture(scope="class")
+    def drafter(self, tiny_draft):
+        options = AutoOptions(history=0, successors=4, candidates=3)
+        return Auto.make(tiny_draft, 0.7, options)
+
+    def copy_page(self, state, source, destination):
+        model = super().copy_page(state.model, source, destination)
+        return dataclasses.replace(state, model=model)
 
 
 class TestNoDrafter(DrafterContract):

@@ -22,8 +22,6 @@ from treespec_jax.sampling.policy import Sampling
 from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.trees import shapes
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Slots, tokens of a text, of a chunk, levels of a tree, and tokens of the vocabulary.
 B, MAX_LEN, CHUNK, C, V = 3, 30, 8, 3, 4
 LAYOUT = CacheLayout(2, 16)

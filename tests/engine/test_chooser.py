@@ -113,6 +113,33 @@ def test_it_looks_again_soon_after_a_text_begins():
     assert (TREE, TRIAL_STEPS) in script.dispatch(3 * SOON)
 
 
+def test_a_new_text_that_a_tree_fits_gets_it_at_once():
+    """Whatever the last text was like; and the next one may lose it again."""
+    script = Script(tree=(1.5, 1.1))
+    script.dispatch(10 * RARELY)
+    script.tree = (1.5, 2.0)
+    script.chooser.begin_text()
+    script.dispatch(3 * SOON)
+    assert script.share(4 * RARELY) > 0.98
+    script.tree = (1.5, 1.2)
+    script.chooser.begin_text()
+    script.dispatch(3 * SOON)
+    assert script.share(4 * RARELY) < 0.02
+
+
+def test_texts_that_begin_all_the_time_leave_most_steps_to_the_quicker_shape():
+    for tree, least in (((1.5, 1.1), 0.0), ((1.5, 2.0), 0.75)):
+        script = Script(tree=tree)
+        script.dispatch(10 * RARELY)
+        ran = []
+        for _ in range(4 * RARELY):
+            script.chooser.begin_text()
+            ran += script.dispatch()
+        steps = sum(steps for _, steps in ran)
+        share = sum(s for shape, s in ran if shape == TREE) / steps
+        assert least <= share <= least + 0.25
+
+
 def test_what_a_caller_allows_is_an_upper_bound():
     script = Script(tree=(1.5, 2.0))
     for _ in range(4 * RARELY):

@@ -24,8 +24,9 @@ ENOUGH = 3.0
 SOON, RARELY = 4, 64
 # Steps of a trial.
 TRIAL_STEPS = 2
-# Steps that a running mean remembers: a short trial moves it little.
-MEMORY = 32
+# Steps that a running mean remembers, a short trial moves it little; and how many of
+# them still count when a new text begins.
+MEMORY, CARRIED = 32, 4
 
 
 @dataclasses.dataclass
@@ -35,12 +36,14 @@ class _Speed:
     Attributes:
       runs: dispatches that were read.
       tokens: that they emitted.
+      remembered: steps that the means stand for, MEMORY at most.
       tokens_per_second: running mean; None before a dispatch was timed.
       tokens_per_step: likewise; None before one ran a step.
     """
 
     runs: int = 0
     tokens: int = 0
+    remembered: int = 0
     tokens_per_second: float | None = None
     tokens_per_step: float | None = None
 
@@ -49,7 +52,8 @@ class _Speed:
         self.tokens += tokens
         if not steps:
             return
-        weight = min(1.0, steps / MEMORY)
+        self.remembered = min(self.remembered + steps, MEMORY)
+        weight = min(1.0, steps / self.remembered)
         per_step = tokens / (steps * max(slots, 1))
         self.tokens_per_step = _mean(self.tokens_per_step, per_step, weight)
         if seconds:
@@ -106,6 +110,8 @@ class Chooser:
         """A new text began: what was learnt may not hold for it."""
         self._wait = min(self._wait, 1)
         self._period = SOON
+        for speed in self._speeds.values():
+            speed.remembered = min(speed.remembered, CARRIED)
 
     def record(
         self,
