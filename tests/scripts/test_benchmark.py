@@ -49,7 +49,7 @@ class FakeLLM:
         self.engine = types.SimpleNamespace(
             config=config,
             program=lambda: (None, (arrays, arrays, None)),
-            compile=lambda: None,
+            compile=lambda *programs: None,
         )
         self.drafter = types.SimpleNamespace(tau=0.7)
         self.size = 1 if settings.plain else 2
