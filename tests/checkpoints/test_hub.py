@@ -189,16 +189,19 @@ def test_only_what_is_needed_is_downloaded(server, cache, capfd):
 
 
 def test_the_weights_are_those_of_the_description(server):
-    """The branch may move between the two."""
-    server.repositories["org/tiny"] = {"main": files_of("llama_tied")}
+    """The branch may move between the two; without an index, no other folder's."""
+    others = "onnx/model.safetensors", "adapter_model.safetensors"
+    before = files_of("llama_tied") | dict.fromkeys(others, b"x")
+    server.repositories["org/tiny"] = {"main": before}
     about = describe("org/tiny")
     server.repositories["org/tiny"] = {
         "main": files_of("llama_grouped"),
-        "before": files_of("llama_tied"),
+        "before": before,
     }
     assert about.open().source.shapes().keys() == (
         describe(GOLDEN / "llama_tied").open().source.shapes().keys()
     )
+    assert not set(others) & set(server.downloads)
     assert describe("org/tiny").config == describe(GOLDEN / "llama_grouped").config
 
 
