@@ -32,6 +32,12 @@ METHODS = {
     "draft_model": Method(
         "draft_model", "DraftModel", needs_model=True, takes_model=True, tree="chain:5"
     ),
+    "eagle": Method(
+        "eagle", "Eagle", needs_model=True, takes_model=True, tree="dynamic:15@5"
+    ),
+    "medusa": Method(
+        "medusa", "Medusa", needs_model=True, takes_model=True, tree="dynamic:15@4"
+    ),
     "recycle": Method("recycle", "Recycle", has_table=True),
     "ngram": Method("ngram", "Ngram"),
     "suffix": Method("suffix", "Suffix"),

@@ -18,6 +18,7 @@ from jax import lax
 from treespec_jax.checks import check_bool, check_int
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
+from treespec_jax.drafting.guessing import best_guesses
 from treespec_jax.drafting.last_logits import LastLogits
 from treespec_jax.drafting.ngram import Matching
 from treespec_jax.drafting.protocol import DraftContext, Guesses, Level
@@ -25,11 +26,8 @@ from treespec_jax.drafting.recycle import Recycling
 from treespec_jax.drafting.sources import (
     SourceDrafter,
     SourcesState,
-    guesses_of,
     together,
 )
-from treespec_jax.sampling import policy
-from treespec_jax.sampling.select import top_k
 
 # Best tokens of a draft model that become guesses.
 MODEL_GUESSES = 8
@@ -129,12 +127,11 @@ class AutoWithModel(SourceDrafter):
         def expand_both(level: Level, scratch):
             known, rows = scratch or (None, None)
             guesses, known = expand(level, known)
-            W = level.tokens.shape[1]
 
             def ask():
                 logits_VR, after = run(level, rows)
                 noise_VB = None if noise_CVB is None else noise_CVB[level.depth]
-                return self._guesses(logits_VR, noise_VB, context, W), after
+                return self._guesses(logits_VR, noise_VB, context), after
 
             def skip():
                 like = jax.eval_shape(ask)
@@ -147,7 +144,7 @@ class AutoWithModel(SourceDrafter):
 
         if expand is not None:
             noise_VB = None if noise_CVB is None else noise_CVB[0]
-            said = self._guesses(logits_VB, noise_VB, context, 1)
+            said = self._guesses(logits_VB, noise_VB, context)
             root = _beside(said, root)
         tree = growth.grow(shape, context, root, expand_both, self.tau)
         return tree, AutoState(sources, finish(tree))
@@ -157,35 +154,16 @@ class AutoWithModel(SourceDrafter):
         lengths_B = jnp.max(state.parts[0].found.lengths, axis=1)
         return jnp.all((lengths_B >= LONG) | ~context.active)
 
-    def _guesses(self, logits_VR, noise_VB, context: DraftContext, width) -> Guesses:
-        """The model's best tokens after R = B·W nodes, as it estimates them.
-
-        With the noise of their position, where it is shared.
-        """
-        sampling, count = context.sampling, min(MODEL_GUESSES, logits_VR.shape[0])
-
-        def greedy():
-            values_RK, tokens_RK = top_k(logits_VR / self.tau, count)
-            return tokens_RK, _log_softmax(values_RK, values_RK)
-
-        def sampled():
-            log_VR = policy.truncate(logits_VR, sampling)
-            scores_VR = log_VR
-            if noise_VB is not None:
-                scores_VR = policy.perturbed(logits_VR, noise_VB, sampling)
-            _, tokens_RK = top_k(scores_VR, count)
-            # Estimates of greedy slots are sharpened, as they are above.
-            sharp_R = jnp.repeat(jnp.where(sampling.greedy, self.tau, 1.0), width)
-            log_VR /= sharp_R
-            column_R1 = jnp.arange(log_VR.shape[1])[:, None]
-            values_RK = log_VR[tokens_RK, column_R1]
-            return tokens_RK, _log_softmax(values_RK, log_VR.T)
-
-        quiet = jnp.all(sampling.greedy)
-        tokens_RK, log_RK = lax.cond(quiet, greedy, sampled)
-        shape = -1, width, count
-        number = len(self.parts)
-        return guesses_of(number, tokens_RK.reshape(shape), log_RK.reshape(shape))
+    def _guesses(self, logits_VR, noise_VB, context: DraftContext) -> Guesses:
+        """The model's best tokens, with the noise of their position if it is shared."""
+        return best_guesses(
+            logits_VR,
+            noise_VB,
+            context.sampling,
+            MODEL_GUESSES,
+            self.tau,
+            source=len(self.parts),
+        )
 
 
 def _beside(model: Guesses, others: Guesses) -> Guesses:
@@ -197,9 +175,3 @@ def _beside(model: Guesses, others: Guesses) -> Guesses:
     rest_BW1 = 1.0 - jnp.sum(jnp.exp(model.log_prob), axis=2, keepdims=True)
     log_BWK = others.log_prob + jnp.log(jnp.maximum(rest_BW1, LEAST_REST))
     return together([model, dataclasses.replace(others, log_prob=log_BWK)])
-
-
-def _log_softmax(values_RK, all_RJ):
-    """Of values, over all those of their row; -inf stays."""
-    log_RK = values_RK - jax.nn.logsumexp(all_RJ, axis=1, keepdims=True)
-    return jnp.where(values_RK > -jnp.inf, log_RK, -jnp.inf)

@@ -62,6 +62,8 @@ class DraftModel:
     needs = Needs()
     sources = ("draft model",)
     Options = NoOptions
+    # Positions by which its rows trail the tokens that they read.
+    lag = 0
 
     def __init__(self, model: Transformer, tau: float):
         self.module = model
@@ -72,7 +74,7 @@ class DraftModel:
         return cls(model, tau)
 
     def with_module(self, module):
-        return DraftModel(module, self.tau)
+        return type(self)(module, self.tau)
 
     def init(self, sizes: Sizes) -> DraftModelState:
         return DraftModelState(
@@ -114,11 +116,9 @@ class DraftModel:
         )
 
     def copy_slot(self, state: DraftModelState, source, destination):
-        lengths, pending, pending_count = (
-            x.at[destination].set(x[source])
-            for x in (state.lengths, state.pending, state.pending_count)
-        )
-        return DraftModelState(state.pages, lengths, pending, pending_count)
+        slots = dataclasses.replace(state, pages=None)
+        copied = jax.tree.map(lambda x: x.at[destination].set(x[source]), slots)
+        return dataclasses.replace(copied, pages=state.pages)
 
     def propose(self, state: DraftModelState, shape, context: DraftContext):
         logits_VB, expand, finish = self.begin(state, context)
@@ -140,8 +140,9 @@ class DraftModel:
         is_pending_BC = column_C < pending_count_B[:, None]
         position_BC = held_B[:, None] + column_C
         with jax.named_scope("draft_root"):
-            forward = self.module(
-                self._known(state.pending),
+            forward = self._run(
+                state.pending,
+                self._waiting_rows(state),
                 position_BC,
                 jnp.broadcast_to(column_C[:, None] >= column_C, (B, window, window)),
                 view,
@@ -158,13 +159,19 @@ class DraftModel:
             # done. (A CPU copies a cache that is written between two reads.)
             W = level.tokens.shape[1]
             pending = jnp.broadcast_to(is_pending_BC[:, None], (B, W, window))
-            position_BE, rows = scratch or (position_BC, forward.kv)
-            position_BW = context.lengths[:, None] + level.depth
+            position_BE, rows, above_DBE = scratch or (
+                position_BC,
+                forward.kv,
+                root_DB1,
+            )
+            position_BW = context.lengths[:, None] + level.depth - self.lag
             position_BU = jnp.concatenate(
                 [position_BE, jnp.broadcast_to(position_BW, (B, W))], axis=1
             )
-            passed = self.module(
-                self._known(level.tokens),
+            above_DBW = jnp.take_along_axis(above_DBE, level.parents[None], axis=2)
+            passed = self._run(
+                level.tokens,
+                above_DBW.reshape(-1, B * W),
                 position_BU,
                 jnp.concatenate([pending, level.mask], axis=2),
                 view,
@@ -174,7 +181,13 @@ class DraftModel:
                 jnp.concatenate(pair, axis=3)
                 for pair in zip(rows, passed.kv, strict=True)
             )
-            return self._logits(passed.hidden, context.vocab), (position_BU, rows)
+            outputs_DBW = passed.hidden.reshape(-1, B, W)
+            scratch = (
+                position_BU,
+                rows,
+                jnp.concatenate([above_DBE, outputs_DBW], axis=2),
+            )
+            return self._logits(passed.hidden, context.vocab), scratch
 
         def finish(tree: TokenTree) -> DraftModelState:
             pages = paging.commit(
@@ -184,14 +197,32 @@ class DraftModel:
                 jnp.broadcast_to(column_C, (B, window)),
                 after=jnp.all(tree.tokens >= 0),
             )
-            return DraftModelState(
+            return dataclasses.replace(
+                state,
                 pages=pages,
                 lengths=state.lengths + pending_count_B,
-                pending=state.pending,
                 pending_count=state.pending_count - pending_count_B,
             )
 
         return logits_VB, expand, finish
+
+    def _run(self, tokens_BT, above_DR, positions_BU, mask_BTU, view, scratch=None):
+        """A pass over rows, of which a language model reads the tokens alone.
+
+        Args:
+          tokens_BT: int32.
+          above_DR: what the passes made of the rows that they go on from.
+          positions_BU: int32.
+          mask_BTU: bool.
+          view: of the cache.
+          scratch: see `Transformer`.
+        """
+        tokens_BT = self._known(tokens_BT)
+        return self.module(tokens_BT, positions_BU, mask_BTU, view, scratch)
+
+    def _waiting_rows(self, state) -> jax.Array | None:
+        """[D, R], what the waiting rows go on from."""
+        return None
 
     def _known(self, tokens: jax.Array) -> jax.Array:
         """Token ids with those that the model lacks replaced by its last one."""

@@ -104,9 +104,17 @@ class Attention(nnx.Module):
       dtype: of the parameters.
       rngs: for random parameters.
       local: whether this layer sees only the `window` of the configuration.
+      inputs: width of the rows that it reads; None: the model's.
     """
 
-    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs, local: bool):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype,
+        rngs: nnx.Rngs,
+        local: bool = False,
+        inputs: int | None = None,
+    ):
         self.config = config
         self.window = config.window if local else None
         D, N, K, G, H = (
@@ -121,8 +129,8 @@ class Attention(nnx.Module):
             rngs,
             dtype,
             ("kv_heads", "qkv", "head_dim", "embed"),
-            (K, G + 2, H, D),
-            D**-0.5,
+            (K, G + 2, H, inputs or D),
+            (inputs or D) ** -0.5,
         )
         if config.qkv_bias:
             axes = ("kv_heads", "qkv", "head_dim")
@@ -138,11 +146,17 @@ class Attention(nnx.Module):
             (N * H * 2 * config.num_layers) ** -0.5,
         )
 
-    def __call__(self, x_DR, rows: Rows, pages, view: CacheView | None, scratch):
-        """Returns the [D, R] output and this call's own rows [B, K, 2, T, H]."""
+    def project(self, x_DR, cos_sin, batch: int) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, T, N, H] and rows of the cache [B, K, 2, T, H] of R = B·T rows.
+
+        Args:
+          x_DR: rows of a pass.
+          cos_sin: their rotary angles.
+          batch: B.
+        """
         cfg = self.config
-        B, T, _ = rows.mask.shape
         K, G, H = cfg.num_kv_heads, cfg.queries_per_kv, cfg.head_dim
+        B, T = batch, x_DR.shape[1] // batch
         qkv_KxHR = linear(self.qkv[...], x_DR)
         if cfg.qkv_bias:
             qkv_KxHR += self.qkv_bias[...][..., None]
@@ -150,10 +164,21 @@ class Attention(nnx.Module):
         if cfg.qk_norm:
             normed = self.q_norm(qk_KxHR[:, :G]), self.k_norm(qk_KxHR[:, G:])
             qk_KxHR = jnp.concatenate(normed, axis=1)
-        qk_KxHR = apply_rotary(qk_KxHR, rows.cos_sin)
+        qk_KxHR = apply_rotary(qk_KxHR, cos_sin)
         q_BTNH = qk_KxHR[:, :G].reshape(K * G, H, B, T).transpose(2, 3, 0, 1)
         kv_K2HR = jnp.stack([qk_KxHR[:, G], qkv_KxHR[:, G + 1]], axis=1)
-        kv_BK2TH = kv_K2HR.reshape(K, 2, H, B, T).transpose(3, 0, 1, 4, 2)
+        return q_BTNH, kv_K2HR.reshape(K, 2, H, B, T).transpose(3, 0, 1, 4, 2)
+
+    def combine(self, out_BTNH: jax.Array) -> jax.Array:
+        """What attention gave the heads, as rows [D, R]."""
+        B, T, N, H = out_BTNH.shape
+        out_ER = out_BTNH.transpose(2, 3, 0, 1).reshape(N * H, B * T)
+        return linear(self.out[...], out_ER)
+
+    def __call__(self, x_DR, rows: Rows, pages, view: CacheView | None, scratch):
+        """Returns the [D, R] output and this call's own rows [B, K, 2, T, H]."""
+        cfg, B = self.config, rows.mask.shape[0]
+        q_BTNH, kv_BK2TH = self.project(x_DR, rows.cos_sin, B)
         scales = None
         if isinstance(pages, tuple):
             # The tree sees what the cache will keep: whether a token was drafted or
@@ -175,16 +200,14 @@ class Attention(nnx.Module):
             kv_scales=scales,
         )
         spec = AttentionSpec(
-            scale=cfg.attention_scale or H**-0.5,
+            scale=cfg.attention_scale or cfg.head_dim**-0.5,
             window=self.window,
             soft_cap=cfg.attention_soft_cap,
             device_kind=placement.device_kind,
             mesh=placement.mesh,
             heads_axis=placement.axis,
         )
-        out_BTNH = tree_attention(operands, spec)
-        out_ER = out_BTNH.transpose(2, 3, 0, 1).reshape(K * G * H, B * T)
-        return linear(self.out[...], out_ER), kv_BK2TH
+        return self.combine(tree_attention(operands, spec)), kv_BK2TH
 
 
 class GatedMLP(nnx.Module):

@@ -87,7 +87,8 @@ class Transformer(nnx.Module):
           tree_mask_BTU: bool, which of the tree rows each new row sees.
           cache: the prefix; None is an empty one.
           scratch: per layer [B, K, 2, E, H], tree rows of earlier calls.
-          feature_layers: numbers of layers whose outputs are returned too.
+          feature_layers: ascending numbers of layers whose outputs are returned too;
+            the number of layers stands for what the final norm makes of the last one.
         """
         cfg = self.config
         tokens_R = tokens_BT.reshape(-1)
@@ -120,6 +121,8 @@ class Transformer(nnx.Module):
             new.append(kv)
             if i in feature_layers:
                 outputs[i] = x_DR
+        if cfg.num_layers in feature_layers:
+            outputs[cfg.num_layers] = self.norm(x_DR)
         return Forward(x_DR, tuple(outputs[i] for i in feature_layers), tuple(new))
 
     def logit_columns(self, hidden_DR: jax.Array) -> jax.Array:
@@ -127,9 +130,13 @@ class Transformer(nnx.Module):
 
         Nothing of this size is transposed on the way from here to the chosen tokens.
         """
+        return self.unembed(self.norm(hidden_DR))
+
+    def unembed(self, normed_DR: jax.Array) -> jax.Array:
+        """float32 logits [V, R] of rows [D, R] that went through the final norm."""
         with jax.named_scope("head"):
             table = self.embedding if self.config.tied_embeddings else self.head
-            logits_VR = linear(table[...], self.norm(hidden_DR), jnp.float32)
+            logits_VR = linear(table[...], normed_DR, jnp.float32)
             cap = self.config.logit_soft_cap
             return logits_VR if cap is None else cap * jnp.tanh(logits_VR / cap)
 

@@ -1,0 +1,56 @@
+"""Drafters over the target's rows change no token, whatever shape they grow."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.drafting.heads import eagle, medusa
+from tests.engine.support import run
+from treespec_jax.config import EngineConfig, SamplingParams
+from treespec_jax.drafting.eagle import Eagle
+from treespec_jax.drafting.medusa import Medusa
+from treespec_jax.engine.engine import Engine
+from treespec_jax.speculation import PLAIN, Speculation
+from treespec_jax.trees import shapes
+
+GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
+SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
+SHAPES = ("chain:3", "regular:2x2x1", "dynamic:7@3")
+CONFIG = EngineConfig(
+    max_batch=4, max_len=384, page_size=16, steps_per_dispatch=4, prefill_chunks=(16,)
+)
+
+
+def drafters(target):
+    return {
+        "eagle1": Eagle(eagle(target, 1), 1.0),
+        "eagle3": Eagle(eagle(target, 3, few=True), 1.0),
+        "medusa": Medusa(medusa(target, few=True), 1.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(3)
+    return [rng.integers(3, 97, n).tolist() for n in (1, 17, 300, 5)]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_target, prompts):
+    engine = Engine(tiny_target, CONFIG, PLAIN)
+    return {p: [r.tokens for r in run(engine, prompts, p)] for p in (GREEDY, SAMPLED)}
+
+
+@pytest.mark.parametrize("name", ("eagle1", "eagle3", "medusa"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_are_those_of_plain_decoding(tiny_target, prompts, plain, name, shape):
+    drafter = drafters(tiny_target)[name]
+    engine = Engine(tiny_target, CONFIG, Speculation(drafter, (shapes.parse(shape),)))
+    for params, wanted in plain.items():
+        found = run(engine, prompts, params)
+        assert [r.tokens for r in found] == wanted
+        again = run(engine, prompts[1:2], params)
+        assert len(again[0].tokens) == 24
