@@ -21,6 +21,7 @@ COMMANDS = (
     "fetch_model",
     "convert_checkpoint",
     "widen_checkpoint",
+    "generate_answers",
     "train_lm",
     "tpu_report",
     "tune_kernel",

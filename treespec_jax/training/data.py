@@ -50,8 +50,12 @@ def pack(documents: Iterable[list[int]], row_tokens: int) -> np.ndarray:
     once. What does not fill a row at the end is dropped.
     """
     pieces = [np.array([BOS, *ids, EOS], np.int32) for ids in documents]
-    stream = np.concatenate(pieces)
-    rows = (len(stream) - 1) // row_tokens
+    return cut(np.concatenate(pieces), row_tokens)
+
+
+def cut(stream: np.ndarray, row_tokens: int) -> np.ndarray:
+    """Rows [rows, row_tokens + 1] of an array [N], as `pack` has them."""
+    rows = max(0, len(stream) - 1) // row_tokens
     starts = np.arange(rows)[:, None] * row_tokens
     return stream[starts + np.arange(row_tokens + 1)]
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from flax import nnx, traverse_util
+from flax import nnx
 
 from treespec_jax import checkpoints
 from treespec_jax.errors import UserError
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.training import curve, data, measure, vocabulary
+from treespec_jax.training import curve, data, measure, resuming, vocabulary
 from treespec_jax.training.settings import TrainConfig
 from treespec_jax.training.state import (
     TrainState,
@@ -89,7 +85,7 @@ def train(config: TrainConfig) -> Result:
     identity = config.identity() | {"text": rows.fingerprint}
     identity = json.loads(json.dumps(identity))  # as it will be read back
     notes = newest.notes() or {"identity": identity, "curve": []}
-    _check_same(notes["identity"], identity, folder)
+    resuming.check_same(notes["identity"], identity, folder)
     if newest.notes():
         state = newest.restore(state)
     step = make_step(flat, optimizer, teacher, config.distill.weight)
@@ -165,7 +161,7 @@ def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
         total=total, initial=start, unit="step", disable=not run.progress, mininterval=2
     )
     saved_at, saved_step = time.monotonic(), start
-    with bar, _interruption() as interruption:
+    with bar, resuming.interruption() as interruption:
         for step in range(start + 1, last + 1):
             rows_BT = batches[step - 1]
             shape = (-1, cfg.micro_rows, rows_BT.shape[1])
@@ -200,22 +196,6 @@ def _advance(config, state: TrainState, step_fn, parts: _Parts) -> TrainState:
     if table:
         curve.write_png(folder / "loss.png", table)
     return state
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets, to stop after the running step."""
-    wanted = threading.Event()
-    handlers = {}
-    # Outside the main thread handlers cannot be set, and nobody sends signals.
-    with contextlib.suppress(ValueError):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            handlers[number] = signal.signal(number, lambda *_: wanted.set())
-    try:
-        yield wanted
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _last_held_out(table: list[list]) -> str:
@@ -259,14 +239,3 @@ def _teacher(config: TrainConfig) -> FlatModule | None:
             f"give --vocabulary={path}"
         )
     return FlatModule(teacher.model)
-
-
-def _check_same(before: dict[str, Any], now: dict[str, Any], folder) -> None:
-    """Raises UserError naming the first setting in which a resumed run differs."""
-    old, new = (traverse_util.flatten_dict(each, sep=".") for each in (before, now))
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            raise UserError(
-                f"{folder} holds a run with {name}={old.get(name)!r}, not "
-                f"{new.get(name)!r}; choose another --output or the old settings"
-            )
