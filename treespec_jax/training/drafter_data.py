@@ -1,0 +1,87 @@
+"""Rows for a drafter's training, and the batches of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+
+from treespec_jax.checkpoints.loading import LoadedModel
+from treespec_jax.errors import UserError
+from treespec_jax.training.answers import MaskedRows, join, read_answers, read_texts
+from treespec_jax.training.drafter_settings import AnswersConfig
+from treespec_jax.training.settings import Source
+
+
+def load(config: AnswersConfig, target: LoadedModel) -> tuple[MaskedRows, MaskedRows]:
+    """Rows to train on, and rows that are held out.
+
+    Raises:
+      UserError: a folder or file that cannot be read, tokens that the target lacks, or
+        fewer rows than a batch has.
+    """
+    parts = [read_answers(folder) for folder in config.answers]
+    if config.text:
+        if target.tokenizer is None:
+            raise UserError(
+                f"{target.source} has no tokenizer to read {config.text[0]} with; give "
+                "--data=FOLDER of generate_answers"
+            )
+        sources = [Source(path, separator=config.separator) for path in config.text]
+        parts.append(read_texts(sources, target.tokenizer))
+    answers = join(parts)
+    largest, vocab = int(answers.tokens.max()), target.config.vocab_size
+    if largest >= vocab:
+        raise UserError(
+            f"token {largest} of the answers is outside the target's {vocab}; they are "
+            "another model's"
+        )
+    rows, held_out = answers.rows(config.row_tokens, config.held_out, config.seed)
+    if len(rows.tokens) < config.batch_rows:
+        raise UserError(
+            f"data.batch_rows={config.batch_rows} exceeds the {len(rows.tokens)} rows "
+            f"of {config.row_tokens} tokens that the answers give; lower it"
+        )
+    return rows, held_out
+
+
+def fingerprint(rows: MaskedRows) -> str:
+    """Of all tokens."""
+    return hashlib.sha256(rows.tokens.tobytes()).hexdigest()[:16]
+
+
+def take(rows: MaskedRows, which: np.ndarray) -> MaskedRows:
+    """Some of the rows."""
+    return MaskedRows(rows.tokens[which], rows.written[which])
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The endless sequence of batches; batch i is the same whenever it is asked for.
+
+    Attributes:
+      rows: to choose from.
+      batch_rows: of a batch.
+      seed: of the order.
+    """
+
+    rows: MaskedRows
+    batch_rows: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Whole batches of an epoch; its last few rows are left out."""
+        return len(self.rows.tokens) // self.batch_rows
+
+    def __getitem__(self, step: int) -> MaskedRows:
+        epoch, index = divmod(step, self.per_epoch)
+        order = _order(self.seed, epoch, len(self.rows.tokens))
+        return take(self.rows, order[index * self.batch_rows :][: self.batch_rows])
+
+
+@functools.lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
