@@ -22,6 +22,7 @@ COMMANDS = (
     "convert_checkpoint",
     "widen_checkpoint",
     "generate_answers",
+    "train_drafter",
     "train_lm",
     "tpu_report",
     "tune_kernel",

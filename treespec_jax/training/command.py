@@ -23,7 +23,7 @@ def with_flags(
     `text` entries replace the configuration's sources: NAME=PATH with the cleaning
     rules of the source of that name, PATH without any; *WEIGHT may follow.
     """
-    values = _plain(config)
+    values = plain(config)
     data = values.setdefault("data", {})
     if text:
         data["sources"] = _sources(text, data.get("sources", {}))
@@ -38,10 +38,10 @@ def with_flags(
     return values
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Nested dicts of a ConfigDict, which is no Mapping."""
     if hasattr(value, "items"):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     return value
 
 

@@ -89,7 +89,8 @@ class Trainer:
         self.head = make_head(config, target.model, rows)
         self.split = Split.of(self.head)
         self._target = FlatModule(target.model)
-        self._optimizer = make_optimizer(config.optimizer)
+        # The rate is an argument: a schedule that is cut short compiles nothing.
+        self._optimizer = make_optimizer(config.optimizer, 1.0)
         self._dtype = target.dtype
         devices = np.asarray(jax.devices())
         self._mesh = None
@@ -109,12 +110,15 @@ class Trainer:
         state = TrainState(leaves, self._optimizer.init(leaves), start)
         return self._everywhere(state)
 
-    def step(self, state: TrainState, rows: MaskedRows) -> tuple[TrainState, jax.Array]:
-        """One optimiser step over rows [batch_rows, T + 1]; its loss before it."""
+    def step(
+        self, state: TrainState, rows: MaskedRows, rate: float
+    ) -> tuple[TrainState, jax.Array]:
+        """One optimiser step over rows [batch_rows, T + 1]; the loss before it."""
         shape = -1, self.config.data.micro_rows, rows.tokens.shape[1]
         batch = rows.tokens.reshape(shape), rows.written.reshape(shape)
         batch = self._cut(batch)
-        return self._step(state, self._fixed, self._target_leaves, *batch)
+        rate = np.float32(rate)
+        return self._step(state, self._fixed, self._target_leaves, rate, *batch)
 
     def measure(self, leaves, rows: MaskedRows) -> Measured:
         """Of whole runs of micro_rows rows."""
@@ -150,7 +154,7 @@ class Trainer:
         head = self.head.head[...].size if self.head.config.shared_head else 0
         return 2.0 * target + 6.0 * (layers + head) * config.predictions
 
-    def _advance(self, state, fixed, target_leaves, tokens_AMU, counts_AMU):
+    def _advance(self, state, fixed, target_leaves, rate, tokens_AMU, counts_AMU):
         objective = self.config.objective
 
         def loss_of(leaves, taught):
@@ -166,6 +170,7 @@ class Trainer:
         sums, _ = jax.lax.scan(accumulate, zero, (tokens_AMU, counts_AMU))
         loss, grads = jax.tree.map(lambda total: total / len(tokens_AMU), sums)
         updates, inner = self._optimizer.update(grads, state.optimizer, state.leaves)
+        updates = jax.tree.map(lambda update: rate * update, updates)
         leaves = optax.apply_updates(state.leaves, updates)
         return TrainState(leaves, inner, state.step + 1), loss
 
@@ -248,7 +253,7 @@ def train(
     state = _advance(trainer, state, rows, held_out, (newest, best, notes))
     done = int(state.step)
     cost = cost_of(trainer, target, notes)
-    if done < config.optimizer.steps:
+    if done < notes.get("steps", config.optimizer.steps):
         return DrafterResult(False, done, cost=cost)
     leaves, kept = best.restore(state.leaves), best.notes()
     path = folder / "drafter"
@@ -294,11 +299,12 @@ def _advance(trainer: Trainer, state, rows, held_out, stores):
     spread = np.linspace(0, len(held_out.tokens) - 1, run.eval_rows)
     held_out = drafter_data.take(held_out, np.unique(spread.astype(int)))
     batches = drafter_data.Batches(rows, config.data.batch_rows, config.data.seed)
-    rate = learning_rate(config.optimizer)
+    schedule = config.optimizer
     table: list[list] = notes["curve"]
-    start, total = int(state.step), config.optimizer.steps
+    start, total = int(state.step), schedule.steps
     last = min(total, start + run.stop_after) if run.stop_after else total
     began = saved_at = counted_at = time.monotonic()
+    rate = learning_rate(schedule)
     saved_step, shown = start, {}
 
     def save(step: int) -> None:
@@ -332,14 +338,21 @@ def _advance(trainer: Trainer, state, rows, held_out, stores):
     with bar, interruption() as interrupted:
         for step in range(start + 1, last + 1):
             batch = batches[step - 1]
-            state, loss = trainer.step(state, batch)
+            state, loss = trainer.step(state, batch, rate(step - 1))
             table.append([step, None, None, None])
             pending.append((len(table) - 1, loss))
             notes["tokens"] += batch.tokens[:, 1:].size
             now = time.monotonic()
             is_due = now - saved_at >= run.save_minutes * 60
             over = run.max_minutes and now - began >= run.max_minutes * 60
-            ends = interrupted.is_set() or over or step == last
+            if over and schedule.decay and step + schedule.decay < total:
+                # Time is up for all but the decay.
+                over, total = False, step + schedule.decay
+                last = min(last, total)
+                schedule = dataclasses.replace(schedule, steps=total)
+                rate = learning_rate(schedule)
+                bar.total = notes["steps"] = total
+            ends = interrupted.is_set() or step == last or (over and not schedule.decay)
             if step % run.eval_every == 0 or step == total or len(pending) >= 20:
                 read_losses()
             if step % run.eval_every == 0 or step == total:

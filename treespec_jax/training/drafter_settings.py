@@ -70,7 +70,7 @@ class ShapeConfig:
       head_dim: likewise.
       embed_dim: of a draft model.
       num_layers: of a draft model.
-      feature_layers: as of `EagleConfig`; None: outputs of layers 1, n/2 - 1 and n - 4
+      feature_layers: as of `EagleConfig`; none: outputs of layers 1, n/2 - 1 and n - 4
         for EAGLE-3 (what publishers call the inputs of layers 2, n/2 and n - 3).
       heads: K, of Medusa.
       blocks: of each Medusa head.
@@ -95,6 +95,8 @@ class ShapeConfig:
                 low = 1 if field.name in ("num_layers", "heads", "blocks") else 0
                 check_int(f"drafter.{field.name}", getattr(self, field.name), low)
         check_bool("drafter.shared_head", self.shared_head)
+        if self.feature_layers == ():
+            object.__setattr__(self, "feature_layers", None)
         if self.feature_layers is not None:
             layers = check_layers("drafter.feature_layers", self.feature_layers)
             object.__setattr__(self, "feature_layers", layers)
@@ -134,7 +136,8 @@ class DrafterRun:
       eval_every: steps between measurements on held-out text.
       eval_rows: held-out rows measured then, at most.
       stop_after: end the process after this many steps of it; 0: no limit.
-      max_minutes: end it after this time; 0: no limit.
+      max_minutes: after this time the schedule's decay begins, however many steps it
+        had to go, or the process ends if it has none; 0: no limit.
       progress: show a progress bar.
       export_dtype: of the exported drafter.
       dtype: of the computation; "": bfloat16 on accelerators, float32 on a CPU.

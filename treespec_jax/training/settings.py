@@ -80,12 +80,15 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay.
+    """AdamW with linear warm-up and a decay to a floor.
 
     Attributes:
       steps: of the whole schedule.
       peak: learning rate after warm-up.
       warmup: steps of it.
+      decay: steps of a linear decay at the end, before which the rate stays at its
+        peak, so that a run can be made longer underway; 0: a cosine from the warm-up
+        on.
       floor: last learning rate as a share of the peak.
       weight_decay: on matrices only.
       clip: global norm of the gradient at most.
@@ -95,6 +98,7 @@ class OptimizerConfig:
     steps: int = 2000
     peak: float = 1.5e-3
     warmup: int = 100
+    decay: int = 0
     floor: float = 0.05
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -103,14 +107,16 @@ class OptimizerConfig:
     def __post_init__(self):
         check_int("optimizer.steps", self.steps, 1)
         check_int("optimizer.warmup", self.warmup, 0)
+        check_int("optimizer.decay", self.decay, 0)
         check_float("optimizer.peak", self.peak, 0, open_low=True)
         check_float("optimizer.floor", self.floor, 0, 1)
         check_float("optimizer.weight_decay", self.weight_decay, 0)
         check_float("optimizer.clip", self.clip, 0, open_low=True)
         check_float("optimizer.beta2", self.beta2, 0, 1)
-        if self.warmup >= self.steps:
+        if self.warmup + self.decay >= self.steps:
             raise UserError(
-                f"optimizer.warmup={self.warmup} must be below steps={self.steps}"
+                f"optimizer.warmup={self.warmup} and decay={self.decay} must be below "
+                f"steps={self.steps} together"
             )
 
 

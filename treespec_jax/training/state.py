@@ -32,7 +32,19 @@ class TrainState:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then cosine decay to `floor` of it."""
+    """Linear warm-up to the peak, then a decay to `floor` of it."""
+    if config.decay:
+        end = config.steps - config.decay
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, config.peak, config.warmup),
+                optax.constant_schedule(config.peak),
+                optax.linear_schedule(
+                    config.peak, config.peak * config.floor, config.decay
+                ),
+            ],
+            [config.warmup, end],
+        )
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if config.warmup else config.peak,
         peak_value=config.peak,
@@ -42,12 +54,19 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, 1711.05101) after clipping the global norm."""
+def make_optimizer(
+    config: OptimizerConfig, rate: optax.ScalarOrSchedule | None = None
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter, 1711.05101) after clipping the global norm.
+
+    Args:
+      config: its settings.
+      rate: learning rate; None: the schedule of `config`.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
-            learning_rate(config),
+            learning_rate(config) if rate is None else rate,
             b2=config.beta2,
             weight_decay=config.weight_decay,
             # Norm scales are not decayed.
