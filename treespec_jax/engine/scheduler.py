@@ -398,36 +398,46 @@ class Scheduler:
 
     def _file(self, index: int, slot: _Slot, outbox, nodes: int) -> None:
         request, emission = slot.request, outbox.emission
-        before = len(request.tokens)
-        for step in range(int(outbox.steps)):
-            count = int(emission.counts[step, index])
-            if count == 0:
-                break
-            request.tokens += emission.tokens[step, index, :count].tolist()
-            if request.params.logprobs:
-                request.logprobs += emission.logprobs[step, index, :count].tolist()
+        counts_S = emission.counts[: int(outbox.steps), index]
+        if not counts_S.all():
+            # A text that has ended emits nothing more.
+            counts_S = counts_S[: int(np.argmin(counts_S))]
+        steps, arrived = len(counts_S), int(counts_S.sum())
+        emitted_SW = np.arange(emission.tokens.shape[-1]) < counts_S[:, None]
+        request.tokens += emission.tokens[:steps, index][emitted_SW].tolist()
+        if request.params.logprobs:
+            request.logprobs += emission.logprobs[:steps, index][emitted_SW].tolist()
+        if arrived == steps:
+            record = StepRecord(nodes, [], [])
+            request.steps += [record] * steps
+            request.stats.record_step(record, steps)
+        else:
             ranks, sources = (
-                x[step, index, : count - 1].tolist()
-                for x in (emission.ranks, emission.sources)
+                x[:steps, index].tolist() for x in (emission.ranks, emission.sources)
             )
-            request.steps.append(StepRecord(nodes, ranks, sources))
-            request.stats.record_step(request.steps[-1])
-            if emission.trees is not None:
-                trees = emission.trees
-                request.records.append(
-                    TreeRecord(
-                        trees.parents[step, index],
-                        trees.log_prob[step, index],
-                        trees.path[step, index],
-                        trees.tokens[step, index],
-                        trees.sources[step, index],
-                    )
+            for step, count in enumerate(counts_S.tolist()):
+                accepted = count - 1
+                record = StepRecord(
+                    nodes, ranks[step][:accepted], sources[step][:accepted]
                 )
-            slot.length += count
+                request.steps.append(record)
+                request.stats.record_step(record)
+        if emission.trees is not None:
+            trees = emission.trees
+            request.records += [
+                TreeRecord(
+                    trees.parents[step, index],
+                    trees.log_prob[step, index],
+                    trees.path[step, index],
+                    trees.tokens[step, index],
+                    trees.sources[step, index],
+                )
+                for step in range(steps)
+            ]
+        slot.length += arrived
         now = time.perf_counter()
         request.stats.decode_seconds += now - slot.started
         slot.started = now
-        arrived = len(request.tokens) - before
         if arrived:
             request.arrivals.append((now - request.submitted, arrived))
         ends = () if request.params.ignore_eos else self._eos_ids

@@ -54,26 +54,26 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def record_step(self, step: StepRecord) -> None:
-        """Counts a step."""
-        self._count(step, 1)
+    def record_step(self, step: StepRecord, times: int = 1) -> None:
+        """Counts a step, or so many that did the same."""
+        self._count(step, times)
 
     def take_back(self, step: StepRecord) -> None:
         """Undoes `record_step`."""
         self._count(step, -1)
 
-    def _count(self, step, sign):
-        self.steps += sign
-        self.tokens += sign * step.emitted
-        self.drafted += sign * step.nodes
-        self.emitted_counts[step.emitted] += sign
+    def _count(self, step, times):
+        self.steps += times
+        self.tokens += times * step.emitted
+        self.drafted += times * step.nodes
+        self.emitted_counts[step.emitted] += times
         for counts, numbers in (
             (self.rank_counts, step.ranks),
             (self.source_counts, step.sources),
         ):
             for number in numbers:
                 counts += [0] * (number + 1 - len(counts))
-                counts[number] += sign
+                counts[number] += times
             while counts and not counts[-1]:
                 counts.pop()
 

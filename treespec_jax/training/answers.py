@@ -113,8 +113,7 @@ class Writer:
         """Writes texts; they are on the disk when it returns."""
         lines, tokens = [], []
         for text in texts:
-            values = dataclasses.asdict(text)
-            values["tokens"] = len(text.tokens)
+            values = {**vars(text), "tokens": len(text.tokens)}
             lines.append(json.dumps(values) + "\n")
             tokens.append(np.asarray(text.tokens, self._dtype).tobytes())
             self.done.add(text.index)
