@@ -24,7 +24,8 @@ SETTINGS = {
     "top_k": SamplingParams(max_tokens=TOKENS, temperature=1.0, top_k=40),
     "min_p": SamplingParams(max_tokens=TOKENS, temperature=1.0, min_p=0.05),
 }
-SHAPES = ["none", "chain:5", "regular:4x2x1", "dynamic:9@4"]
+# The third is irregular.
+SHAPES = ["none", "chain:5", "static:2+0.1+1.0+3.0.0+3.0.1+0.0.0.0", "dynamic:9@4"]
 # (batch, page size, steps per dispatch, lanes; heads are 8 wide)
 LAYOUTS = [(5, 16, 8, 1), (1, 64, 1, 1), (5, 64, 1, 16), (1, 16, 8, 1)]
 

@@ -30,7 +30,7 @@ from treespec_jax.trees.shapes import ROOT_ONLY
 pytestmark = pytest.mark.slow
 
 MAX_LEN, ENDS = 64, (23, 71)
-SHAPES = ("chain:2", "regular:3x2", "dynamic:7@3")
+SHAPES = ("chain:2", "static:0.0.0+0.1+1+2.0", "dynamic:7@3")
 SOURCES = {
     "ngram": ("ngram",),
     "suffix": ("suffix",),

@@ -7,18 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trees.strategies import level_order_parents
 from treespec_jax.trees.topology import Topology, chain, regular
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=60)
-
-
-@st.composite
-def level_order_parents(draw, most=12):
-    """Parents that never fall, each before its child: exactly level order."""
-    parents = [-1]
-    for node in range(1, draw(st.integers(1, most))):
-        parents.append(draw(st.integers(max(0, parents[-1]), node - 1)))
-    return tuple(parents)
 
 
 def climb(parents, node) -> list[int]:

@@ -51,8 +51,9 @@ HELP: dict[str, dict[str, str]] = {
         "drafter is named, else auto",
         "model": "drafter's checkpoint, as the target's; default: the one for that "
         "name, if the target is a name of list_models",
-        "tree": "none, chain:5, regular:4x2x1, dynamic:15@5 or allotted:15@5; default: "
-        "the method's",
+        "tree": "none, chain:5, regular:4x2x1, dynamic:15@5, allotted:15@5, "
+        "static:0.0.0+0.1+1 (paths of child ranks), medusa:mc_sim_7b_63, "
+        "medusa:mc_sim_7b_63@3 or file:PATH (docs/shapes.md); default: the method's",
         "tau": "temperature of the drafter's estimates; default: the one fitted by "
         "calibrate_drafter, else 0.7",
         "rule": "exact, token, block, traversal, terminal or (LOSSY) typical",

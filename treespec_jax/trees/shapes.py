@@ -9,10 +9,8 @@ import re
 import numpy as np
 
 from treespec_jax.errors import UserError
-from treespec_jax.trees.topology import Topology, chain, regular
-
-# A tree is verified in one pass and its mask is T x T: beyond this nothing gains.
-MAX_NODES = 1024
+from treespec_jax.trees import medusa, paths
+from treespec_jax.trees.topology import MAX_NODES, Topology, chain, regular
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,9 @@ TreeShape = StaticShape | BestFirstShape | AllottedShape
 ROOT_ONLY = StaticShape(Topology((-1,)))
 
 _GRAMMAR = (
-    "none, chain:LENGTH, regular:AxBxC, dynamic:NODES@DEPTH or allotted:NODES@DEPTH"
+    "none, chain:LENGTH, regular:AxBxC, dynamic:NODES@DEPTH, allotted:NODES@DEPTH, "
+    "static:PATH+PATH (child ranks, as in 0.0+1), medusa:NAME, medusa:NAME@DEPTH or "
+    "file:PATH"
 )
 
 
@@ -113,51 +113,127 @@ def parse(text: str) -> TreeShape:
     parents before they are proposed, as rules that sample need it. Node counts leave
     out the root: T is one more.
 
+    `static:0.0.0+0.1+1` is any tree, named by paths of child ranks: these nodes and all
+    on the way to them; siblings of lower rank must be among them.
+    `medusa:mc_sim_7b_63` is a published tree (`trees.medusa`), `medusa:mc_sim_7b_63@3`
+    its first three levels.
+    `file:PATH` reads a JSON file (`trees.paths.read_file`).
+
     Raises:
-      UserError: not of that grammar, or more than MAX_NODES nodes.
+      UserError: not of that grammar, more than MAX_NODES nodes, or a file that cannot
+        be read.
     """
     text = str(text).strip()
     kind, _, rest = text.partition(":")
     if text == "none":
         return ROOT_ONLY
-    if kind == "chain" and re.fullmatch(r"[1-9]\d*", rest):
-        length = _number(rest)
-        _check_size(text, length)
-        return StaticShape(chain(length))
-    if kind == "regular" and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest):
-        branching = tuple(_number(part) for part in rest.split("x"))
-        nodes, level = 0, 1
-        for children in branching:
-            level *= children
-            nodes += level
-            _check_size(text, nodes)
-        return StaticShape(regular(branching))
+    try:
+        shape = _PARSERS[kind](rest) if kind in _PARSERS else None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"tree {_quoted(text)} {error}") from None
+    if shape is None:
+        raise UserError(f"tree {_quoted(text)} is malformed; write {_GRAMMAR}")
+    return shape
+
+
+# Each reads what stands behind the colon: None if that is malformed; a ValueError's
+# message continues "tree '…' ".
+
+
+def _parse_chain(rest: str) -> TreeShape | None:
+    if not re.fullmatch(r"[1-9]\d*", rest):
+        return None
+    length = _number(rest)
+    _check_size(length)
+    return StaticShape(chain(length))
+
+
+def _parse_regular(rest: str) -> TreeShape | None:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest):
+        return None
+    branching = tuple(_number(part) for part in rest.split("x"))
+    nodes, level = 0, 1
+    for children in branching:
+        level *= children
+        nodes += level
+        _check_size(nodes)
+    return StaticShape(regular(branching))
+
+
+def _parse_dynamic(rest: str) -> TreeShape | None:
+    counts = _nodes_and_depth(rest)
+    if counts is None:
+        return None
+    nodes, depth = counts
+    # A quarter of the nodes per level and few children of each lose next to nothing
+    # against a full search, and keep the drafter's passes thin.
+    width = min(8, math.ceil(nodes / 4))
+    return BestFirstShape(nodes, depth, width, max(4, math.ceil(nodes / width)))
+
+
+def _parse_allotted(rest: str) -> TreeShape | None:
+    counts = _nodes_and_depth(rest)
+    return None if counts is None else AllottedShape(*counts)
+
+
+def _nodes_and_depth(rest: str) -> tuple[int, int] | None:
     match = re.fullmatch(r"([1-9]\d*)@([1-9]\d*)", rest)
-    if kind in ("dynamic", "allotted") and match:
-        nodes, depth = _number(match[1]), _number(match[2])
-        _check_size(text, nodes)
-        if depth > nodes:
-            raise UserError(
-                f"tree {_quoted(text)}: {nodes} nodes cannot be {depth} deep; "
-                f"lower the depth to {nodes} at most"
-            )
-        if kind == "allotted":
-            return AllottedShape(nodes, depth)
-        # A quarter of the nodes per level and few children of each lose next to
-        # nothing against a full search, and keep the drafter's passes thin.
-        width = min(8, math.ceil(nodes / 4))
-        return BestFirstShape(nodes, depth, width, max(4, math.ceil(nodes / width)))
-    raise UserError(
-        f"tree {_quoted(text)} is malformed; write {_GRAMMAR}, all of them >= 1"
-    )
-
-
-def _check_size(text: str, nodes: int) -> None:
-    if nodes + 1 > MAX_NODES:
-        raise UserError(
-            f"tree {_quoted(text)} has too many drafted nodes; at most "
-            f"{MAX_NODES - 1} fit"
+    if match is None:
+        return None
+    nodes, depth = _number(match[1]), _number(match[2])
+    _check_size(nodes)
+    if depth > nodes:
+        raise ValueError(
+            f"has {nodes} nodes, which cannot be {depth} deep; lower the depth to "
+            f"{nodes} at most"
         )
+    return nodes, depth
+
+
+def _parse_static(rest: str) -> TreeShape | None:
+    number = r"(0|[1-9]\d*)"
+    path = rf"{number}(\.{number})*"
+    if not re.fullmatch(rf"{path}(\+{path})*", rest):
+        return None
+    named = (map(_number, path.split(".")) for path in rest.split("+"))
+    return StaticShape(paths.topology_of(named))
+
+
+def _parse_medusa(rest: str) -> TreeShape | None:
+    name, limit, depth = rest.partition("@")
+    if name not in medusa.NAMES:
+        raise ValueError(f"is unknown; choose from {', '.join(medusa.NAMES)}")
+    topology = medusa.topology(name)
+    if limit:
+        if not re.fullmatch(r"[1-9]\d*", depth):
+            return None
+        topology = paths.limited(topology, _number(depth))
+    return StaticShape(topology)
+
+
+def _parse_file(rest: str) -> TreeShape | None:
+    if not rest:
+        return None
+    tree = paths.read_file(rest)
+    return parse(tree) if isinstance(tree, str) else StaticShape(tree)
+
+
+_PARSERS = {
+    "chain": _parse_chain,
+    "regular": _parse_regular,
+    "dynamic": _parse_dynamic,
+    "allotted": _parse_allotted,
+    "static": _parse_static,
+    "medusa": _parse_medusa,
+    "file": _parse_file,
+}
+
+
+def _check_size(nodes: int) -> None:
+    if nodes + 1 > MAX_NODES:
+        raise ValueError(paths.TOO_MANY)
 
 
 def _number(digits: str) -> int:

@@ -7,6 +7,9 @@ import functools
 
 import numpy as np
 
+# A tree is verified in one pass and its mask is T x T: beyond this nothing gains.
+MAX_NODES = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
