@@ -137,8 +137,8 @@ def _dialogues(sources: Sources, tokenizer: Tokenizer) -> list[Prompt]:
             f"--dialogues={sources.dialogues}: the target has no chat template; give "
             "--stories=N, or take a model that was trained for chat"
         )
-    # Past the end of a turn comes the next one.
-    sampling = SamplingParams(temperature=1.0, top_p=0.95, ignore_eos=True)
+    # Past the end of a turn comes the next one. Unlike top-p, min-p sorts nothing.
+    sampling = SamplingParams(temperature=1.0, min_p=0.02, ignore_eos=True)
     one = Prompt(tuple(before_user(tokenizer)), DIALOGUES, sampling)
     return [one] * sources.dialogues
 
