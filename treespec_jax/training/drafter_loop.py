@@ -345,7 +345,8 @@ def _advance(trainer: Trainer, state, rows, held_out, stores):
             now = time.monotonic()
             is_due = now - saved_at >= run.save_minutes * 60
             over = run.max_minutes and now - began >= run.max_minutes * 60
-            if over and schedule.decay and step + schedule.decay < total:
+            can_decay = schedule.warmup < step < total - schedule.decay
+            if over and schedule.decay and can_decay:
                 # Time is up for all but the decay.
                 over, total = False, step + schedule.decay
                 last = min(last, total)
