@@ -33,7 +33,8 @@ _SETTINGS = setting_flags.SettingFlags(
         "sampling.max_tokens": 512,
         "engine.max_batch": 32,
         "engine.steps_per_dispatch": 32,
-        "engine.prefill_chunks": (16, 64, 256),
+        # Powers of two: a pass for each prompt. Sizes that none needs are not compiled.
+        "engine.prefill_chunks": (16, 32, 64, 128, 256, 512),
     },
     # By text, or of no use here.
     without=(
