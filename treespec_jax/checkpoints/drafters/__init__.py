@@ -20,6 +20,8 @@ from treespec_jax.checkpoints.drafters.description import (
     Target,
     check_target,
 )
+from treespec_jax.checkpoints.drafters.eagle import PublishedEagle
+from treespec_jax.checkpoints.drafters.medusa import PublishedMedusa
 from treespec_jax.checkpoints.drafters.native import NativeDrafter
 from treespec_jax.checks import from_mapping
 from treespec_jax.config import SpeculativeConfig
@@ -44,7 +46,11 @@ __all__ = [
     *_WITH_JAX,
 ]
 
-FORMATS: tuple[DrafterFormat, ...] = (NativeDrafter(),)
+FORMATS: tuple[DrafterFormat, ...] = (
+    NativeDrafter(),
+    PublishedMedusa(),
+    PublishedEagle(),
+)
 METHODS = ("eagle", "medusa")
 
 
