@@ -29,7 +29,11 @@ def text_length(max_len: int | None, target: Model, draft: Model | None) -> int:
     Raises:
       UserError: more than the positions of either model.
     """
-    models = {"target": target} | ({} if draft is None else {"drafter": draft})
+    models = {"target": target}
+    # What reads the target's rows is no worse beyond the positions that it knows than
+    # a bad drafter.
+    if draft is not None and isinstance(draft.config, ModelConfig):
+        models["drafter"] = draft
     name = min(models, key=lambda n: models[n].config.max_positions)
     longest = models[name].config.max_positions
     if max_len is None:

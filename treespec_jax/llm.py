@@ -13,8 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax import limits, speculation
-from treespec_jax.checkpoints import Description, LoadedModel, describe, load, names
+from treespec_jax.checkpoints import (
+    Description,
+    LoadedModel,
+    describe,
+    drafters,
+    load,
+)
 from treespec_jax.checkpoints.chat import check_conversations, check_messages
+from treespec_jax.checkpoints.drafters import (
+    DrafterDescription,
+    LoadedDrafter,
+    load_drafter,
+)
 from treespec_jax.checkpoints.recycle_table import Table, TableFile
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.checks import from_mapping
@@ -32,6 +43,7 @@ from treespec_jax.texts import Reader, Stream
 __all__ = ["LLM", "Completion", "Generation", "Stream"]
 
 Model = Description | LoadedModel
+Draft = Model | DrafterDescription | LoadedDrafter
 # What goes with the target.
 FITTING = SpeculativeConfig()
 
@@ -81,9 +93,7 @@ class LLM:
         mesh: str | jax.sharding.Mesh | None = None,
         **engine: Any,
     ):
-        config = _speculative_config(speculative)
-        if isinstance(model, str):
-            config = names.with_drafter(model, config)
+        config = drafters.choose(model, _speculative_config(speculative))
         settings = from_mapping(EngineSettings, engine, "LLM")
         shape = limits.check_speculation(config)
         target, draft = _described(model), None
@@ -91,7 +101,7 @@ class LLM:
             limits.check_drafter(config)
             speculation.find(config)
             if config.model is not None:
-                draft = _described(config.model)
+                draft = _described_draft(target, config)
         left_out = [*target.notes, *(draft.notes if draft is not None else ())]
         self.notes = (*left_out, *check_pair(target, draft))
         self.recycle_table: Path | None = None
@@ -112,7 +122,7 @@ class LLM:
         target = _loaded(target, dtype, mesh)
         use_huge_pages(target.model)
         if draft is not None:
-            draft = _loaded(draft, target.dtype, mesh)
+            draft = _loaded_draft(draft, target, mesh)
             use_huge_pages(draft.model)
         made = speculation.make(
             config,
@@ -350,6 +360,21 @@ def _described(model: str | Path | Model) -> Model:
     if not isinstance(model, (str, Path)):
         raise UserError(f"model must be a path or a loaded model, got {model!r}")
     return describe(model)
+
+
+def _described_draft(target: Model, config: SpeculativeConfig) -> Draft:
+    draft = drafters.describe_draft(target, config)
+    if isinstance(draft, (DrafterDescription, LoadedDrafter)):
+        return draft
+    return _described(draft)
+
+
+def _loaded_draft(draft: Draft, target: LoadedModel, mesh):
+    if isinstance(draft, DrafterDescription):
+        return load_drafter(draft, target)
+    if isinstance(draft, LoadedDrafter):
+        return draft
+    return _loaded(draft, target.dtype, mesh)
 
 
 def _loaded(model: Model, dtype, mesh) -> LoadedModel:

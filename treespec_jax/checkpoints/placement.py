@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,24 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
 
-from treespec_jax.checkpoints.formats import Description
-from treespec_jax.checkpoints.pieces import Piece, TensorSource
+from treespec_jax.checkpoints.pieces import Piece, Tensors, TensorSource
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 from treespec_jax.models import memory
+from treespec_jax.models.drafter_config import EagleConfig, HeadConfig, MedusaConfig
+from treespec_jax.models.eagle import EagleModel
+from treespec_jax.models.medusa import MedusaHeads
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sharding import Rules, sharding_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# What is built of which configuration.
+_MODULES = {
+    ModelConfig: Transformer,
+    EagleConfig: EagleModel,
+    MedusaConfig: MedusaHeads,
+}
 
 # Part of an array: start and stop along every axis.
 Box = tuple[tuple[int, int], ...]
@@ -70,13 +79,14 @@ def check_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def abstract_parameters(config: ModelConfig, dtype: np.dtype):
+def abstract_parameters(config: ModelConfig | HeadConfig, dtype: np.dtype):
     """The model without values: its graph, and its parameters by dotted path."""
-    graph, state = nnx.split(Transformer(config, dtype=dtype, rngs=None))
+    module = _MODULES[type(config)]
+    graph, state = nnx.split(module(config, dtype=dtype, rngs=None))
     return graph, state, _by_path(state)
 
 
-def parameters_of(model: Transformer) -> dict[str, Any]:
+def parameters_of(model: nnx.Module) -> dict[str, Any]:
     """The parameters of a model by dotted path, "layers.0.mlp.down" for example."""
     return _by_path(nnx.state(model, nnx.Param))
 
@@ -85,12 +95,27 @@ def _by_path(state) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
-def concrete(graph, state, arrays: Mapping[str, jax.Array]) -> Transformer:
+def concrete(graph, state, arrays: Mapping[str, jax.Array]) -> nnx.Module:
     """Puts arrays, by dotted path, into an abstract model."""
     paths = [path for path, _ in nnx.to_flat_state(state)]
     leaves = [leaf.replace(arrays[name]) for name, leaf in _by_path(state).items()]
     filled = nnx.from_flat_state(zip(paths, leaves, strict=True))
     return nnx.merge(graph, filled)
+
+
+class About(Protocol):
+    """What is known of a checkpoint before its weights are read.
+
+    Attributes:
+      config: of what is built.
+      kind: names what has such tensors, in messages.
+    """
+
+    config: ModelConfig | HeadConfig
+    kind: str
+
+    def open(self) -> Tensors:
+        """The tensors, unread, and where they go."""
 
 
 class Parameters:
@@ -100,6 +125,7 @@ class Parameters:
       about: the checkpoint, as `describe` gave it.
       dtype: float32, bfloat16 or float16, to which tensors are cast on the way; None:
         as stored.
+      given: parameters that are not read but come from elsewhere, by dotted path.
 
     Attributes:
       dtype: of the parameters.
@@ -111,7 +137,13 @@ class Parameters:
         not floating. Nothing has been read by then.
     """
 
-    def __init__(self, about: Description, dtype: Any = None):
+    def __init__(
+        self,
+        about: About,
+        dtype: Any = None,
+        given: Mapping[str, jax.Array] | None = None,
+    ):
+        self._given = dict(given or {})
         self.dtype = None if dtype is None else check_dtype(dtype)
         tensors = about.open()
         self.source = tensors.source
@@ -119,10 +151,11 @@ class Parameters:
             self.dtype = check_dtype(self.source.dtype)
         abstract = abstract_parameters(about.config, self.dtype)
         self._graph, self._state, self._flat = abstract
-        pieces, flat = tensors.pieces, self._flat.items()
+        pieces = tensors.pieces
+        flat = [item for item in self._flat.items() if item[0] not in self._given]
         if pieces is None:
             pieces = [Piece(path, leaf.shape, path) for path, leaf in flat]
-        _check_tensors(pieces, self.source, set(tensors.ignored), about.config.family)
+        _check_tensors(pieces, self.source, set(tensors.ignored), about.kind)
         self._pieces = defaultdict(list)
         for piece in pieces:
             self._pieces[piece.path].append(piece)
@@ -148,7 +181,7 @@ class Parameters:
         progress: Progress = iter,
         mesh: jax.sharding.Mesh | None = None,
         rules: Rules | None = None,
-    ) -> Transformer:
+    ) -> nnx.Module:
         """Reads every parameter onto its device, or onto the devices of a mesh.
 
         Raises:
@@ -159,12 +192,13 @@ class Parameters:
             path: mesh
             and sharding_of(leaf.get_metadata("logical_axes"), leaf.shape, mesh, rules)
             for path, leaf in self._flat.items()
+            if path not in self._given
         }
         arrays = {
             item.path: self._put(item.path, shardings[item.path])
             for item in progress(self.items)
         }
-        return concrete(self._graph, self._state, arrays)
+        return concrete(self._graph, self._state, arrays | self._given)
 
     def _put(self, path: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
         if sharding is None:
@@ -200,14 +234,14 @@ def _check_finite(array: np.ndarray, name: str, where, reason: str = _BROKEN) ->
 
 
 def _check_tensors(
-    pieces: Iterable[Piece], source: TensorSource, ignored: set[str], family: str
+    pieces: Iterable[Piece], source: TensorSource, ignored: set[str], kind: str
 ) -> None:
     shapes, dtypes = source.shapes(), source.dtypes()
     for piece in pieces:
         if piece.name not in shapes:
             raise UserError(
                 f"{source.path}: tensor {piece.name} is missing, which models of "
-                f"family {family} have; the file is incomplete or of another family"
+                f"{kind} have; the file is incomplete or of another family"
             )
         found, wanted = list(shapes[piece.name]), list(piece.shape)
         if found != wanted:
@@ -216,18 +250,18 @@ def _check_tensors(
                 f"configuration wants {wanted}; configuration and weights do not "
                 "belong together"
             )
-        kind = dtypes[piece.name]
-        if kind not in (*DTYPES, "float64"):
+        dtype = dtypes[piece.name]
+        if dtype not in (*DTYPES, "float64"):
             raise UserError(
-                f"{source.path}: tensor {piece.name} is {kind}; quantised weights are "
+                f"{source.path}: tensor {piece.name} is {dtype}; quantised weights are "
                 f"not supported, give {', '.join(DTYPES)}"
             )
     unread = sorted(set(shapes) - {piece.name for piece in pieces} - ignored)
     if unread:
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
         raise UserError(
-            f"{source.path}: tensor {unread[0]}{more} would stay unread; family "
-            f"{family}, which the configuration names, has no such tensor"
+            f"{source.path}: tensor {unread[0]}{more} would stay unread; {kind}, "
+            "which the configuration names, has no such tensor"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,23 @@ class SafetensorsSource:
     The files are those that `model.safetensors.index.json` names; without an index
     `model.safetensors`, or else all there are.
 
+    Args:
+      folder: that holds them.
+      files: to read instead.
+
     Raises:
       UserError: no such file, a shard of the index missing, an index that does not say
         what the shards hold, a tensor in two files, or a damaged header.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None):
         self.path = folder
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._current: tuple[Path, Any] | None = None
         self._read = 0
-        files, index = _find(folder)
+        files, index = _find(folder) if files is None else (files, None)
         sizes: Counter[str] = Counter()
         for file in files:
             with _open(file) as tensors:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from treespec_jax.checkpoints.files import cause, read_json
 from treespec_jax.checkpoints.formats import Description
@@ -65,20 +65,29 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
     try:
         with writing(path):
             for group in grouped(items):
-                arrays = {}
-                for item in group.items:
-                    value = leaves[item.path][...].astype(wanted)
-                    if not _is_finite(value):
-                        raise UserError(
-                            f"{loaded.source}: tensor {item.path} holds NaN or "
-                            "infinity; training went wrong, or "
-                            f"{wanted.name} cannot hold it"
-                        )
-                    arrays[item.path] = value
+                arrays = {
+                    item.path: cast(leaves[item.path], item.path, wanted, loaded.source)
+                    for item in group.items
+                }
                 files |= write_group(partial, group.name, arrays)
             finish(partial, path, loaded, loaded.source, wanted, files)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def cast(leaf: nnx.Variable, name: str, dtype: np.dtype, source: str) -> jax.Array:
+    """A parameter in the dtype in which it is written.
+
+    Raises:
+      UserError: it holds NaN or infinity; names it and the model's source.
+    """
+    value = leaf[...].astype(dtype)
+    if not _is_finite(value):
+        raise UserError(
+            f"{source}: tensor {name} holds NaN or infinity; training went wrong, or "
+            f"{dtype.name} cannot hold it"
+        )
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +183,11 @@ def finish(
         },
         "files": files,
     }
+    put_in_place(partial, path, about)
+
+
+def put_in_place(partial: Path, path: Path, about: Mapping[str, Any]) -> None:
+    """Writes the metadata of a folder, and renames the folder to its final name."""
     text = json.dumps(about, indent=2)
     (partial / METADATA).write_text(text + "\n", encoding="utf-8")
     old = path.with_name(f".{path.name}.old")
@@ -184,8 +198,12 @@ def finish(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_output(path: str | Path) -> None:
+def check_output(path: str | Path, written: str = FORMAT) -> None:
     """Checks that `save` may write to `path`, to fail before a long run, not after.
+
+    Args:
+      path: of the folder.
+      written: format of folders that may be replaced.
 
     Raises:
       UserError: `path` holds something that `save` did not write, or is in a folder
@@ -201,7 +219,7 @@ def check_output(path: str | Path) -> None:
         if not any(path.iterdir()):
             return
         with contextlib.suppress(UserError):
-            if read_json(path / METADATA).get("format") == FORMAT:
+            if read_json(path / METADATA).get("format") == written:
                 return
         raise UserError(
             f"output {path} is not empty and not a converted checkpoint; choose "

@@ -11,6 +11,7 @@ from pathlib import Path
 from absl.flags import DEFINE_string
 
 from treespec_jax.checkpoints import calibration as files
+from treespec_jax.checkpoints import drafters
 from treespec_jax.checkpoints.names import locate
 from treespec_jax.commands import flags, loading, prompts, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
@@ -45,7 +46,10 @@ def main(given) -> None:
             f"--tree={tree} has no siblings to compare; take regular:8x1, or another "
             "tree that branches"
         )
-    settings = settings.with_tree(tree, method="draft_model").with_paths()
+    method = settings.speculative.method
+    if method not in drafters.METHODS:
+        method = "draft_model"
+    settings = settings.with_tree(tree, method=method).with_paths()
     engine = dataclasses.replace(settings.engine, record=True)
     settings = dataclasses.replace(settings, engine=engine)
 

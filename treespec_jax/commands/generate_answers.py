@@ -22,7 +22,7 @@ from absl.flags import (
     DEFINE_string,
 )
 
-from treespec_jax.checkpoints import names
+from treespec_jax.checkpoints import drafters
 from treespec_jax.commands import flags, loading, runtime, setting_flags
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.config import SamplingParams, SpeculativeConfig
@@ -128,7 +128,7 @@ def main(given) -> None:
 
 def _speculating(experiment: Experiment) -> Experiment:
     """Plain decoding where it is the quicker one and nothing else was chosen."""
-    usual = names.with_drafter(experiment.target, SpeculativeConfig())
+    usual = drafters.choose(experiment.target, SpeculativeConfig())
     if experiment.speculative == usual and experiment.engine.max_batch >= _PLAIN_FROM:
         return experiment.with_tree("none")
     return experiment

@@ -11,16 +11,28 @@ from typing import Any
 from treespec_jax import limits
 from treespec_jax.commands.prompts import Prompt
 from treespec_jax.commands.settings import MODEL, SECTIONS, Experiment
+from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A target and, unless decoding is plain, a drafter (`checkpoints.LoadedModel`)."""
+    """A target and, unless decoding is plain, what drafts for it.
 
-    target: object
-    draft: object | None
+    Attributes:
+      target: a `checkpoints.LoadedModel`.
+      draft: the same, a `checkpoints.drafters.LoadedDrafter`, or None.
+    """
+
+    target: Any
+    draft: Any | None
+
+    def draft_for(self, method: str) -> Any | None:
+        """The drafter, if it is one that the method takes."""
+        own = getattr(self.draft, "method", "")
+        wanted = method == own if own else METHODS[method].takes_model
+        return self.draft if wanted else None
 
 
 def check(
@@ -63,7 +75,7 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
 
     Arguments as for `check`; it raises what that does of the models and the trees.
     """
-    from treespec_jax.checkpoints import describe
+    from treespec_jax.checkpoints import describe, drafters
     from treespec_jax.checkpoints.recycle_table import TableFile
     from treespec_jax.checkpoints.tokenizers import check_pair
 
@@ -71,7 +83,7 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
     target = describe(settings.target, tokenizer)
     draft = None
     if settings.speculative.model:
-        draft = describe(settings.speculative.model, tokenizer)
+        draft = drafters.describe_draft(target, settings.speculative, tokenizer)
         check_pair(target, draft)
     if settings.speculative.recycle_table and not settings.plain:
         TableFile(settings.speculative.recycle_table, target).read()
@@ -96,7 +108,7 @@ def load_pair(settings: Experiment) -> Pair:
     import jax
 
     from treespec_jax import speculation
-    from treespec_jax.checkpoints import load
+    from treespec_jax.checkpoints import drafters, load
     from treespec_jax.sharding import make_mesh
 
     if not settings.plain:
@@ -108,8 +120,13 @@ def load_pair(settings: Experiment) -> Pair:
         "tokenizer": settings.tokenizer or None,
         "mesh": make_mesh(settings.mesh) if settings.mesh else None,
     }
-    target, path = load(settings.target, dtype, **shared), settings.speculative.model
-    return Pair(target, load(path, target.dtype, **shared) if path else None)
+    target = load(settings.target, dtype, **shared)
+    if not settings.speculative.model:
+        return Pair(target, None)
+    found = drafters.describe_draft(target, settings.speculative, shared["tokenizer"])
+    if isinstance(found, drafters.DrafterDescription):
+        return Pair(target, drafters.load_drafter(found, target))
+    return Pair(target, load(found, target.dtype, mesh=shared["mesh"]))
 
 
 def make_llm(settings: Experiment, pair: Pair):
@@ -120,10 +137,11 @@ def make_llm(settings: Experiment, pair: Pair):
     """
     from treespec_jax import LLM
 
-    engine = settings.engine
+    engine, speculative = settings.engine, settings.speculative
+    draft = pair.draft_for(limits.resolve(speculative).method)
     return LLM(
         pair.target,
-        speculative=dataclasses.replace(settings.speculative, model=pair.draft),
+        speculative=dataclasses.replace(speculative, model=draft),
         **{f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)},
     )
 

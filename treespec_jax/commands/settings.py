@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from treespec_jax import limits
 from treespec_jax.acceptance import compatibility
-from treespec_jax.checkpoints import catalogue, names
+from treespec_jax.checkpoints import catalogue, drafters, names
 from treespec_jax.checks import check_bool, check_float, check_int, from_mapping
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
@@ -301,7 +301,8 @@ def build(
 ) -> Experiment:
     """Turns a configuration file's values and the command line into settings.
 
-    A target of the catalogue gets its drafter, unless one is chosen.
+    A target of the catalogue gets its drafter, unless one is chosen, and a drafter over
+    the target's rows its method.
 
     Args:
       values: a ConfigDict or nested mapping; a missing key takes its default.
@@ -323,7 +324,7 @@ def build(
     for name, cls in SECTIONS.items():
         tree[name] = _checked(cls, tree[name], name)
     built = _checked(Experiment, tree, "configuration")
-    speculative = names.with_drafter(built.target, built.speculative)
+    speculative = drafters.choose(built.target, built.speculative)
     return dataclasses.replace(built, speculative=speculative)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from treespec_jax.cache import pages as paging
 from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
 from treespec_jax.drafting.protocol import Committed, Needs, Sizes
+from treespec_jax.models.drafter_config import EagleOptions
 from treespec_jax.models.eagle import EagleModel, spread
 from treespec_jax.models.views import CacheView
 
@@ -43,6 +44,8 @@ class Eagle(DraftModel):
     """
 
     sources = ("eagle",)
+    # They say how a checkpoint is to be read, which is done by now.
+    Options = EagleOptions
     lag = 1
 
     def __init__(self, model: EagleModel, tau: float):

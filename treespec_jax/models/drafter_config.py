@@ -149,6 +149,32 @@ class MedusaConfig:
 HeadConfig = EagleConfig | MedusaConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class EagleOptions:
+    """What a user may say of an EAGLE checkpoint that does not say so itself.
+
+    Attributes:
+      feature_layers: as of `EagleConfig`; (): as the checkpoint says, or its publisher
+        usually has it.
+      norm_before_residual: the same; None: as the checkpoint says.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+    norm_before_residual: bool | None = None
+
+    def __post_init__(self):
+        layers = self.feature_layers
+        if not isinstance(layers, (list, tuple)):
+            raise UserError(
+                f"feature_layers must be a list of layer numbers, got {layers!r}"
+            )
+        if layers:
+            layers = check_layers("feature_layers", layers)
+        object.__setattr__(self, "feature_layers", tuple(layers))
+        if self.norm_before_residual is not None:
+            check_bool("norm_before_residual", self.norm_before_residual)
+
+
 def check_layers(name: str, layers: Any) -> tuple[int, ...]:
     """Layer numbers as a tuple.
 

@@ -37,9 +37,10 @@ class MedusaHeads(nnx.Module):
         axes = ("heads", "layers", "embed", "features")
         self.weight = param(rngs, dtype, axes, (K, L, D, D), fill=0.0)
         self.bias = param(rngs, dtype, axes[:3], (K, L, D), fill=0.0)
-        copies = 1 if config.shared_head else K
-        shape = copies, config.vocab_size, D
-        self.head = param(rngs, dtype, ("heads", "vocab", "embed"), shape, D**-0.5)
+        axes, shape = ("vocab", "embed"), (config.vocab_size, D)
+        if not config.shared_head:
+            axes, shape = ("heads", *axes), (K, *shape)
+        self.head = param(rngs, dtype, axes, shape, D**-0.5)
         self.token_ids = first_ids(config.vocab_size, rngs) if config.reduced else None
 
     def rows(self, hidden_DR: jax.Array) -> jax.Array:
@@ -68,5 +69,8 @@ class MedusaHeads(nnx.Module):
             return self.unembed(x_DJ).reshape(-1, K, R).transpose(1, 0, 2)
 
     def unembed(self, x_DR: jax.Array, matrix: int = 0) -> jax.Array:
-        """float32 logits [Vd, R] by one of the last matrices."""
-        return linear(self.head[...][matrix], x_DR, jnp.float32)
+        """float32 logits [Vd, R] by one of the last matrices, or by the shared one."""
+        table = self.head[...]
+        if not self.config.shared_head:
+            table = table[matrix]
+        return linear(table, x_DR, jnp.float32)

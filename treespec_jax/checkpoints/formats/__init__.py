@@ -33,8 +33,15 @@ def find_format(path: Path) -> Format:
     Raises:
       UserError: the path is missing, or no format claims it.
     """
+    from treespec_jax.checkpoints import drafters
+
     if not path.exists():
         raise UserError(f"no checkpoint at {path}; check the path")
+    if method := drafters.method_of(path):
+        raise UserError(
+            f"{path} holds a drafter of method {method!r}, which cannot speak without "
+            "its target; name it as the drafter, with --draft"
+        )
     for known in FORMATS:
         if known.claims(path):
             return known

@@ -62,6 +62,25 @@ def read_config(path: Path) -> ModelConfig:
         raise error if named else UserError(f"{path}: {error}") from None
 
 
+def read_layer(path: Path, values: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of a drafter's layer.
+
+    Args:
+      path: of the file that holds it.
+      values: its settings, as those of a model of one layer.
+
+    Raises:
+      UserError: as `read_config`.
+    """
+    kind = values.get("model_type", "llama")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{path}: model_type={_short(kind)} is not supported, only "
+            f"{', '.join(FAMILIES)}"
+        )
+    return _config(_Reader(path, FAMILIES[kind], values, {}))
+
+
 def read_notes(path: Path) -> tuple[str, ...]:
     """What of the model in the folder of `config.json` is left out, a line each."""
     if read_json(path).get("vision_config") is None:

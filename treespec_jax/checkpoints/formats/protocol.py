@@ -38,6 +38,11 @@ class Description:
     name: str = ""
     repository: HubName | None = None
 
+    @property
+    def kind(self) -> str:
+        """What has such tensors."""
+        return f"family {self.config.family}"
+
     def open(self) -> Tensors:
         """The tensors, unread, and where they go.
 
