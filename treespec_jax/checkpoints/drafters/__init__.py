@@ -43,6 +43,7 @@ __all__ = [
     "describe_draft",
     "describe_drafter",
     "method_of",
+    "users_of",
     *_WITH_JAX,
 ]
 
@@ -52,6 +53,11 @@ FORMATS: tuple[DrafterFormat, ...] = (
     PublishedEagle(),
 )
 METHODS = ("eagle", "medusa")
+
+
+def users_of(method: str) -> tuple[str, ...]:
+    """Methods of `SpeculativeConfig` that take a drafter of that method."""
+    return (method, "auto") if method == "eagle" else (method,)
 
 
 def method_of(path: Path) -> str:
@@ -79,7 +85,7 @@ def choose(target: Any, config: SpeculativeConfig) -> SpeculativeConfig:
     if isinstance(model, (str, Path)) and model:
         path = names.here(model)
         method = method_of(path) if path is not None else ""
-    if not method or config.method in (method, "none"):
+    if not method or config.method in ("none", *users_of(method)):
         return config
     if config.method:
         raise _contradiction(model, method, config.method)
@@ -110,7 +116,7 @@ def describe_draft(
         name, method = located.name, method_of(located.path)
     else:
         name, method = model, getattr(model, "method", "")
-    if method and config.method not in ("", method):
+    if method and config.method not in ("", *users_of(method)):
         raise _contradiction(name, method, config.method)
     if not method and config.method in METHODS:
         name = getattr(model, "name", None) or getattr(model, "source", name)
@@ -124,7 +130,9 @@ def describe_draft(
             check_target(where, model.config, target.config)
         return model
     if method:
-        return describe_drafter(model, target, dict(config.options))
+        # The options of "auto" are those of its sources.
+        said = {} if config.method == "auto" else dict(config.options)
+        return describe_drafter(model, target, said)
     return describe(model, tokenizer)
 
 
