@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from treespec_jax.drafting.eagle import Eagle
 from treespec_jax.drafting.medusa import Medusa
 from treespec_jax.engine.engine import Engine
 from treespec_jax.speculation import PLAIN, Speculation
+from treespec_jax.training import head_losses
 from treespec_jax.trees import shapes
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -54,3 +57,43 @@ def test_tokens_are_those_of_plain_decoding(tiny_target, prompts, plain, name, s
         assert [r.tokens for r in found] == wanted
         again = run(engine, prompts[1:2], params)
         assert len(again[0].tokens) == 24
+
+
+@pytest.mark.parametrize("name", ("eagle1", "eagle3", "medusa"))
+def test_drafts_follow_from_the_rows_of_the_text_alone(tiny_target, prompts, name):
+    """Whatever the caches went through: the whole text is computed anew here."""
+    drafter = drafters(tiny_target)[name]
+    engine = Engine(
+        tiny_target,
+        dataclasses.replace(CONFIG, record=True),
+        Speculation(drafter, (shapes.parse("chain:3"),)),
+    )
+    wanted, drafted = [], []
+    for request in run(engine, [prompts[1], prompts[3]], GREEDY):
+        text = list(request.prompt)
+        for record, step in zip(request.records, request.steps, strict=True):
+            assert record.tokens[0] == text[-1]
+            wanted.append((len(text) - 2, [*text, *record.tokens[1:]]))
+            drafted.append(record.tokens[1:].tolist())
+            text += request.tokens[len(text) - len(request.prompt) :][: step.emitted]
+    rows = np.zeros((len(wanted), 48), np.int32)
+    for row, (_, tokens) in zip(rows, wanted, strict=True):
+        row[: len(tokens)] = tokens
+    best_SBT = best_predictions(tiny_target, drafter.module, jnp.asarray(rows))
+    found = [best_SBT[:, i, last].tolist() for i, (last, _) in enumerate(wanted)]
+    assert len(found) > 20 and found == drafted
+
+
+def best_predictions(target, head, tokens_BU) -> np.ndarray:
+    """int [3, B, T], the likeliest token of the first three predictions of rows."""
+    B, T = tokens_BU.shape[0], tokens_BU.shape[1] - 1
+
+    @jax.jit
+    def best():
+        taught = head_losses.teach(target, head, tokens_BU, tokens_BU > 0)
+        made = head_losses.predictions(head, taught, 3)
+        logits_SVR = jnp.stack([p.logits(p.hidden) for p in made])
+        best_SR = jnp.argmax(logits_SVR, axis=1)
+        return best_SR if head.token_ids is None else head.token_ids[...][best_SR]
+
+    return np.asarray(best()).reshape(3, B, T)
