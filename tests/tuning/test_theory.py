@@ -87,6 +87,8 @@ def test_expected_tokens_by_enumeration(parents):
     assert sum(p for p, _ in outcomes) == pytest.approx(1)
     brute = sum(p * tokens for p, tokens in outcomes)
     assert theory.expected_tokens(tree, RATES) == pytest.approx(brute)
+    spread = sum(p * (tokens - brute) ** 2 for p, tokens in outcomes) ** 0.5
+    assert theory.deviation(tree, RATES) == pytest.approx(spread, abs=1e-6)
 
 
 def test_a_chain_by_depth_is_the_closed_form():

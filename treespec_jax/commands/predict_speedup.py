@@ -56,7 +56,8 @@ def measure(job: shape_study.Job, trees: list[str]) -> dict[str, Any]:
         **job.as_dict(bench.llms[shape_study.PROBE]),
         "acceptance": dataclasses.asdict(bench.acceptance),
         "costs": dataclasses.asdict(costs),
-        "plain": measured[shape_study.PLAIN],
+        "plain": measured[shape_study.PLAIN]
+        | {"predicted": 1e3 * costs.step(shapes.ROOT_ONLY.topology)},
         "figures": [
             {
                 "shape": tree,

@@ -98,6 +98,7 @@ def run(job: shape_study.Job, given) -> dict[str, Any]:
     return {
         "tree": name,
         **_values(best),
+        "tokens_error": shape_tables.standard_error(best.topology, bench.acceptance),
         "measured": measured.get(name, measured.get(shape_study.PLAIN)),
         "by_nodes": [_values(one) for one in _best_by_nodes(candidates)],
         "search": {limit: given[limit].value for limit in limits},

@@ -17,6 +17,7 @@ _SIZES = (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63, 127, 255, 511, 1023)
 def predict(topology: Topology, acceptance: Acceptance, costs: Costs) -> dict[str, Any]:
     """Predictions for a tree, as plain values for JSON.
 
+    `tokens_error` is the standard error that the count of acceptance leaves;
     `closed` holds the closed forms where they apply, for trees of one branching.
     """
     tokens = theory.expected_tokens(topology, acceptance)
@@ -25,11 +26,18 @@ def predict(topology: Topology, acceptance: Acceptance, costs: Costs) -> dict[st
         "nodes": topology.num_nodes - 1,
         "depth": topology.depth,
         "tokens": tokens,
+        "tokens_error": standard_error(topology, acceptance),
         "milliseconds": 1e3 * costs.step(topology),
         "speedup": costs.speedup(topology, tokens),
         "deepest": float(probability[topology.level(topology.depth)].sum()),
         "closed": _closed(topology, acceptance),
     }
+
+
+def standard_error(topology: Topology, acceptance: Acceptance) -> float:
+    """Of the expected tokens, by the number of steps that acceptance was counted on."""
+    steps = max(1, acceptance.families[0])
+    return theory.deviation(topology, acceptance) / steps**0.5
 
 
 def _closed(topology: Topology, acceptance: Acceptance) -> dict[str, float] | None:
@@ -57,8 +65,8 @@ def predictions(results: Mapping[str, Any]) -> str:
             "",
             tables.markdown(_tokens(figures, results["plain"])),
             "",
-            "Predicted / measured (error). Tokens per step by acceptance, speed-up by "
-            "acceptance and costs.",
+            "Predicted / measured (error). Tokens per step by acceptance (± the "
+            "standard error of its count), speed-up by acceptance and costs.",
             *_closed_table(figures),
         ]
     )
@@ -66,27 +74,32 @@ def predictions(results: Mapping[str, Any]) -> str:
 
 def _tokens(figures: Sequence[Mapping[str, Any]], plain) -> list[list[str]]:
     rows = [["shape", "nodes", "tokens/step", "ms/step", "speed-up"]]
-    milliseconds = plain["milliseconds_per_step"]["median"]
-    rows.append(["none", "0", "1.00", f"{milliseconds:.2f}", "1.00"])
+    both = beside(plain["predicted"], plain["milliseconds_per_step"]["median"])
+    rows.append(["none", "0", "1.00", both, "1.00"])
     for figure in figures:
         measured = figure["measured"]
-        pairs = {
-            "tokens": "tokens_per_step",
-            "milliseconds": "milliseconds_per_step",
-            "speedup": "ratio_to_plain",
-        }
-        rows.append([figure["shape"], str(figure["nodes"])])
-        rows[-1] += [
-            beside(figure[ours], measured[theirs]["median"])
-            for ours, theirs in pairs.items()
-        ]
+        tokens = beside(
+            figure["tokens"],
+            measured["tokens_per_step"]["median"],
+            figure["tokens_error"],
+        )
+        milliseconds = measured["milliseconds_per_step"]["median"]
+        rows.append(
+            [
+                figure["shape"],
+                str(figure["nodes"]),
+                tokens,
+                beside(figure["milliseconds"], milliseconds),
+                beside(figure["speedup"], measured["ratio_to_plain"]["median"]),
+            ]
+        )
     return rows
 
 
-def beside(predicted: float, measured: float) -> str:
-    """For example "3.10 / 3.00 (+3.3 %)"."""
-    error = 100 * (predicted / measured - 1)
-    return f"{predicted:.2f} / {measured:.2f} ({error:+.1f} %)"
+def beside(predicted: float, measured: float, error: float | None = None) -> str:
+    """For example "3.10 ± 0.04 / 3.00 (+3.3 %)"."""
+    shown = f"{predicted:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    return f"{shown} / {measured:.2f} ({100 * (predicted / measured - 1):+.1f} %)"
 
 
 def _closed_table(figures: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -142,12 +155,15 @@ def found(results: Mapping[str, Any]) -> str:
         lines[-1] += f", {results['speedup']:.2f} times plain decoding"
     measured = results["measured"]
     if measured:
-        pairs = {"tokens per step": ("tokens", "tokens_per_step")}
+        both = beside(
+            results["tokens"],
+            measured["tokens_per_step"]["median"],
+            results["tokens_error"],
+        )
+        lines += ["", f"Predicted / measured tokens per step: {both}"]
         if results["speedup"] is not None:
-            pairs["speed-up"] = "speedup", "ratio_to_plain"
-        for words, (ours, theirs) in pairs.items():
-            both = beside(results[ours], measured[theirs]["median"])
-            lines.append(f"Predicted / measured {words}: {both}")
+            both = beside(results["speedup"], measured["ratio_to_plain"]["median"])
+            lines.append(f"Predicted / measured speed-up: {both}")
     return "\n".join(lines)
 
 

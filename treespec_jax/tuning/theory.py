@@ -109,6 +109,16 @@ def expected_tokens(topology: Topology, acceptance: Acceptance) -> float:
     return float(node_probabilities(topology, acceptance).sum())
 
 
+def deviation(topology: Topology, acceptance: Acceptance) -> float:
+    """Standard deviation of the tokens of a step."""
+    reached = node_probabilities(topology, acceptance)
+    # At most one node of a depth is accepted, so that S_d = P(L >= d) is a sum over it.
+    survival_C = np.bincount(topology.depths, reached)[1:]
+    depth_C = np.arange(1, len(survival_C) + 1)
+    mean, square = survival_C.sum(), ((2 * depth_C - 1) * survival_C).sum()
+    return float(np.sqrt(max(0.0, square - mean**2)))
+
+
 def count(records: Iterable[TreeRecord]) -> Acceptance:
     """Acceptance by depth and rank, counted over trees that were fixed beforehand.
 
