@@ -87,6 +87,8 @@ def test_expected_tokens_by_enumeration(parents):
     assert sum(p for p, _ in outcomes) == pytest.approx(1)
     brute = sum(p * tokens for p, tokens in outcomes)
     assert theory.expected_tokens(tree, RATES) == pytest.approx(brute)
+    spread = sum(p * (tokens - brute) ** 2 for p, tokens in outcomes) ** 0.5
+    assert theory.deviation(tree, RATES) == pytest.approx(spread, abs=1e-6)
 
 
 def test_a_chain_by_depth_is_the_closed_form():
@@ -152,9 +154,10 @@ def test_counting_by_hand():
     )
     # Depths below the last are like it; an unknown rank is never accepted.
     assert counted.rate(7, 0) == counted.rate(1, 0) and counted.rate(0, 2) == 0
-    # A node without a token is no child.
-    absent = TreeRecord(parents, np.array([0, -1, -np.inf, -1]), np.array(paths[0]))
-    assert theory.count([absent]).ranks == 1
+    # Nodes that the drafter had no token for count: they would not have been right.
+    absent = np.array([0, -1, -np.inf, -np.inf])
+    lacking = [TreeRecord(parents, absent, np.array(path)) for path in paths]
+    assert theory.count(lacking) == counted
     with pytest.raises(ValueError, match="no drafted tree"):
         theory.count([TreeRecord(np.array([0]), np.zeros(1), np.array([0]))])
 

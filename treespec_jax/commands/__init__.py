@@ -17,6 +17,8 @@ COMMANDS = (
     "compare_rules",
     "measure_rules",
     "calibrate_drafter",
+    "predict_speedup",
+    "search_shape",
     "list_models",
     "fetch_model",
     "convert_checkpoint",

@@ -109,12 +109,23 @@ def expected_tokens(topology: Topology, acceptance: Acceptance) -> float:
     return float(node_probabilities(topology, acceptance).sum())
 
 
+def deviation(topology: Topology, acceptance: Acceptance) -> float:
+    """Standard deviation of the tokens of a step."""
+    reached = node_probabilities(topology, acceptance)
+    # At most one node of a depth is accepted, so that S_d = P(L >= d) is a sum over it.
+    survival_C = np.bincount(topology.depths, reached)[1:]
+    depth_C = np.arange(1, len(survival_C) + 1)
+    mean, square = survival_C.sum(), ((2 * depth_C - 1) * survival_C).sum()
+    return float(np.sqrt(max(0.0, square - mean**2)))
+
+
 def count(records: Iterable[TreeRecord]) -> Acceptance:
     """Acceptance by depth and rank, counted over trees that were fixed beforehand.
 
-    A rate is the share of accepted parents with a child of that rank whose child was
-    the accepted one. Few parents are reached at great depth, so that every rate is
-    drawn towards the rate of its rank over all depths (`PRIOR`).
+    A child that the drafter had no token for was not accepted. A rate is the share of
+    accepted parents with a child of that rank whose child was the accepted one. Few
+    parents are reached at great depth, so that every rate is drawn towards the rate of
+    its rank over all depths (`PRIOR`).
 
     Raises:
       ValueError: no record has a node below its root.
@@ -122,11 +133,13 @@ def count(records: Iterable[TreeRecord]) -> Acceptance:
     hits: dict[tuple[int, int], int] = {}
     seen: dict[tuple[int, int], int] = {}
     for record in records:
-        for depth, (children, right) in enumerate(record.families()):
+        accepted = record.accepted
+        for depth, parent in enumerate((0, *accepted)):
+            children = np.flatnonzero(record.parents[1:] == parent) + 1
             for rank, child in enumerate(children):
                 cell = depth, rank
                 seen[cell] = seen.get(cell, 0) + 1
-                hits[cell] = hits.get(cell, 0) + int(child == right)
+                hits[cell] = hits.get(cell, 0) + int(child in accepted)
     if not seen:
         raise ValueError("no drafted tree to count")
     depths = 1 + max(depth for depth, _ in seen)
