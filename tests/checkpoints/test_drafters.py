@@ -221,6 +221,8 @@ def test_export_of_a_trainer(target, tmp_path, monkeypatch):
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 PROMPTS = [[5, 9, 33], [7, 7, 2, 60]]
+# They guess nothing, and would be refused.
+RANDOM = {"check_drafter": False}
 SIZES = dict(max_batch=2, max_len=64, page_size=16, prefill_chunks=(8,))
 
 
@@ -233,7 +235,8 @@ def plain(target):
 @pytest.mark.parametrize("name", ["eagle3", "medusa"])
 def test_folder_drafts_and_names_its_method(name, target, stored, plain):
     (stored / name / calibration.NAME).write_text('{"tau": 0.9}')
-    llm = LLM(target, speculative={"model": stored / name, "tree": "chain:2"}, **SIZES)
+    speculative = RANDOM | {"model": stored / name, "tree": "chain:2"}
+    llm = LLM(target, speculative=speculative, **SIZES)
     assert llm.drafter.sources == (("medusa",) if name == "medusa" else ("eagle",))
     assert llm.drafter.tau == 0.9
     assert [c.token_ids for c in llm.generate(PROMPTS, GREEDY)] == plain
@@ -242,7 +245,8 @@ def test_folder_drafts_and_names_its_method(name, target, stored, plain):
 def test_loaded_drafter_is_taken(target, stored, plain):
     about = drafters.describe_drafter(stored / "eagle3", target)
     draft = drafters.load_drafter(about, target)
-    llm = LLM(target, speculative={"model": draft, "tree": "chain:2"}, **SIZES)
+    speculative = RANDOM | {"model": draft, "tree": "chain:2"}
+    llm = LLM(target, speculative=speculative, **SIZES)
     assert [c.token_ids for c in llm.generate(PROMPTS, GREEDY)] == plain
     config = dataclasses.replace(target.config, vocab_size=96)
     other = dataclasses.replace(target, config=config)
@@ -296,7 +300,7 @@ def test_texts_longer_than_a_drafter_knows(target, tmp_path):
     config = dataclasses.replace(KINDS["eagle3"], layer=layer)
     model = random_drafter(config, target.model)
     drafters.save(model, tmp_path / "short", target=target)
-    llm = LLM(target, speculative={"model": tmp_path / "short"})
+    llm = LLM(target, speculative=RANDOM | {"model": tmp_path / "short"})
     assert llm.engine.config.max_len == 256
     assert any("short was trained for 32 positions" in note for note in llm.notes)
 

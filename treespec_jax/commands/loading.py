@@ -28,6 +28,13 @@ class Pair:
     target: Any
     draft: Any | None
 
+    def checked(self) -> Pair:
+        """The same, its drafter known to fit the target."""
+        if not getattr(self.draft, "method", ""):
+            return self
+        draft = dataclasses.replace(self.draft, known=True)
+        return dataclasses.replace(self, draft=draft)
+
     def draft_for(self, method: str) -> Any | None:
         """The drafter, if it is one that the method takes."""
         own = getattr(self.draft, "method", "")
@@ -148,7 +155,12 @@ def make_llm(settings: Experiment, pair: Pair):
 
 def make_llms(variants: Mapping[Any, Experiment], pair: Pair) -> dict[Any, Any]:
     """An `LLM` for each of some settings; says on stderr what is to know of them."""
-    llms = {name: make_llm(settings, pair) for name, settings in variants.items()}
+    llms = {}
+    for name, settings in variants.items():
+        llms[name] = make_llm(settings, pair)
+        if llms[name].drafter.module is not None:
+            # Once is enough.
+            pair = pair.checked()
     for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
         print(f"note: {note}", file=sys.stderr)
     return llms
