@@ -254,10 +254,17 @@ def test_loaded_drafter_is_taken(target, stored, plain):
         LLM(other, speculative={"model": draft}, **SIZES)
 
 
-@pytest.mark.parametrize("method", ["medusa", "draft_model", "auto", "recycle"])
+@pytest.mark.parametrize("method", ["medusa", "draft_model", "recycle"])
 def test_method_that_contradicts_the_folder(method, target, stored):
     with pytest.raises(UserError, match=f"a drafter of method 'eagle', not '{method}'"):
         LLM(target, speculative={"model": stored / "eagle3", "method": method})
+
+
+def test_auto_takes_a_layer_but_no_heads(target, stored):
+    chosen = SpeculativeConfig("auto", stored / "eagle3")
+    assert drafters.choose(target, chosen) == chosen
+    with pytest.raises(UserError, match="a drafter of method 'medusa', not 'auto'"):
+        drafters.choose(target, SpeculativeConfig("auto", stored / "medusa"))
 
 
 def test_model_that_is_no_drafter(target, tmp_path):

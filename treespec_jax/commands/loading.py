@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from treespec_jax import limits
+from treespec_jax.checkpoints import drafters
 from treespec_jax.commands.prompts import Prompt
 from treespec_jax.commands.settings import MODEL, SECTIONS, Experiment
 from treespec_jax.drafting import METHODS
@@ -38,8 +39,9 @@ class Pair:
     def draft_for(self, method: str) -> Any | None:
         """The drafter, if it is one that the method takes."""
         own = getattr(self.draft, "method", "")
-        wanted = method == own if own else METHODS[method].takes_model
-        return self.draft if wanted else None
+        if own:
+            return self.draft if method in drafters.users_of(own) else None
+        return self.draft if METHODS[method].takes_model else None
 
 
 def check(
@@ -82,7 +84,7 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
 
     Arguments as for `check`; it raises what that does of the models and the trees.
     """
-    from treespec_jax.checkpoints import describe, drafters
+    from treespec_jax.checkpoints import describe
     from treespec_jax.checkpoints.recycle_table import TableFile
     from treespec_jax.checkpoints.tokenizers import check_pair
 
@@ -115,7 +117,7 @@ def load_pair(settings: Experiment) -> Pair:
     import jax
 
     from treespec_jax import speculation
-    from treespec_jax.checkpoints import drafters, load
+    from treespec_jax.checkpoints import load
     from treespec_jax.sharding import make_mesh
 
     if not settings.plain:

@@ -49,8 +49,8 @@ HELP: dict[str, dict[str, str]] = {
     "speculative": {
         "method": f"what drafts: {', '.join(METHODS)}; default: that of the "
         "drafter, else auto",
-        "model": "drafter's checkpoint: a small model, EAGLE or Medusa; default: the one "
-        "for that name, if the target is a name of list_models",
+        "model": "drafter's checkpoint: a small model, EAGLE or Medusa; default: the "
+        "one for that name, if the target is a name of list_models",
         "tree": "none, chain:5, regular:4x2x1, dynamic:15@5, allotted:15@5, "
         "static:0.0.0+0.1+1 (paths of child ranks), medusa:mc_sim_7b_63, "
         "medusa:mc_sim_7b_63@3 or file:PATH (docs/shapes.md); default: the method's",
