@@ -21,7 +21,7 @@ from tests.checkpoints.support import same_parameters
 from treespec_jax import LLM
 from treespec_jax.checkpoints import calibration, catalogue, describe, drafters, load
 from treespec_jax.checkpoints.catalogue import Model
-from treespec_jax.commands import settings
+from treespec_jax.commands import benchmark_job, loading, settings
 from treespec_jax.config import SamplingParams, SpeculativeConfig
 from treespec_jax.errors import UserError
 
@@ -364,3 +364,36 @@ def test_flags_name_a_drafter(catalogued, stored):
     chosen["speculative.method"] = "eagle"
     with pytest.raises(UserError, match="is a drafter of method 'medusa', not 'eagle'"):
         settings.build(overrides=chosen)
+
+
+def test_each_method_of_a_comparison_has_its_drafter(catalogued, stored):
+    built = settings.build({"target": "talker"})
+    chosen = {
+        method: built.with_tree("chain:2", method=method).speculative.model
+        for method in ("eagle", "medusa", "draft_model", "recycle")
+    }
+    assert chosen == {
+        "eagle": "talker-eagle",
+        "medusa": "talker-medusa",
+        "draft_model": None,
+        "recycle": None,
+    }
+    named = {"target": "talker", "speculative": {"model": str(stored / "medusa_own")}}
+    named["benchmark"] = {
+        "methods": ("medusa", "eagle", "recycle"),
+        "shapes": ("chain:2",),
+    }
+    possible, skipped = benchmark_job.combinations(settings.build(named))
+    assert [made.method for made in possible] == ["none", "medusa", "recycle"]
+    assert "is a drafter of method 'medusa', not 'eagle'" in skipped[0]["reason"]
+
+
+def test_weights_are_loaded_once_for_each_method(catalogued):
+    built = settings.build({"target": "talker", "dtype": "float32"})
+    pair = loading.load_pair(built)
+    first = pair.draft(built.with_tree("chain:2", method="eagle"))
+    assert first is pair.draft(built.with_tree("chain:3", method="eagle"))
+    assert (first.method, first.known) == ("eagle", True)
+    assert pair.draft(built.with_tree("chain:2", method="medusa")).method == "medusa"
+    assert pair.draft(built.with_tree("chain:2", method="recycle")) is None
+    assert pair.draft(built.with_tree("none")) is None
