@@ -368,6 +368,9 @@ class SpeculativeConfig:
         each drafter says which it has.
       recycle_table: file of successors that methods "recycle" and "auto" begin with, if
         it is there; `LLM.save_recycle_table` writes it. "": they begin with none.
+      check_drafter: a drafter over the target's rows is tried on text of the target's
+        own when it is loaded, and refused if it guesses nothing (`drafting.wiring`);
+        those of the catalogue are known to be good.
     """
 
     method: str = ""
@@ -382,8 +385,10 @@ class SpeculativeConfig:
     typical_delta: float = 0.3
     options: tuple[tuple[str, Any], ...] = ()
     recycle_table: str = ""
+    check_drafter: bool = True
 
     def __post_init__(self):
+        check_bool("speculative check_drafter", self.check_drafter)
         table = self.recycle_table
         if isinstance(table, Path):
             object.__setattr__(self, "recycle_table", str(table))

@@ -31,7 +31,7 @@ from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.checks import from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
-from treespec_jax.drafting import recycle
+from treespec_jax.drafting import recycle, wiring
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.stats import total
@@ -44,6 +44,8 @@ __all__ = ["LLM", "Completion", "Generation", "Stream"]
 
 Model = Description | LoadedModel
 Draft = Model | DrafterDescription | LoadedDrafter
+# Texts, and tokens of each, on which a drafter is tried.
+_TEXTS, _CHECKED = 4, 64
 # What goes with the target.
 FITTING = SpeculativeConfig()
 
@@ -139,9 +141,40 @@ class LLM:
             made,
             target.config.eos_ids,
         )
+        if isinstance(draft, LoadedDrafter) and config.check_drafter:
+            self._check_drafter(target, draft)
         self._table = table
         if table is not None:
             self._recycle(table)
+
+    def _check_drafter(self, target: LoadedModel, draft: LoadedDrafter) -> None:
+        """Tries a drafter on text that the target writes; see `drafting.wiring`."""
+        settings = self.engine.config
+        count = min(_CHECKED, settings.max_len - 1)
+        if draft.known or count < 3:
+            return
+        config = target.config
+        begins = [config.bos_id, *config.eos_ids, 0]
+        begin = next(token for token in begins if token is not None)
+        requests = [
+            Request(
+                [begin],
+                SamplingParams(
+                    max_tokens=count, temperature=1.0, seed=seed, ignore_eos=True
+                ),
+            )
+            for seed in range(min(_TEXTS, settings.max_batch))
+        ]
+        for request in requests:
+            self.engine.submit(request)
+        while self.engine.busy:
+            self.engine.advance()
+        # A pool of few pages may have ended some early.
+        shortest = min(len(request.tokens) for request in requests)
+        if shortest >= 3:
+            texts = np.asarray([r.tokens[:shortest] for r in requests], np.int32)
+            wiring.check(target.model, draft.model, texts, draft.source)
+        self.engine.reset()
 
     def reset(self) -> None:
         """Forgets all texts, and what they taught the drafter, as if it were new.

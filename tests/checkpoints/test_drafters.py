@@ -21,7 +21,7 @@ from tests.checkpoints.support import same_parameters
 from treespec_jax import LLM
 from treespec_jax.checkpoints import calibration, catalogue, describe, drafters, load
 from treespec_jax.checkpoints.catalogue import Model
-from treespec_jax.commands import settings
+from treespec_jax.commands import benchmark_job, loading, settings
 from treespec_jax.config import SamplingParams, SpeculativeConfig
 from treespec_jax.errors import UserError
 
@@ -221,6 +221,8 @@ def test_export_of_a_trainer(target, tmp_path, monkeypatch):
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 PROMPTS = [[5, 9, 33], [7, 7, 2, 60]]
+# They guess nothing, and would be refused.
+RANDOM = {"check_drafter": False}
 SIZES = dict(max_batch=2, max_len=64, page_size=16, prefill_chunks=(8,))
 
 
@@ -233,7 +235,8 @@ def plain(target):
 @pytest.mark.parametrize("name", ["eagle3", "medusa"])
 def test_folder_drafts_and_names_its_method(name, target, stored, plain):
     (stored / name / calibration.NAME).write_text('{"tau": 0.9}')
-    llm = LLM(target, speculative={"model": stored / name, "tree": "chain:2"}, **SIZES)
+    speculative = RANDOM | {"model": stored / name, "tree": "chain:2"}
+    llm = LLM(target, speculative=speculative, **SIZES)
     assert llm.drafter.sources == (("medusa",) if name == "medusa" else ("eagle",))
     assert llm.drafter.tau == 0.9
     assert [c.token_ids for c in llm.generate(PROMPTS, GREEDY)] == plain
@@ -242,7 +245,8 @@ def test_folder_drafts_and_names_its_method(name, target, stored, plain):
 def test_loaded_drafter_is_taken(target, stored, plain):
     about = drafters.describe_drafter(stored / "eagle3", target)
     draft = drafters.load_drafter(about, target)
-    llm = LLM(target, speculative={"model": draft, "tree": "chain:2"}, **SIZES)
+    speculative = RANDOM | {"model": draft, "tree": "chain:2"}
+    llm = LLM(target, speculative=speculative, **SIZES)
     assert [c.token_ids for c in llm.generate(PROMPTS, GREEDY)] == plain
     config = dataclasses.replace(target.config, vocab_size=96)
     other = dataclasses.replace(target, config=config)
@@ -250,10 +254,17 @@ def test_loaded_drafter_is_taken(target, stored, plain):
         LLM(other, speculative={"model": draft}, **SIZES)
 
 
-@pytest.mark.parametrize("method", ["medusa", "draft_model", "auto", "recycle"])
+@pytest.mark.parametrize("method", ["medusa", "draft_model", "recycle"])
 def test_method_that_contradicts_the_folder(method, target, stored):
     with pytest.raises(UserError, match=f"a drafter of method 'eagle', not '{method}'"):
         LLM(target, speculative={"model": stored / "eagle3", "method": method})
+
+
+def test_auto_takes_a_layer_but_no_heads(target, stored):
+    chosen = SpeculativeConfig("auto", stored / "eagle3")
+    assert drafters.choose(target, chosen) == chosen
+    with pytest.raises(UserError, match="a drafter of method 'medusa', not 'auto'"):
+        drafters.choose(target, SpeculativeConfig("auto", stored / "medusa"))
 
 
 def test_model_that_is_no_drafter(target, tmp_path):
@@ -296,7 +307,7 @@ def test_texts_longer_than_a_drafter_knows(target, tmp_path):
     config = dataclasses.replace(KINDS["eagle3"], layer=layer)
     model = random_drafter(config, target.model)
     drafters.save(model, tmp_path / "short", target=target)
-    llm = LLM(target, speculative={"model": tmp_path / "short"})
+    llm = LLM(target, speculative=RANDOM | {"model": tmp_path / "short"})
     assert llm.engine.config.max_len == 256
     assert any("short was trained for 32 positions" in note for note in llm.notes)
 
@@ -353,3 +364,36 @@ def test_flags_name_a_drafter(catalogued, stored):
     chosen["speculative.method"] = "eagle"
     with pytest.raises(UserError, match="is a drafter of method 'medusa', not 'eagle'"):
         settings.build(overrides=chosen)
+
+
+def test_each_method_of_a_comparison_has_its_drafter(catalogued, stored):
+    built = settings.build({"target": "talker"})
+    chosen = {
+        method: built.with_tree("chain:2", method=method).speculative.model
+        for method in ("eagle", "medusa", "draft_model", "recycle")
+    }
+    assert chosen == {
+        "eagle": "talker-eagle",
+        "medusa": "talker-medusa",
+        "draft_model": None,
+        "recycle": None,
+    }
+    named = {"target": "talker", "speculative": {"model": str(stored / "medusa_own")}}
+    named["benchmark"] = {
+        "methods": ("medusa", "eagle", "recycle"),
+        "shapes": ("chain:2",),
+    }
+    possible, skipped = benchmark_job.combinations(settings.build(named))
+    assert [made.method for made in possible] == ["none", "medusa", "recycle"]
+    assert "is a drafter of method 'medusa', not 'eagle'" in skipped[0]["reason"]
+
+
+def test_weights_are_loaded_once_for_each_method(catalogued):
+    built = settings.build({"target": "talker", "dtype": "float32"})
+    pair = loading.load_pair(built)
+    first = pair.draft(built.with_tree("chain:2", method="eagle"))
+    assert first is pair.draft(built.with_tree("chain:3", method="eagle"))
+    assert (first.method, first.known) == ("eagle", True)
+    assert pair.draft(built.with_tree("chain:2", method="medusa")).method == "medusa"
+    assert pair.draft(built.with_tree("chain:2", method="recycle")) is None
+    assert pair.draft(built.with_tree("none")) is None

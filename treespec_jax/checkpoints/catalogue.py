@@ -58,6 +58,11 @@ class Model:
     draft: str = ""
     others: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Names of all drafters that go with it."""
+        return tuple(filter(None, (self.draft, *dict(self.others).values())))
+
     def drafter_of(self, method: str) -> str | None:
         """Name of its drafter of a method ("": of the usual one), or None."""
         if method in ("", self.method):

@@ -87,6 +87,17 @@ def with_drafter(target: str, config: SpeculativeConfig) -> SpeculativeConfig:
     return dataclasses.replace(config, method=method, model=draft)
 
 
+def of_method(target: str, config: SpeculativeConfig) -> SpeculativeConfig:
+    """The same with the catalogue's drafter for that target and the method.
+
+    A drafter that is not the catalogue's for that target stays.
+    """
+    model = _catalogued(target)
+    if model is None or (config.model and config.model not in model.drafters):
+        return config
+    return dataclasses.replace(config, model=model.drafter_of(config.method))
+
+
 def _catalogued(name: str | Path) -> Model | None:
     if isinstance(name, Path) or Path(name).expanduser().exists():
         return None

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from treespec_jax import limits
-from treespec_jax.checkpoints import names
+from treespec_jax.checkpoints import drafters, names
 from treespec_jax.commands import loading, suites
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.drafting import METHODS
@@ -105,12 +105,20 @@ def make(settings: Experiment) -> Job:
 
 
 def folders(settings: Experiment) -> tuple[str, str | None]:
-    """Paths of the target and of the drafter, if there is one, for peers to read."""
+    """Paths of the target and of the draft model, if any, for peers to read."""
     draft = settings.speculative.model
     return (
         str(names.locate(settings.target, "target").path),
-        str(names.locate(draft, "drafter").path) if draft else None,
+        str(names.locate(draft, "drafter").path) if _has_model(settings) else None,
     )
+
+
+def _has_model(settings: Experiment) -> bool:
+    """Whether the drafter is a model, and does not read the target's rows."""
+    if not settings.speculative.model:
+        return False
+    path = names.here(settings.speculative.model)
+    return path is None or not drafters.method_of(path)
 
 
 def _wants_drafter(settings: Experiment) -> bool:
@@ -150,7 +158,11 @@ def combinations(
             for method, shape, rule in _drafted(settings):
                 made = Combination(method, shape, rule, temperature, batch)
                 try:
-                    possible[made] = sized.with_tree(shape, method=method, rule=rule)
+                    variant = sized.with_tree(shape, method=method, rule=rule)
+                    limits.check_drafter(variant.speculative)
+                    if variant.needs_drafter:
+                        drafters.choose(None, variant.speculative)
+                    possible[made] = variant
                 except UserError as error:
                     refused.setdefault(made.label, str(error))
             for kind in peers.KINDS if PEER in grid.peers else ():
@@ -189,8 +201,8 @@ def _refusal(peer: Combination, settings: Experiment) -> str | None:
     """Why a peer's combination cannot be; None if it can."""
     if peer.batch > 1:
         return "peers are timed one text at a time"
-    if peer.shape == "assisted" and not settings.speculative.model:
-        return "it needs a drafter; give --draft=PATH"
+    if peer.shape == "assisted" and not _has_model(settings):
+        return "it needs a drafter that is a model of its own; give --draft=PATH"
     return None
 
 

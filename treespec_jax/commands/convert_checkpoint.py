@@ -7,6 +7,10 @@ tokenizer:
   convert_checkpoint --input=stories260K.bin --tokenizer=tok512.bin --output=stories
 
 After a kill, an interrupt or a full disk the same command goes on where it stopped.
+
+An EAGLE or Medusa drafter is converted for its target:
+
+  convert_checkpoint --input=EAGLE_FOLDER --target=FOLDER --output=eagle
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import os
 import sys
 
 from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_string
+
+from treespec_jax.errors import UserError
 
 
 def define() -> None:
@@ -25,6 +31,7 @@ def define() -> None:
     DEFINE_string(
         "tokenizer", None, "tokenizer file; default: the one found with the input"
     )
+    DEFINE_string("target", None, "of an EAGLE or Medusa drafter, its target")
     DEFINE_bool("restart", False, "start over instead of going on where a run stopped")
 
 
@@ -34,6 +41,12 @@ def main(given) -> None:
     import tqdm
 
     from treespec_jax import checkpoints
+    from treespec_jax.checkpoints import drafters, names
+
+    path = names.here(given.input)
+    if given.target or (path is not None and drafters.method_of(path)):
+        convert_drafter(given)
+        return
 
     def bar(groups):
         total = sum(group.nbytes for group in groups)
@@ -55,3 +68,27 @@ def main(given) -> None:
     print(
         f"wrote {output}: {done.parameters:,} parameters in {done.dtype.name}, {kind}"
     )
+
+
+def convert_drafter(given) -> None:
+    """Converts a drafter over its target's rows.
+
+    Raises:
+      UserError: no target is named, or the input is no drafter for it.
+    """
+    from treespec_jax import checkpoints
+    from treespec_jax.checkpoints import drafters
+
+    if not given.target:
+        raise UserError(
+            f"--input={given.input} holds a drafter; name its target with --target"
+        )
+    drafters.check_output(given.output)
+    about = checkpoints.describe(given.target, given.tokenizer)
+    found = drafters.describe_drafter(given.input, about)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    dtype = given.dtype or found.dtype
+    loaded = drafters.load_drafter(found, checkpoints.load(about, dtype))
+    drafters.save(loaded.model, given.output, target=about, dtype=dtype)
+    print(f"wrote {given.output}: method {found.method}, {dtype}")

@@ -9,30 +9,60 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from treespec_jax import limits
+from treespec_jax.checkpoints import drafters
 from treespec_jax.commands.prompts import Prompt
 from treespec_jax.commands.settings import MODEL, SECTIONS, Experiment
-from treespec_jax.drafting import METHODS
+from treespec_jax.config import SpeculativeConfig
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
 
 
-@dataclasses.dataclass(frozen=True)
 class Pair:
-    """A target and, unless decoding is plain, what drafts for it.
+    """A target, and what drafts for it, each loaded once.
 
-    Attributes:
+    Args:
       target: a `checkpoints.LoadedModel`.
-      draft: the same, a `checkpoints.drafters.LoadedDrafter`, or None.
+      tokenizer: to use instead of a drafter's own; None: its own.
+      mesh: of the target; None: one device.
     """
 
-    target: Any
-    draft: Any | None
+    def __init__(self, target: Any, tokenizer: str | None = None, mesh: Any = None):
+        self.target = target
+        self._shared = tokenizer, mesh
+        self._drafts: dict[str, Any] = {}
 
-    def draft_for(self, method: str) -> Any | None:
-        """The drafter, if it is one that the method takes."""
-        own = getattr(self.draft, "method", "")
-        wanted = method == own if own else METHODS[method].takes_model
-        return self.draft if wanted else None
+    def draft(self, settings: Experiment) -> Any | None:
+        """The drafter of some settings, or None if their method takes none.
+
+        Returns:
+          a `checkpoints.LoadedModel` or a `checkpoints.drafters.LoadedDrafter`.
+
+        Raises:
+          UserError: a checkpoint that cannot be read, or is not for that target.
+        """
+        speculative = settings.speculative
+        if not speculative.model or not settings.needs_drafter:
+            return None
+        name = str(speculative.model)
+        if name not in self._drafts:
+            self._drafts[name] = self._load(speculative)
+        return self._drafts[name]
+
+    def checked(self, settings: Experiment) -> None:
+        """Notes that the drafter of some settings is known to fit the target."""
+        found = self.draft(settings)
+        if getattr(found, "method", ""):
+            name = str(settings.speculative.model)
+            self._drafts[name] = dataclasses.replace(found, known=True)
+
+    def _load(self, speculative: SpeculativeConfig) -> Any:
+        from treespec_jax.checkpoints import load
+
+        tokenizer, mesh = self._shared
+        about = drafters.describe_draft(self.target, speculative, tokenizer)
+        if isinstance(about, drafters.DrafterDescription):
+            return drafters.load_drafter(about, self.target)
+        return load(about, self.target.dtype, mesh=mesh)
 
 
 def check(
@@ -75,7 +105,7 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
 
     Arguments as for `check`; it raises what that does of the models and the trees.
     """
-    from treespec_jax.checkpoints import describe, drafters
+    from treespec_jax.checkpoints import describe
     from treespec_jax.checkpoints.recycle_table import TableFile
     from treespec_jax.checkpoints.tokenizers import check_pair
 
@@ -108,7 +138,7 @@ def load_pair(settings: Experiment) -> Pair:
     import jax
 
     from treespec_jax import speculation
-    from treespec_jax.checkpoints import drafters, load
+    from treespec_jax.checkpoints import load
     from treespec_jax.sharding import make_mesh
 
     if not settings.plain:
@@ -116,17 +146,12 @@ def load_pair(settings: Experiment) -> Pair:
     dtype = settings.dtype or None
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    shared = {
-        "tokenizer": settings.tokenizer or None,
-        "mesh": make_mesh(settings.mesh) if settings.mesh else None,
-    }
-    target = load(settings.target, dtype, **shared)
-    if not settings.speculative.model:
-        return Pair(target, None)
-    found = drafters.describe_draft(target, settings.speculative, shared["tokenizer"])
-    if isinstance(found, drafters.DrafterDescription):
-        return Pair(target, drafters.load_drafter(found, target))
-    return Pair(target, load(found, target.dtype, mesh=shared["mesh"]))
+    tokenizer = settings.tokenizer or None
+    mesh = make_mesh(settings.mesh) if settings.mesh else None
+    target = load(settings.target, dtype, tokenizer=tokenizer, mesh=mesh)
+    pair = Pair(target, tokenizer, mesh)
+    pair.draft(settings)
+    return pair
 
 
 def make_llm(settings: Experiment, pair: Pair):
@@ -138,12 +163,14 @@ def make_llm(settings: Experiment, pair: Pair):
     from treespec_jax import LLM
 
     engine, speculative = settings.engine, settings.speculative
-    draft = pair.draft_for(limits.resolve(speculative).method)
-    return LLM(
+    made = LLM(
         pair.target,
-        speculative=dataclasses.replace(speculative, model=draft),
+        speculative=dataclasses.replace(speculative, model=pair.draft(settings)),
         **{f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)},
     )
+    # Once is enough.
+    pair.checked(settings)
+    return made
 
 
 def make_llms(variants: Mapping[Any, Experiment], pair: Pair) -> dict[Any, Any]:

@@ -47,10 +47,10 @@ HELP: dict[str, dict[str, str]] = {
         "default: none",
     },
     "speculative": {
-        "method": f"what drafts: {', '.join(METHODS)}; default: draft_model where a "
-        "drafter is named, else auto",
-        "model": "drafter's checkpoint, as the target's; default: the one for that "
-        "name, if the target is a name of list_models",
+        "method": f"what drafts: {', '.join(METHODS)}; default: that of the "
+        "drafter, else auto",
+        "model": "drafter's checkpoint: a small model, EAGLE or Medusa; default: the "
+        "one for that name, if the target is a name of list_models",
         "tree": "none, chain:5, regular:4x2x1, dynamic:15@5, allotted:15@5, "
         "static:0.0.0+0.1+1 (paths of child ranks), medusa:mc_sim_7b_63, "
         "medusa:mc_sim_7b_63@3 or file:PATH (docs/shapes.md); default: the method's",
@@ -67,6 +67,8 @@ HELP: dict[str, dict[str, str]] = {
         "options": "NAME=VALUE, a setting of the method; repeatable; default: none",
         "recycle_table": "file of successors that methods recycle and auto begin with; "
         "generate writes it at the end; default: none",
+        "check_drafter": "try an EAGLE or Medusa drafter on the target's own text, and "
+        "refuse one that guesses nothing",
     },
     "engine": {
         "max_batch": "texts decoded together",

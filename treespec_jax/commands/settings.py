@@ -200,7 +200,8 @@ class Experiment:
         """The same with another tree shape and further changes of `speculative`.
 
         Nothing else of `speculative` applies to the shape `none`, plain decoding, and
-        no recycle table to a method that has none.
+        no recycle table to a method that has none. With another method comes the
+        catalogue's drafter of that method, unless another drafter was named.
 
         Raises:
           UserError: a rule or a cascade that does not take the shape.
@@ -209,6 +210,8 @@ class Experiment:
             speculative = SpeculativeConfig(method="none", tree="none")
         else:
             speculative = dataclasses.replace(self.speculative, tree=tree, **changes)
+            if "method" in changes:
+                speculative = names.of_method(self.target, speculative)
             if not METHODS[limits.resolve(speculative).method].has_table:
                 speculative = dataclasses.replace(speculative, recycle_table="")
         return dataclasses.replace(self, speculative=speculative)

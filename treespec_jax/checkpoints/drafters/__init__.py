@@ -19,6 +19,7 @@ from treespec_jax.checkpoints.drafters.description import (
     DrafterFormat,
     Target,
     check_target,
+    fetched,
 )
 from treespec_jax.checkpoints.drafters.eagle import PublishedEagle
 from treespec_jax.checkpoints.drafters.medusa import PublishedMedusa
@@ -113,6 +114,9 @@ def describe_draft(
     model = config.model
     if isinstance(model, (str, Path)):
         located = names.locate(model, "drafter")
+        if config.method in METHODS:
+            # The first ones are known by their weights alone.
+            fetched(located.repository, located.path)
         name, method = located.name, method_of(located.path)
     else:
         name, method = model, getattr(model, "method", "")
@@ -153,6 +157,7 @@ def describe_drafter(
     reader = next((f for f in FORMATS if f.method(located.path)), None)
     if reader is None:
         raise UserError(f"{located.path} holds no drafter of methods eagle or medusa")
+    fetched(located.repository, located.path)
     said = from_mapping(EagleOptions, options or {}, "options of the drafter")
     about = reader.describe(located.path, target, said)
     check_target(located.path, about.config, target.config)

@@ -38,7 +38,8 @@ class DrafterDescription:
       dtype: name of the stored parameters' dtype, where it is known without them.
       notes: what to know of the checkpoint, a line each.
       name: what reports call it.
-      known: it is of the catalogue, and needs no check of how it is wired.
+      known: it is of the catalogue, or was checked: it reads the rows that it should
+        (`drafting.wiring`).
     """
 
     method: str
