@@ -1,4 +1,4 @@
-"""Random drafters over the rows of the tiny target."""
+"""Random drafters over the rows of tiny targets."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from tests.conftest import TINY
 from treespec_jax.models.drafter_config import EagleConfig, MedusaConfig
 from treespec_jax.models.eagle import EagleModel
 from treespec_jax.models.medusa import MedusaHeads
 
+# Tokens that a drafter knows of the tiny target: every second one, from 1 on.
 FEW = 41
 
 
 def eagle(target, generation: int, few: bool = False) -> EagleModel:
     """Of the target's embedding and head; `few`: of some of its tokens."""
-    vocab = FEW if few else TINY.vocab_size
+    sizes = target.config
+    layers = tuple(range(sizes.num_layers + 1))
     config = EagleConfig(
         generation=generation,
-        layer=dataclasses.replace(TINY, num_layers=1, vocab_size=vocab),
-        target_vocab=TINY.vocab_size,
-        target_dim=TINY.embed_dim,
-        feature_layers=(TINY.num_layers,) if generation == 1 else (0, 1, 2),
+        layer=dataclasses.replace(
+            sizes, num_layers=1, vocab_size=_known(sizes.vocab_size, few)
+        ),
+        target_vocab=sizes.vocab_size,
+        target_dim=sizes.embed_dim,
+        feature_layers=layers[-1:] if generation == 1 else layers,
     )
     model = EagleModel(config, rngs=nnx.Rngs(generation))
     model.embedding[...] = target.embedding[...]
@@ -32,22 +35,27 @@ def eagle(target, generation: int, few: bool = False) -> EagleModel:
 
 def medusa(target, heads: int = 3, few: bool = False) -> MedusaHeads:
     """Heads over the target's head."""
+    sizes = target.config
     config = MedusaConfig(
         heads=heads,
         blocks=1,
-        target_dim=TINY.embed_dim,
-        target_vocab=TINY.vocab_size,
-        vocab_size=FEW if few else TINY.vocab_size,
-        target_layers=TINY.num_layers,
+        target_dim=sizes.embed_dim,
+        target_vocab=sizes.vocab_size,
+        vocab_size=_known(sizes.vocab_size, few),
+        target_layers=sizes.num_layers,
     )
     model = MedusaHeads(config, rngs=nnx.Rngs(7))
     return _headed(model, target)
 
 
+def _known(vocab: int, few: bool) -> int:
+    return min(FEW, vocab // 2) if few else vocab
+
+
 def _headed(model, target):
     head = target.head[...]
     if model.config.reduced:
-        ids = jnp.arange(FEW, dtype=jnp.int32) * 2 + 1
+        ids = jnp.arange(model.config.draft_vocab, dtype=jnp.int32) * 2 + 1
         model.token_ids[...] = ids
         head = head[ids]
     model.head[...] = head

@@ -12,6 +12,7 @@ import pytest
 from tests.drafting.heads import eagle, medusa
 from tests.engine.support import run
 from treespec_jax.config import EngineConfig, SamplingParams
+from treespec_jax.drafting.auto import Auto, AutoOptions
 from treespec_jax.drafting.eagle import Eagle
 from treespec_jax.drafting.medusa import Medusa
 from treespec_jax.engine.engine import Engine
@@ -21,7 +22,17 @@ from treespec_jax.trees import shapes
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
-SHAPES = ("chain:3", "regular:2x2x1", "dynamic:7@3")
+# Every drafter grows every shape; these are the pairs with most to get wrong.
+CASES = (
+    ("eagle3", "chain:3"),
+    ("eagle3", "regular:2x2x1"),
+    ("eagle3", "dynamic:7@3"),
+    ("eagle3", "medusa:zephyr_stage2@3"),
+    ("eagle1", "dynamic:7@3"),
+    ("medusa", "dynamic:7@3"),
+    ("medusa", "medusa:zephyr_stage2@3"),
+    ("auto", "dynamic:7@3"),
+)
 CONFIG = EngineConfig(
     max_batch=4, max_len=384, page_size=16, steps_per_dispatch=4, prefill_chunks=(16,)
 )
@@ -32,6 +43,7 @@ def drafters(target):
         "eagle1": Eagle(eagle(target, 1), 1.0),
         "eagle3": Eagle(eagle(target, 3, few=True), 1.0),
         "medusa": Medusa(medusa(target, few=True), 1.0),
+        "auto": Auto.make(eagle(target, 3, few=True), 1.0, AutoOptions(history=0)),
     }
 
 
@@ -47,8 +59,7 @@ def plain(tiny_target, prompts):
     return {p: [r.tokens for r in run(engine, prompts, p)] for p in (GREEDY, SAMPLED)}
 
 
-@pytest.mark.parametrize("name", ("eagle1", "eagle3", "medusa"))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "shape"), CASES)
 def test_tokens_are_those_of_plain_decoding(tiny_target, prompts, plain, name, shape):
     drafter = drafters(tiny_target)[name]
     engine = Engine(tiny_target, CONFIG, Speculation(drafter, (shapes.parse(shape),)))

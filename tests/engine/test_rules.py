@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.drafting import heads
 from tests.engine.small import (
     CONFIG,
     CRITICAL,
@@ -33,9 +34,15 @@ from tests.engine.small import (
 )
 from tests.engine.support import speculate
 from tests.oracles import full_logits
+from treespec_jax.acceptance import rules
+from treespec_jax.config import SpeculativeConfig
+from treespec_jax.drafting.eagle import Eagle
+from treespec_jax.drafting.medusa import Medusa
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.stats import total
 from treespec_jax.errors import UserError
+from treespec_jax.speculation import Speculation
+from treespec_jax.trees import shapes
 
 CASES = [
     ("exact", "regular:2x1", ""),
@@ -132,6 +139,30 @@ def test_no_rule_moves_data_to_the_host(rule, tree, proposal, target, draft):
     text = jax.jit(function).lower(*arguments).as_text()
     assert "stablehlo.while" in text and "stablehlo.dot_general" in text
     assert not re.findall("callback|outfeed|infeed|stablehlo.send|stablehlo.recv", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, rule", [("eagle", "token"), ("medusa", "traversal")])
+def test_drafters_over_rows_leave_the_distribution(
+    name, rule, target, distribution, greedy_text
+):
+    """They know three of six tokens, and their parameters are random."""
+    drafter = {
+        "eagle": lambda: Eagle(heads.eagle(target, 3, few=True), 1.0),
+        "medusa": lambda: Medusa(heads.medusa(target, few=True), 1.0),
+    }[name]()
+    made = rules.make(SpeculativeConfig(rule=rule))
+    speculation = Speculation(drafter, (shapes.parse("regular:2x1"),), made)
+    engine = Engine(target, CONFIG, speculation, (END,))
+    params = [dataclasses.replace(SAMPLED, seed=n) for n in range(REQUESTS)]
+    *requests, greedy = run(engine, [*params, GREEDY])
+    assert greedy.tokens == greedy_text
+    counts = np.zeros((V, V))
+    for request in requests:
+        counts[tuple(request.tokens)] += 1
+    statistic, freedom = chi_square(counts, distribution)
+    assert total([r.stats for r in requests], 0, 0).accepted > 0
+    assert statistic < CRITICAL[freedom]
 
 
 def check_edges(engine, greedy_text):

@@ -128,10 +128,10 @@ CATALOGUE = {
                 ),
                 wheel_size=92_871_040,
             ),
-            method="eagle",
+            method="auto",
             draft="smollm2-135m-instruct-eagle3",
             others=(
-                ("auto", "smollm2-135m-instruct-eagle3"),
+                ("eagle", "smollm2-135m-instruct-eagle3"),
                 ("medusa", "smollm2-135m-instruct-medusa"),
             ),
         ),

@@ -33,10 +33,10 @@ METHODS = {
         "draft_model", "DraftModel", needs_model=True, takes_model=True, tree="chain:5"
     ),
     "eagle": Method(
-        "eagle", "Eagle", needs_model=True, takes_model=True, tree="dynamic:15@5"
+        "eagle", "Eagle", needs_model=True, takes_model=True, tree="dynamic:7@4"
     ),
     "medusa": Method(
-        "medusa", "Medusa", needs_model=True, takes_model=True, tree="dynamic:15@4"
+        "medusa", "Medusa", needs_model=True, takes_model=True, tree="dynamic:7@3"
     ),
     "recycle": Method("recycle", "Recycle", has_table=True),
     "ngram": Method("ngram", "Ngram"),
