@@ -83,7 +83,8 @@ class LastLogits:
         )
 
     def ingest(self, state: LastLogitsState, committed: Committed) -> LastLogitsState:
-        known, worth, rates = state.candidates, state.worth, state.rates
+        known, worth = state.candidates, state.worth
+        found, rates = state.found, state.rates
         if committed.slot is None:
             slots_n = jnp.arange(known.shape[0])
             moved_n1 = (committed.count > 0)[:, None]
@@ -91,12 +92,14 @@ class LastLogits:
             rank_BK = jnp.broadcast_to(jnp.arange(known.shape[1]), known.shape)
             tried_BK = moved_n1 & (known != matching.NOBODY)
             worth = worth.after(rank_BK, hit_BK, tried_BK)
-            rates = matching.observe(rates, state.found, committed, first=1)
+            rates = matching.observe(rates, found, committed, first=1)
+            # A step that grows no tree finds nothing anew.
+            found = found.forgotten()
         else:
             slots_n, moved_n1 = committed.slot[None], True
         fresh = jnp.where(moved_n1, self._runners_up(committed), known[slots_n])
         known = known.at[slots_n].set(fresh)
-        return LastLogitsState(known, worth, state.found, rates)
+        return LastLogitsState(known, worth, found, rates)
 
     def _runners_up(self, committed: Committed):
         """The best tokens [n, K] beside the root, NOBODY if nothing was computed."""
@@ -126,9 +129,7 @@ class LastLogits:
 
     def look(self, state: LastLogitsState, outlook: Outlook) -> LastLogitsState:
         if outlook.depth == 0:
-            nothing = jnp.zeros_like(state.found.lengths)
-            found = dataclasses.replace(state.found, lengths=nothing)
-            return dataclasses.replace(state, found=found)
+            return state
         known_BK, texts = state.candidates, outlook.texts
         B, K = known_BK.shape
         root_BK = jnp.broadcast_to(outlook.context.root[:, None], (B, K))

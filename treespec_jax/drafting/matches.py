@@ -143,6 +143,10 @@ class Matches:
         following = jnp.full((*shape, sizes.depth), NOBODY, jnp.int32)
         return cls(following, jnp.zeros(shape, jnp.int32))
 
+    def forgotten(self) -> Matches:
+        """Without a match, of the same room."""
+        return dataclasses.replace(self, lengths=jnp.zeros_like(self.lengths))
+
     def copy_slot(self, source: jax.Array, destination: jax.Array) -> Matches:
         """With one slot's matches copied over another's."""
         return jax.tree.map(lambda x: x.at[destination].set(x[source]), self)

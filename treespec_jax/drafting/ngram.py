@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from treespec_jax.checks import check_int
 from treespec_jax.drafting import matches as matching
@@ -80,17 +79,15 @@ class Matching:
         if committed.slot is not None:
             return state
         rates = matching.observe(state.rates, state.found, committed)
-        return MatchingState(state.found, rates)
+        # A step that grows no tree finds nothing anew.
+        return MatchingState(state.found.forgotten(), rates)
 
     def copy_slot(self, state: MatchingState, source, destination) -> MatchingState:
         return MatchingState(state.found.copy_slot(source, destination), state.rates)
 
     def look(self, state: MatchingState, outlook: Outlook) -> MatchingState:
         if outlook.depth == 0:
-            # Nothing is drafted, and so nothing will be observed.
-            nothing = jnp.zeros_like(state.found.lengths)
-            found = dataclasses.replace(state.found, lengths=nothing)
-            return MatchingState(found, state.rates)
+            return state
         texts, lengths_B = outlook.texts, outlook.context.lengths
         tail_B1n = matching.tail(texts, lengths_B, self.longest)[:, None]
         width = state.found.following.shape[2]

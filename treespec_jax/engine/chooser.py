@@ -1,68 +1,101 @@
 """Which shape the next dispatch grows, where a speculation may take several.
 
-The first shape is the one that was asked for, the last is plain decoding. Both are
-timed as they run. A tree that brings few tokens is compared with plain decoding; the
-quicker one stays, and the other gets a short dispatch now and then, soon after a new
-text begins and ever more rarely later. With the exact rule the text does not depend on
-any of this.
+The first shape is the one that was asked for, the last is plain decoding. The shape
+with the most tokens for its time wins, and neither figure takes trials of the tree in
+every text:
+
+* Tokens per step of the tree are counted while it runs. While plain decoding runs they
+  come from rehearsals (`engine.rehearsal`): trees that are grown and not verified.
+* The time of a tree's step, relative to a plain one's, belongs to the machine and not
+  to the text. It is taken where a dispatch of one shape follows one of the other. The
+  shape not in use gets a short dispatch for it, soon at first and ever more rarely
+  later, whatever texts begin meanwhile.
+
+With the exact rule the text does not depend on any of this.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import statistics
 from collections.abc import Sequence
 
 from treespec_jax.trees.shapes import TreeShape
 
-# Dispatches of the tree before plain decoding is tried.
-FIRST_LOOK = 2
-# Tokens after which plain decoding may be compiled for a trial, which takes seconds.
+# Tokens after which plain decoding may be compiled, which takes seconds.
 WORTH_COMPILING = 512
-# Tokens per step from which on a tree is taken to be the quicker without a trial.
+# Tokens per step from which on a tree is taken to be the quicker, whatever its time.
 ENOUGH = 3.0
-# Dispatches between trials of the shape not in use: at first, and at most.
-SOON, RARELY = 4, 64
-# Steps of a trial.
-TRIAL_STEPS = 2
-# Steps that a running mean remembers, a short trial moves it little; and how many of
-# them still count when a new text begins.
-MEMORY, CARRIED = 32, 4
+# Time of a tree's step in plain steps until it was taken.
+PRIOR_COST = 1.5
+# Dispatches between those that are for timing: until one is compared, after the first
+# comparison, and at most.
+RETRY, SOON, RARELY = 3, 8, 256
+# Steps of a dispatch that is for timing, or that shows what a new text is like; and
+# dispatches of the latter kind: two, because the second starts before the first lands.
+TRIAL_STEPS, FRESH = 2, 2
+# Steps or rehearsals that a running mean remembers, and how many of them still count
+# when a new text begins.
+MEMORY, CARRIED = 16, 2
+# Comparisons of times whose median counts.
+COMPARISONS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a dispatch does.
+
+    Attributes:
+      shape: that it grows.
+      max_steps: that it runs at most; None: the compiled number.
+      rehearse: whether it grows a tree of the first shape that nobody verifies.
+      timing: whether it runs only to be timed.
+    """
+
+    shape: TreeShape
+    max_steps: int | None
+    rehearse: bool = False
+    timing: bool = False
 
 
 @dataclasses.dataclass
-class _Speed:
-    """Of one shape.
+class _Mean:
+    """A running mean.
 
     Attributes:
-      runs: dispatches that were read.
-      tokens: that they emitted.
-      remembered: steps that the means stand for, MEMORY at most.
-      tokens_per_second: running mean; None before a dispatch was timed.
-      tokens_per_step: likewise; None before one ran a step.
+      value: 0 before anything came.
+      weight: observations that it stands for, MEMORY at most.
     """
 
-    runs: int = 0
-    tokens: int = 0
-    remembered: int = 0
-    tokens_per_second: float | None = None
-    tokens_per_step: float | None = None
+    value: float = 0.0
+    weight: float = 0.0
 
-    def add(self, steps: int, tokens: int, slots: int, seconds: float | None) -> None:
-        self.runs += 1
-        self.tokens += tokens
-        if not steps:
-            return
-        self.remembered = min(self.remembered + steps, MEMORY)
-        weight = min(1.0, steps / self.remembered)
-        per_step = tokens / (steps * max(slots, 1))
-        self.tokens_per_step = _mean(self.tokens_per_step, per_step, weight)
-        if seconds:
-            speed = tokens / seconds
-            self.tokens_per_second = _mean(self.tokens_per_second, speed, weight)
+    def add(self, value: float, weight: float) -> None:
+        self.weight = min(self.weight + weight, MEMORY)
+        self.value += min(1.0, weight / self.weight) * (value - self.value)
 
 
-def _mean(old: float | None, new: float, weight: float) -> float:
-    return new if old is None else old + weight * (new - old)
+@dataclasses.dataclass
+class _Costs:
+    """Times of a tree's step in plain steps, with so many slots.
+
+    Attributes:
+      compared: the latest ones.
+      wait: dispatches until the next one for timing.
+      period: dispatches to wait once there is a comparison.
+    """
+
+    compared: collections.deque[float] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=COMPARISONS)
+    )
+    wait: int = 2
+    period: int = SOON
+
+    def compare(self, ratio: float) -> None:
+        self.compared.append(ratio)
+        self.wait = self.period
+        self.period = min(2 * self.period, RARELY)
 
 
 class Chooser:
@@ -70,48 +103,75 @@ class Chooser:
 
     Args:
       shapes: at least one; with one it has no choice.
+      every: plain steps between rehearsals.
 
     Attributes:
-      compiled: whether all shapes are, so that a trial costs nothing else.
+      compiled: whether all shapes are, so that using one costs nothing else.
     """
 
-    def __init__(self, shapes: Sequence[TreeShape]):
+    def __init__(self, shapes: Sequence[TreeShape], every: int = 8):
         self.compiled = False
+        self._every = every
         self._tree, self._plain = shapes[0], shapes[-1]
-        self._speeds = {shape: _Speed() for shape in shapes}
-        self._best = self._tree
-        self._wait, self._period = 0, SOON
+        self._ran: collections.Counter[TreeShape] = collections.Counter()
+        # By the binary length of the number of slots, which makes nodes dearer.
+        self._costs: dict[int, _Costs] = collections.defaultdict(_Costs)
+        self._slots = 1
+        self.reset()
 
-    def choose(self, max_steps: int | None) -> tuple[TreeShape, int | None]:
-        """The shape of the next dispatch, and steps to run at most.
+    def reset(self) -> None:
+        """Forgets all texts; what a step costs stays."""
+        self._tokens = _Mean()
+        self._emitted = self._fresh = 0
+        self._begun = False
+        self._unrehearsed = self._every
+        # Shape, slots and seconds per step of the last dispatch, if it was timed.
+        self._last: tuple[TreeShape, int, float] | None = None
+
+    def expected(self, shape: TreeShape) -> float:
+        """Tokens that a step of that shape emits for each slot."""
+        return 1.0 if shape == self._plain else self._tokens.value
+
+    def cost(self, shape: TreeShape) -> float:
+        """Time of its step, in plain steps."""
+        if shape == self._plain:
+            return 1.0
+        compared = self._now.compared
+        return statistics.median(compared) if compared else PRIOR_COST
+
+    def choose(self, max_steps: int | None) -> Choice:
+        """What the next dispatch does.
 
         Args:
           max_steps: that the caller allows; None: the compiled number.
         """
         if self._plain == self._tree or self._unproven():
-            return self._tree, max_steps
-        if self._wait > 0:
-            return self._best, max_steps
-        other = self._plain if self._best == self._tree else self._tree
-        steps = TRIAL_STEPS if max_steps is None else min(TRIAL_STEPS, max_steps)
-        return other, steps
+            return Choice(self._tree, max_steps)
+        short = TRIAL_STEPS if max_steps is None else min(TRIAL_STEPS, max_steps)
+        if not self._begun:
+            return Choice(self._tree, short, timing=True)
+        timing = self._now.wait <= 0 and self._tokens.value < ENOUGH
+        shape = self._other(self._best()) if timing else self._best()
+        due = self._fresh > 0 or self._unrehearsed >= self._every
+        steps = short if timing or self._fresh else max_steps
+        return Choice(shape, steps, due and shape == self._plain, timing)
 
-    def started(self, shape: TreeShape) -> None:
-        """A dispatch of that shape was started; a choice need not lead to one."""
+    def started(self, choice: Choice) -> None:
+        """A dispatch was started; a choice need not lead to one."""
         if self._unproven():
             return
-        if shape == self._best:
-            self._wait = max(0, self._wait - 1)
-        else:
-            self._wait = self._period
-            self._period = min(2 * self._period, RARELY)
+        self._begun = True
+        self._now.wait = max(self._now.wait - 1, RETRY if choice.timing else 0)
+        self._fresh = max(0, self._fresh - 1)
+        if choice.rehearse:
+            self._unrehearsed = 0
+        if choice.shape == self._plain:
+            self._unrehearsed += choice.max_steps or self._every
 
     def begin_text(self) -> None:
-        """A new text began: what was learnt may not hold for it."""
-        self._wait = min(self._wait, 1)
-        self._period = SOON
-        for speed in self._speeds.values():
-            speed.remembered = min(speed.remembered, CARRIED)
+        """A new text began: what was learnt of the last one may not hold for it."""
+        self._tokens.weight = min(self._tokens.weight, CARRIED)
+        self._fresh = FRESH
 
     def record(
         self,
@@ -131,19 +191,40 @@ class Chooser:
           seconds: from its start, or from the end of the last one; None if something
             else took some of that time.
         """
-        self._speeds[shape].add(steps, tokens, slots, seconds)
-        known = {s: v.tokens_per_second for s, v in self._speeds.items()}
-        if None in known.values():
+        self._emitted += tokens
+        self._slots = slots = max(slots, 1)
+        self._ran[shape] += 1
+        last, self._last = self._last, None
+        if not steps:
             return
-        best = max(known, key=known.get)
-        if best != self._best:
-            self._best, self._wait, self._period = best, SOON, SOON
+        if shape == self._tree:
+            self._tokens.add(tokens / (steps * slots), steps)
+        # The first run of a program does more than to run.
+        if not seconds or self._ran[shape] == 1:
+            return
+        self._last = shape, slots, seconds / steps
+        if last and last[:2] == (self._other(shape), slots):
+            ratio = self._last[2] / last[2]
+            self._now.compare(ratio if shape == self._tree else 1 / ratio)
+
+    def rehearsed(self, tokens: float) -> None:
+        """Takes in how many tokens a step of the tree would have emitted per slot."""
+        self._tokens.add(tokens, 1)
+
+    @property
+    def _now(self) -> _Costs:
+        return self._costs[self._slots.bit_length()]
+
+    def _best(self) -> TreeShape:
+        """The shape of the most tokens for its time."""
+        shapes = (self._tree, self._plain)
+        return max(shapes, key=lambda shape: self.expected(shape) / self.cost(shape))
+
+    def _other(self, shape: TreeShape) -> TreeShape:
+        return self._plain if shape == self._tree else self._tree
 
     def _unproven(self) -> bool:
-        """Whether nothing speaks for a trial of plain decoding yet."""
-        speed = self._speeds[self._tree]
-        if self._speeds[self._plain].runs:
+        """Whether nothing speaks for compiling plain decoding yet."""
+        if self.compiled or self._ran[self._plain]:
             return False
-        early = speed.runs <= FIRST_LOOK
-        early |= not self.compiled and speed.tokens < WORTH_COMPILING
-        return early or (speed.tokens_per_step or 0.0) >= ENOUGH
+        return self._emitted < WORTH_COMPILING or self._tokens.value >= ENOUGH

@@ -10,7 +10,8 @@ from typing import Any
 
 from treespec_jax import limits
 from treespec_jax.config import EngineConfig
-from treespec_jax.engine.chooser import Chooser
+from treespec_jax.engine import rehearsal
+from treespec_jax.engine.chooser import Choice, Chooser
 from treespec_jax.engine.executor import Executor, fetch
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Plan, Scheduler
@@ -72,7 +73,8 @@ class Engine:
         self._executor = Executor(
             target, speculation, config, self._scheduler.num_pages
         )
-        self._chooser = Chooser(speculation.shapes)
+        every = rehearsal.every(speculation.drafter)
+        self._chooser = Chooser(speculation.shapes, every)
         # Dispatches under way, the oldest first; at most two.
         self._flights: collections.deque[_Flight] = collections.deque()
         self._landed = 0.0
@@ -136,7 +138,7 @@ class Engine:
         self._scheduler.cancel(request, finish_reason)
 
     def reset(self) -> None:
-        """Forgets all texts: what the drafter has learnt, and which shape was quicker.
+        """Forgets all texts, and what the drafter has learnt of them.
 
         Raises:
           ValueError: a request waits or runs.
@@ -146,9 +148,7 @@ class Engine:
         # A dispatch may have been started ahead of a text that then ended.
         self.drain()
         self._executor.reset()
-        compiled = self._chooser.compiled
-        self._chooser = Chooser(self.speculation.shapes)
-        self._chooser.compiled = compiled
+        self._chooser.reset()
 
     def compile(self, chunks: Sequence[int] = (), every_shape: bool = True) -> None:
         """Compiles programs side by side, which else their first use does in turn.
@@ -184,13 +184,13 @@ class Engine:
         touched: list[Request] = []
         if not self._flights:
             touched += self._prefill()
-            chosen, steps = self._choose(max_steps, shape)
-            plan, ended = self._scheduler.plan(steps)
+            choice = self._choose(max_steps, shape)
+            plan, ended = self._scheduler.plan(choice.max_steps)
             touched += ended
-            self._launch(plan, chosen)
+            self._launch(plan, choice)
         if self._flights:
-            chosen, steps = self._choose(max_steps, shape)
-            self._launch(self._scheduler.plan_ahead(steps), chosen)
+            choice = self._choose(max_steps, shape)
+            self._launch(self._scheduler.plan_ahead(choice.max_steps), choice)
             touched += self._land()
             spent = time.perf_counter() - began
             self.decode_seconds += spent - (self.prefill_seconds - prefilled)
@@ -201,24 +201,26 @@ class Engine:
         while self._flights:
             self._land()
 
-    def _choose(self, max_steps: int | None, shape: TreeShape | None):
-        """Shape and steps of the next dispatch."""
-        return self._chooser.choose(max_steps) if shape is None else (shape, max_steps)
+    def _choose(self, max_steps: int | None, shape: TreeShape | None) -> Choice:
+        """What the next dispatch does."""
+        if shape is not None:
+            return Choice(shape, max_steps)
+        return self._chooser.choose(max_steps)
 
-    def _launch(self, plan: Plan | None, shape: TreeShape) -> None:
+    def _launch(self, plan: Plan | None, choice: Choice) -> None:
         if plan is None:
             return
         started, compiled = time.perf_counter(), self.compilations["dispatch"]
         try:
-            outbox = self._executor.dispatch(plan, shape)
+            outbox = self._executor.dispatch(plan, choice.shape, choice.rehearse)
         except BaseException:
             self._scheduler.abandon(plan)
             raise
         timed = self.compilations["dispatch"] == compiled
         for flight in self._flights:
             flight.timed &= timed
-        self._flights.append(_Flight(plan, shape, outbox, started, timed))
-        self._chooser.started(shape)
+        self._flights.append(_Flight(plan, choice.shape, outbox, started, timed))
+        self._chooser.started(choice)
 
     def _land(self) -> list[Request]:
         flight = self._flights[0]
@@ -231,6 +233,9 @@ class Engine:
         timed = seconds if flight.timed else None
         tokens, slots = int(done.emission.counts.sum()), len(flight.plan.slots)
         self._chooser.record(flight.shape, int(done.steps), tokens, slots, timed)
+        if done.rehearsed is not None and done.rehearsed.any():
+            rehearsed = done.rehearsed[done.rehearsed > 0]
+            self._chooser.rehearsed(float(rehearsed.mean()))
         return self._scheduler.file(flight.plan, done, flight.shape.num_nodes - 1)
 
     def _prefill(self) -> list[Request]:

@@ -94,9 +94,9 @@ class Executor:
         self._state = self._prefill(self._leaves, self._state, *_chunk(chunk))
         jax.block_until_ready(self._state.root)
 
-    def dispatch(self, plan: Plan, shape: TreeShape) -> Outbox:
+    def dispatch(self, plan: Plan, shape: TreeShape, rehearse: bool = False) -> Outbox:
         """Starts a dispatch; its outbox is still on the device."""
-        program, control = self._dispatch(shape), _control(plan)
+        program, control = self._dispatch(shape), _control(plan, rehearse)
         self._state, outbox = program(self._leaves, self._state, control)
         return outbox
 
@@ -199,7 +199,7 @@ def _chunk(chunk: ChunkPlan) -> tuple:
     return np.int32(chunk.slot), rows, (chunk.following, chunk.root)
 
 
-def _control(plan: Plan) -> Control:
+def _control(plan: Plan, rehearse: bool = False) -> Control:
     return Control(
         page_table=plan.page_table,
         limits=plan.limits,
@@ -207,5 +207,6 @@ def _control(plan: Plan) -> Control:
         sampling=Sampling(**plan.sampling),
         want_logprobs=plan.want_logprobs,
         max_steps=plan.max_steps,
+        rehearse=np.bool_(rehearse),
         text=TextSoFar(**plan.text) if plan.text is not None else None,
     )

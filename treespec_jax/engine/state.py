@@ -44,6 +44,8 @@ class Control:
       sampling: settings per slot.
       want_logprobs: bool [B].
       max_steps: int32 [], steps to run at most, up to the compiled bound.
+      rehearse: bool [], whether plain steps begin with a tree that nobody verifies
+        (`engine.rehearsal`).
       text: what penalties look at; None, another program, if no request has any.
     """
 
@@ -53,6 +55,7 @@ class Control:
     sampling: Sampling
     want_logprobs: jax.Array
     max_steps: jax.Array
+    rehearse: jax.Array
     text: TextSoFar | None = None
 
 
@@ -120,7 +123,10 @@ class Outbox:
     Attributes:
       emission: every array with a leading axis S, the compiled number of steps.
       steps: int32 [], steps that ran.
+      rehearsed: float32 [B], tokens that a step with a tree would have emitted; 0
+        of an idle slot, or if no tree was asked for. None of steps with trees.
     """
 
     emission: Emission
     steps: jax.Array
+    rehearsed: jax.Array | None = None

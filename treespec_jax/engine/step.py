@@ -17,6 +17,7 @@ from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import Chunk, run_chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Committed, DraftContext, Successors
+from treespec_jax.engine.rehearsal import Watching, tokens_of_step
 from treespec_jax.engine.state import (
     Control,
     DecodeState,
@@ -100,22 +101,13 @@ def step(
     penalties: Penalties | None = None,
 ) -> StepResult:
     """Advances every active slot by one tree of the given shape."""
-    active_B = is_active(state, control)
-    lengths_B = jnp.where(active_B, state.lengths, 0)
-    randomness = Randomness(
-        control.sampling,
-        lengths_B,
-        shape.num_nodes,
-        shape.depth,
-        target.config.vocab_size,
-    )
-    turn = Turn(control, active_B, lengths_B, penalties, randomness)
+    turn = _turn(target, shape, state, control, penalties)
     proposed = propose(target, speculation, shape, state, turn)
     tree = proposed.tree
     verified = verify(
         target,
         tree,
-        CacheView(state.pages, control.page_table, lengths_B),
+        CacheView(state.pages, control.page_table, turn.lengths),
         speculation.drafter.needs.feature_layers,
     )
     decided = decide(speculation, tree, verified, turn, shape.depth)
@@ -144,6 +136,19 @@ def step(
 def is_active(state: DecodeState, control: Control) -> jax.Array:
     """bool [B]: slots that may emit a token."""
     return ~state.ended & (state.lengths < control.limits)
+
+
+def _turn(target: Transformer, shape: TreeShape, state, control, penalties) -> Turn:
+    active_B = is_active(state, control)
+    lengths_B = jnp.where(active_B, state.lengths, 0)
+    randomness = Randomness(
+        control.sampling,
+        lengths_B,
+        shape.num_nodes,
+        shape.depth,
+        target.config.vocab_size,
+    )
+    return Turn(control, active_B, lengths_B, penalties, randomness)
 
 
 def propose(
@@ -345,6 +350,15 @@ def dispatch(
     penalties = None
     if control.text is not None:
         penalties = control.text.tables(target.config.vocab_size)
+    before, tree, watching = state, None, None
+    if speculation.depth > shape.depth == 0:
+        tree = _rehearse(target, speculation, state, control, penalties)
+        drafter = speculation.drafter
+        if drafter.module is None:
+            watching = Watching(drafter, config.steps_per_dispatch)
+            seen = watching.begin(config.max_batch, target.config.vocab_size)
+            speculation = dataclasses.replace(speculation, drafter=watching)
+            state = dataclasses.replace(state, draft=seen)
 
     def run(state, penalties) -> StepResult:
         result = step(target, speculation, shape, state, control, penalties)
@@ -373,7 +387,38 @@ def dispatch(
 
     outbox = _empty_outbox(config, shape)
     state, _, outbox = lax.while_loop(unfinished, body, (state, penalties, outbox))
+    if watching is not None:
+        state = watching.finish(before, state, outbox.emission, control.page_table)
+    if tree is not None:
+        count_B = state.lengths - before.lengths
+        tokens_B = tokens_of_step(tree, outbox.emission.tokens[:, :, 0].T, count_B)
+        grown_B = control.rehearse & (count_B > 0)
+        outbox = dataclasses.replace(
+            outbox, rehearsed=jnp.where(grown_B, tokens_B, 0.0)
+        )
     return state, outbox
+
+
+def _rehearse(
+    target: Transformer,
+    speculation: Speculation,
+    state: DecodeState,
+    control: Control,
+    penalties: Penalties | None,
+) -> TokenTree:
+    """The tree of the first shape, which nobody will verify, if it is asked for.
+
+    What the drafter found for it is forgotten.
+    """
+    turn = _turn(target, speculation.shape, state, control, penalties)
+
+    def grow():
+        return propose(target, speculation, speculation.shape, state, turn).tree
+
+    def skip():
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grow))
+
+    return lax.cond(control.rehearse, grow, skip)
 
 
 def _empty_outbox(config: EngineConfig, shape: TreeShape) -> Outbox:

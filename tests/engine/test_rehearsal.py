@@ -1,0 +1,178 @@
+"""What plain steps tell of a tree, and what they teach a drafter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treespec_jax import speculation
+from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
+from treespec_jax.drafting.recycle import table_of
+from treespec_jax.engine.chooser import Choice
+from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.rehearsal import tokens_of_step
+from treespec_jax.engine.request import Request
+from treespec_jax.trees.shapes import ROOT_ONLY
+from treespec_jax.trees.token_tree import TokenTree, ancestors_of
+
+STEPS, DEPTH = 4, 3
+
+
+def random_tree(rng, nodes: int) -> dict[str, np.ndarray]:
+    """A tree of different siblings; some nodes do not exist."""
+    parents = np.array([0, *(rng.integers(0, n) for n in range(1, nodes))])
+    depth = np.zeros(nodes, np.int32)
+    tokens = rng.integers(0, 3, nodes)
+    valid = rng.random(nodes) < 0.9
+    for node in range(1, nodes):
+        depth[node] = depth[parents[node]] + 1
+        siblings = [n for n in range(1, node) if parents[n] == parents[node]]
+        # More siblings than tokens: the others are nobody's.
+        valid[node] &= tokens[node] not in tokens[siblings] and valid[parents[node]]
+    valid[0] = True
+    return dict(parents=parents, depth=depth, tokens=tokens, valid=valid)
+
+
+def walk(tree, log_prob, emitted) -> float:
+    """The same by a walk down."""
+
+    def children(node):
+        numbers = np.arange(1, len(tree["parents"]))
+        return [n for n in numbers if tree["parents"][n] == node and tree["valid"][n]]
+
+    def below(node):
+        return sum(np.exp(log_prob[n]) * (1 + below(n)) for n in children(node))
+
+    node, tokens = 0, 1.0
+    for token in emitted:
+        found = [n for n in children(node) if tree["tokens"][n] == token]
+        if not found:
+            return tokens
+        node, tokens = found[0], tokens + 1
+    return tokens + below(node)
+
+
+def test_tokens_of_a_step_are_those_of_a_walk():
+    rng = np.random.default_rng(5)
+    grown = [random_tree(rng, 12) for _ in range(200)]
+    log_prob = np.log(rng.uniform(0.05, 0.3, (200, 12)))
+    log_prob[:, 0] = 0
+    emitted, count = rng.integers(0, 3, (200, STEPS)), rng.integers(0, STEPS + 1, 200)
+    stacked = {name: np.stack([tree[name] for tree in grown]) for name in grown[0]}
+    log_prob = np.where(stacked["valid"], log_prob, -np.inf).astype(np.float32)
+    tree = TokenTree(
+        **stacked,
+        ancestors=ancestors_of(jnp.asarray(stacked["parents"]), 11),
+        draft_logprob=jnp.asarray(log_prob),
+    )
+    tokens = tokens_of_step(tree, jnp.asarray(emitted), jnp.asarray(count))
+    expected = [
+        walk(*each, seq[:n])
+        for *each, seq, n in zip(grown, log_prob, emitted, count, strict=True)
+    ]
+    np.testing.assert_allclose(tokens, expected, rtol=1e-5)
+    assert len({int(x) for x in expected}) > 3, "the trees are worth a test"
+
+
+class Told:
+    """A chooser that is told what to do, and lists what it hears."""
+
+    compiled = True
+
+    def __init__(self):
+        self.choices = []
+        self.reset()
+
+    def reset(self):
+        self.tokens, self.heard = [], []
+
+    def choose(self, max_steps):
+        return self.choices[0] if self.choices else Choice(ROOT_ONLY, None)
+
+    def started(self, choice):
+        self.choices = self.choices[1:]
+
+    def record(self, shape, steps, tokens, slots, seconds):
+        self.tokens.append(tokens / slots)
+
+    def rehearsed(self, tokens):
+        self.heard.append(tokens)
+
+    def begin_text(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_draft):
+    made = speculation.make(SpeculativeConfig(method="auto", tree="dynamic:6@3"))
+    config = EngineConfig(
+        max_batch=2,
+        max_len=128,
+        page_size=16,
+        steps_per_dispatch=STEPS,
+        prefill_chunks=(16,),
+    )
+    made = Engine(tiny_draft, config, made)
+    made._chooser = Told()
+    return made
+
+
+@pytest.fixture(scope="module")
+def asked(ragged_prompts):
+    greedy = SamplingParams(max_tokens=24, ignore_eos=True)
+    sampled = dataclasses.replace(greedy, temperature=0.6, seed=3)
+    return [(ragged_prompts[1] * 3, greedy), (ragged_prompts[2] * 4, sampled)]
+
+
+def serve(engine, asked, choices) -> list[list[int]]:
+    """Runs requests in turn, so that a rehearsal is of one slot."""
+    engine.reset()
+    requests = [Request(list(prompt), params) for prompt, params in asked]
+    for request in requests:
+        engine._chooser.choices = list(choices)
+        engine.submit(request)
+        while engine.busy:
+            engine.advance()
+        engine.drain()
+    return [request.tokens for request in requests]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_says_what_a_tree_would_have_brought(engine, asked):
+    tree, rehearsal = engine.speculation.shape, Choice(ROOT_ONLY, STEPS, True)
+    assert tree.depth == DEPTH < STEPS
+    for one in asked:
+        text = serve(engine, [one], [rehearsal] * 9)
+        heard = list(engine._chooser.heard)
+        # The last tokens are none to compare a whole tree with.
+        for number in range(5):
+            again = serve(engine, [one], [rehearsal] * number + [Choice(tree, 1)])
+            assert again == text
+            assert engine._chooser.tokens[number] == heard[number]
+        assert max(heard) >= 2, "guesses hit"
+
+
+@pytest.mark.slow
+def test_plain_steps_teach_a_dispatch_at_once_what_they_teach_one_by_one(engine, asked):
+    states = []
+    for steps, rehearse in ((1, False), (STEPS, False), (3, True)):
+        texts = serve(engine, asked, [Choice(ROOT_ONLY, steps, rehearse)] * 99)
+        state = engine.draft_state
+        table, (_, _, runners_up) = (
+            table_of(engine.speculation.drafter, state),
+            state.parts,
+        )
+        states.append(
+            jax.tree.map(
+                np.array,
+                (texts, state.texts, table.best, table.logits, runners_up.candidates),
+            )
+        )
+    for state in states[1:]:
+        jax.tree.map(np.testing.assert_array_equal, state, states[0])
+    assert np.isfinite(states[0][3]).any()
+    assert set(engine.compilations) == {"begin", "prefill", "dispatch"}
