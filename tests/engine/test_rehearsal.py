@@ -14,7 +14,7 @@ from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting.recycle import table_of
 from treespec_jax.engine.chooser import Choice
 from treespec_jax.engine.engine import Engine
-from treespec_jax.engine.rehearsal import tokens_of_step
+from treespec_jax.engine.rehearsal import Watching, tokens_of_step
 from treespec_jax.engine.request import Request
 from treespec_jax.trees.shapes import ROOT_ONLY
 from treespec_jax.trees.token_tree import TokenTree, ancestors_of
@@ -106,9 +106,15 @@ class Told:
         pass
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_draft):
-    made = speculation.make(SpeculativeConfig(method="auto", tree="dynamic:6@3"))
+@pytest.fixture(scope="module", params=["no model", "a model"])
+def engine(request, tiny_draft):
+    """Without a model the drafter waits for what it is told, with one it does not."""
+    model = tiny_draft if request.param == "a model" else None
+    settings = SpeculativeConfig(
+        method="auto", tree="dynamic:6@3", model=model and "tiny"
+    )
+    made = speculation.make(settings, model)
+    assert Watching.fits(made.drafter) == (model is None)
     config = EngineConfig(
         max_batch=2,
         max_len=128,
@@ -162,16 +168,10 @@ def test_plain_steps_teach_a_dispatch_at_once_what_they_teach_one_by_one(engine,
     for steps, rehearse in ((1, False), (STEPS, False), (3, True)):
         texts = serve(engine, asked, [Choice(ROOT_ONLY, steps, rehearse)] * 99)
         state = engine.draft_state
-        table, (_, _, runners_up) = (
-            table_of(engine.speculation.drafter, state),
-            state.parts,
-        )
-        states.append(
-            jax.tree.map(
-                np.array,
-                (texts, state.texts, table.best, table.logits, runners_up.candidates),
-            )
-        )
+        table = table_of(engine.speculation.drafter, state)
+        known = getattr(state, "sources", state)
+        looked = known.texts, table.best, table.logits, known.parts[2].candidates
+        states.append(jax.tree.map(np.array, (texts, *looked)))
     for state in states[1:]:
         jax.tree.map(np.testing.assert_array_equal, state, states[0])
     assert np.isfinite(states[0][3]).any()

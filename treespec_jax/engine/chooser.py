@@ -33,8 +33,8 @@ PRIOR_COST = 1.5
 # comparison, and at most.
 RETRY, SOON, RARELY = 3, 8, 256
 # Steps of a dispatch that is for timing, or that shows what a new text is like; and
-# dispatches of the latter kind: two, because the second starts before the first lands.
-TRIAL_STEPS, FRESH = 2, 2
+# dispatches of the latter kind.
+TRIAL_STEPS, FRESH = 2, 10
 # Steps or rehearsals that a running mean remembers, and how many of them still count
 # when a new text begins.
 MEMORY, CARRIED = 16, 2

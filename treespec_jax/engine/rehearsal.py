@@ -81,9 +81,14 @@ class Watching(NoDrafter):
     Its state is `Seen`, or None if the drafter does not want to know.
 
     Args:
-      drafter: without a model.
+      drafter: that it fits.
       steps: S, of a dispatch.
     """
+
+    @staticmethod
+    def fits(drafter: Drafter) -> bool:
+        """Whether a drafter can wait for what it has to be told."""
+        return drafter.module is None and not drafter.needs.feature_layers
 
     def __init__(self, drafter: Drafter, steps: int):
         self.needs = drafter.needs

@@ -353,9 +353,8 @@ def dispatch(
     before, tree, watching = state, None, None
     if speculation.depth > shape.depth == 0:
         tree = _rehearse(target, speculation, state, control, penalties)
-        drafter = speculation.drafter
-        if drafter.module is None:
-            watching = Watching(drafter, config.steps_per_dispatch)
+        if Watching.fits(speculation.drafter):
+            watching = Watching(speculation.drafter, config.steps_per_dispatch)
             seen = watching.begin(config.max_batch, target.config.vocab_size)
             speculation = dataclasses.replace(speculation, drafter=watching)
             state = dataclasses.replace(state, draft=seen)
