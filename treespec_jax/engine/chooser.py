@@ -32,9 +32,9 @@ PRIOR_COST = 1.5
 # Dispatches between those that are for timing: until one is compared, after the first
 # comparison, and at most.
 RETRY, SOON, RARELY = 3, 8, 256
-# Steps of a dispatch that is for timing, or that shows what a new text is like; and
-# dispatches of the latter kind.
-TRIAL_STEPS, FRESH = 2, 10
+# Steps of a dispatch that is for timing, or that shows what a new text is like. Of the
+# latter kind there are as many as rehearsals in so many plain steps.
+TRIAL_STEPS, FRESH = 2, 80
 # Steps or rehearsals that a running mean remembers, and how many of them still count
 # when a new text begins.
 MEMORY, CARRIED = 16, 2
@@ -171,7 +171,7 @@ class Chooser:
     def begin_text(self) -> None:
         """A new text began: what was learnt of the last one may not hold for it."""
         self._tokens.weight = min(self._tokens.weight, CARRIED)
-        self._fresh = FRESH
+        self._fresh = max(2, FRESH // self._every)
 
     def record(
         self,
