@@ -38,8 +38,10 @@ from tests.conftest import TINY
 from tests.kernels.oracle import cast, make_case
 from treespec_jax import sharding
 from treespec_jax import LLM, SamplingParams
-from treespec_jax.checkpoints import LoadedModel, load, save
+from treespec_jax.checkpoints import LoadedModel, drafters, load, save
 from treespec_jax.errors import UserError
+from treespec_jax.models.drafter_config import EagleConfig
+from treespec_jax.models.eagle import EagleModel
 from treespec_jax.models.transformer import Transformer
 
 found = {"attention": [], "texts": {}, "errors": {}}
@@ -113,6 +115,16 @@ def run(**options):
 
 found["texts"]["alone"] = run()
 found["texts"]["shared"] = run(mesh="tensor:4", **pair)
+layer = dataclasses.replace(wide, vocab_size=48)
+eagle = EagleModel(
+    EagleConfig(3, layer, 96, wide.embed_dim, feature_layers=(0, 1)), rngs=nnx.Rngs(2)
+)
+eagle.token_ids[...] = 2 * eagle.token_ids[...]
+drafters.save(
+    eagle, f"{sys.argv[2]}/eagle", target=folders["target"], dtype="float32"
+)
+rows = dict(model=f"{sys.argv[2]}/eagle", tree="regular:2x1", check_drafter=False)
+found["texts"]["eagle"] = run(mesh="tensor:4", speculative=rows)
 loaded = load(folders["target"], mesh=sharding.make_mesh("tensor:4"))
 for name, options in {"pair": pair, "twice": {"mesh": "tensor:4"}}.items():
     try:
@@ -156,6 +168,12 @@ def test_a_mesh_changes_no_text(found):
     assert texts == found["texts"]["alone"][0]
     assert held == [1 / 4, 1] and found["texts"]["alone"][1] == [1]
     assert programs == found["texts"]["alone"][2] == [1, 1], "compiled again"
+
+
+def test_a_layer_over_the_targets_rows_lies_on_its_mesh(found):
+    texts, held, programs = found["texts"]["eagle"]
+    assert texts == found["texts"]["alone"][0]
+    assert (held, programs) == ([1 / 4, 1 / 4], [1, 1])
 
 
 def test_what_does_not_fit(found):

@@ -369,7 +369,7 @@ class SpeculativeConfig:
       recycle_table: file of successors that methods "recycle" and "auto" begin with, if
         it is there; `LLM.save_recycle_table` writes it. "": they begin with none.
       check_drafter: a drafter over the target's rows is tried on text of the target's
-        own when it is loaded, and refused if it guesses nothing (`drafting.wiring`);
+        own when it is loaded, and refused if it is wired wrongly (`drafting.wiring`);
         those of the catalogue are known to be good.
     """
 

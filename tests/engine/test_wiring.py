@@ -141,22 +141,49 @@ def test_wrong_ones_are_refused_unless_wanted(target):
     message = str(told.value)
     assert message.startswith("the eagle guesses ")
     assert "% are one and the same token" in message
-    assert message.endswith(
-        "another drafter, or check_drafter=False to take it as it is"
-    )
+    assert message.endswith("or check_drafter=False to take it as it is")
     assert "\n" not in message
     LLM(target, speculative=speculative | {"check_drafter": False}, **SIZES)
     known = dataclasses.replace(wrong, known=True)
     LLM(target, speculative=speculative | {"model": known}, **SIZES)
 
 
-def test_hints_name_what_a_file_may_not_say(target):
+@pytest.fixture(scope="module")
+def drowning(target) -> Transformer:
+    """Says the same, though its second layer drowns the token in that of number 0."""
+    model = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    nnx.update(model, nnx.state(target.model))
+    mlp = model.layers[1].mlp
+    mlp.gate_up[...] = jnp.zeros_like(mlp.gate_up[...]).at[:, 0].set(1.0)
+    mlp.down[...] = jnp.zeros_like(mlp.down[...]).at[0, 0].set(1.0)
+    model.head[...] = model.head[...].at[:, 0].set(0.0)
+    return model
+
+
+def third(layers) -> EagleModel:
+    """Says what comes two places after the token that its first feature holds."""
     layer = dataclasses.replace(CONFIG, num_layers=1)
-    config = EagleConfig(3, layer, V, D, feature_layers=(0, 1, 2))
-    model = EagleModel(config, rngs=nnx.Rngs(1))
+    model = EagleModel(
+        EagleConfig(3, layer, V, D, feature_layers=layers), rngs=nnx.Rngs(1)
+    )
     silence(model)
-    model.norm.scale[...] = jnp.zeros_like(model.norm.scale[...])
-    texts = np.random.default_rng(1).integers(1, V, (2, 30))
-    wanted = "try option feature_layers=.1, 2, 3., option norm_before_residual=True"
+    model.fc[...] = jnp.concatenate([jnp.eye(D), jnp.zeros((D, D))], axis=1)
+    model.head[...] = matrix(NEXT[NEXT])
+    return model
+
+
+def test_the_option_that_was_meant_is_named(drowning):
+    walks = [np.arange(V)]
+    for _ in range(9):
+        walks.append(NEXT[walks[-1]])
+    texts = np.stack(walks, axis=1)
+    right = wiring.check(drowning, third((0, 2)), texts, "it")
+    assert right.drafter > 0.9
+    # Layers 3 and -1 there are not.
+    assert right.others == {"norm_before_residual=true": right.drafter}
+    found = wiring.agreement(drowning, third((1, 2)), texts)
+    assert found.drafter < 0.1
+    assert found.others["feature_layers=[0,1]"] == right.drafter
+    wanted = f"{right.drafter:.0%} with feature_layers=.0,1.: it was trained to read"
     with pytest.raises(UserError, match=wanted):
-        wiring.check(target.model, model, texts, "it")
+        wiring.check(drowning, third((1, 2)), texts, "it")

@@ -67,8 +67,8 @@ HELP: dict[str, dict[str, str]] = {
         "options": "NAME=VALUE, a setting of the method; repeatable; default: none",
         "recycle_table": "file of successors that methods recycle and auto begin with; "
         "generate writes it at the end; default: none",
-        "check_drafter": "try an EAGLE or Medusa drafter on the target's own text, and "
-        "refuse one that guesses nothing",
+        "check_drafter": "try an EAGLE or Medusa drafter on the target's own text, "
+        "and refuse one that reads the wrong rows",
     },
     "engine": {
         "max_batch": "texts decoded together",
