@@ -282,14 +282,29 @@ def read_texts(sources: Sequence[Source], tokenizer) -> Answers:
     Raises:
       UserError: a file that cannot be read or holds no text.
     """
+    parts = []
+    for source in sources:
+        documents = data.read_documents(source)
+        parts.append(from_texts(documents, tokenizer, Path(source.path).name))
+    return join(parts)
+
+
+def from_texts(documents: Iterable[str], tokenizer, source: str = "texts") -> Answers:
+    """Texts as if the target had written them.
+
+    Args:
+      documents: one at least.
+      tokenizer: as of `read_texts`.
+      source: a name for all of them.
+    """
     end = list(tokenizer.eos_ids[:1])
     prompt = int(tokenizer.bos_id is not None)
-    texts = []
-    for source in sources:
-        for document in data.read_documents(source):
-            tokens = np.array([*tokenizer.encode(document), *end], np.int32)
-            texts.append((tokens, prompt, 1.0, Path(source.path).name))
-    return _answers(texts)
+    return _answers(
+        [
+            (np.array([*tokenizer.encode(text), *end], np.int32), prompt, 1.0, source)
+            for text in documents
+        ]
+    )
 
 
 def join(parts: Sequence[Answers]) -> Answers:
