@@ -99,8 +99,10 @@ def _train(base_model, usual, settings, training_data, how) -> LoadedDrafter:
     if not isinstance(target, LoadedModel):
         on_cpu = jax.default_backend() == "cpu"
         target = checkpoints.load(target, "float32" if on_cpu else "bfloat16")
-    answers = _answers(training_data, target)
-    values = _merged({"data": _rows(answers, target), **usual}, settings)
+    data = settings.get("data", {})
+    separator = from_mapping(AnswersConfig, data, "data").separator
+    answers = _answers(training_data, separator, target)
+    values = _merged({"data": _rows(answers, target, data), **usual}, settings)
     values["target"] = target.source
     data = from_mapping(AnswersConfig, values["data"], "data")
     rows, _ = drafter_data.load(data, target, answers)
@@ -122,12 +124,15 @@ def _train(base_model, usual, settings, training_data, how) -> LoadedDrafter:
         )
 
 
-def _answers(training_data: TrainingData, target: LoadedModel) -> Answers:
+def _answers(
+    training_data: TrainingData, separator: str, target: LoadedModel
+) -> Answers:
     if isinstance(training_data, (str, Path)):
         path = Path(training_data).expanduser()
         if path.is_dir():
             return read_answers(path)
-        return drafter_data.read(AnswersConfig(text=(str(path),)), target)
+        config = AnswersConfig(text=(str(path),), separator=separator)
+        return drafter_data.read(config, target)
     texts = list(training_data)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(
@@ -136,10 +141,12 @@ def _answers(training_data: TrainingData, target: LoadedModel) -> Answers:
     return from_texts(texts, drafter_data.tokenizer_of(target))
 
 
-def _rows(answers: Answers, target: LoadedModel) -> dict[str, Any]:
-    """Usual settings of rows, small enough for few texts."""
-    row_tokens = min(256, target.config.max_positions)
-    batch_rows = max(1, min(16, int(len(answers.tokens) * 0.9) // row_tokens))
+def _rows(answers: Answers, target: LoadedModel, given: Mapping[str, Any]):
+    """Usual settings of rows, small enough for few texts; `given` are the user's."""
+    row_tokens = given.get("row_tokens", min(256, target.config.max_positions))
+    # A tenth, or a row, is held out.
+    rows = int(0.9 * len(answers.tokens)) // row_tokens - 1
+    batch_rows = max(1, min(16, rows))
     micro_rows = math.gcd(batch_rows, 4)
     return {
         "row_tokens": row_tokens,
