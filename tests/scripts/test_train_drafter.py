@@ -75,8 +75,6 @@ def test_mistakes_are_one_line(refuses, files, tmp_path):
     refuses("holds no texts of generate_answers", *given, f"--data={tmp_path}")
     refuses("cannot read none.txt", *given, "--text=none.txt")
     refuses("--method", *given, "--text=none.txt", "--method=hydra")
-    refuses("objective.predictions=5 exceeds drafter.heads=4", *given, "--text=x",
-            "--method=medusa")  # fmt: skip
     (tmp_path / "tale.txt").write_text("a dog\n" * 4)
     refuses("leave no row of 256 tokens", *given, f"--text={tmp_path / 'tale.txt'}")
 

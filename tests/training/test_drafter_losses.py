@@ -25,8 +25,8 @@ B, S = 2, 3
 
 
 @pytest.mark.parametrize("generation", [1, 3])
-def test_unroll_is_the_layer_on_a_tree(generation, tiny_target):
-    """Pass s of row i is the node s below row i of a tree over true features."""
+def test_unroll_is_the_layer_on_a_branch(generation, tiny_target):
+    """Pass s of row i is node s of a branch below rows of true features."""
     drafter = heads.eagle(tiny_target, generation)
     tokens_BU = rows(B).tokens
     count = len(drafter.config.feature_layers)
@@ -40,26 +40,27 @@ def test_unroll_is_the_layer_on_a_tree(generation, tiny_target):
         return model.fuse(features), unroll(model, tokens_BU, features, S)
 
     @jax.jit
-    def tree(leaves, tokens_U, hidden_DU, mask_UU):
-        positions_1U = jnp.arange(tokens_U.size)[None]
+    def chain(leaves, tokens_T, hidden_DT):
+        mask_1TT, positions_1T = (
+            jnp.tril(jnp.ones((1, T, T), bool)),
+            jnp.arange(T)[None],
+        )
         model = flat.bind(leaves)
-        return model(tokens_U[None], hidden_DU, positions_1U, mask_UU[None]).hidden
+        return model(tokens_T[None], hidden_DT, positions_1T, mask_1TT).hidden
 
     fused_DR, outputs = unrolled(flat.leaves)
     for b, i in [(0, 0), (1, 4), (1, T - S)]:
-        # Rows 0, …, i of the text, then the branch: what is past the node is hidden.
-        hidden_DU = np.zeros((fused_DR.shape[0], T), np.float32)
-        hidden_DU[:, : i + 1] = fused_DR[:, b * T : b * T + i + 1]
+        # Rows 0, …, i of the text, then the branch; no row sees a later one.
+        hidden_DT = np.zeros((fused_DR.shape[0], T), np.float32)
+        hidden_DT[:, : i + 1] = fused_DR[:, b * T : b * T + i + 1]
         for s in range(S):
-            mask_UU = np.tril(np.ones((T, T), bool))
-            mask_UU[: i + s + 1, i + s + 1 :] = False
-            made_DU = tree(flat.leaves, tokens_BU[b, 1:], hidden_DU, mask_UU)
-            node_D = made_DU[:, i + s]
+            made_DT = chain(flat.leaves, tokens_BU[b, 1:], hidden_DT)
+            node_D = made_DT[:, i + s]
             np.testing.assert_allclose(
                 outputs[s][:, b * T + i], node_D, rtol=2e-4, atol=2e-5
             )
             if i + s + 1 < T:
-                hidden_DU[:, i + s + 1] = node_D
+                hidden_DT[:, i + s + 1] = node_D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +146,8 @@ def look(case: Case, target: Transformer) -> Looked:
 
 @pytest.fixture(autouse=True)
 def few_columns(monkeypatch):
-    """The target's logits are made in three runs, the last of them padded."""
-    monkeypatch.setattr(head_losses, "COLUMNS", 10)
+    """The target's logits are made in five runs, the last of them padded."""
+    monkeypatch.setattr(head_losses, "COLUMNS", 5)
 
 
 def softmax(x):

@@ -24,7 +24,7 @@ from treespec_jax.training.store import Store
 
 def named(model) -> dict[str, np.ndarray]:
     state = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
+    return {".".join(map(str, path)): np.array(leaf[...]) for path, leaf in state}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -35,7 +35,7 @@ def test_steps_lower_the_loss_and_leave_the_target_alone(method, tiny_target):
     trainer = Trainer(settings, loaded(tiny_target), rows)
     state, losses = trainer.init(), []
     untrained = named(trainer.trained(state.leaves))
-    target = {name: value.copy() for name, value in named(tiny_target).items()}
+    target = named(tiny_target)
     batch = drafter_data.take(rows, np.arange(4))
     for _ in range(8):
         state, loss = trainer.step(state, batch, 1e-2)
@@ -226,8 +226,6 @@ def test_mistakes_are_one_line(whole, tiny_target, tmp_path):
     fails("batch_rows=400 exceeds the", data={"batch_rows": 400})
     fails("is not a multiple of micro_rows=3", data={"micro_rows": 3})
     fails("row_tokens=512 exceeds the target's 256", data={"row_tokens": 512})
-    fails("objective.predictions=4 exceeds drafter.heads=3", "medusa",
-          objective={"predictions": 4})  # fmt: skip
     fails("is outside 0..2, the target's layers", drafter={"feature_layers": (1, 3)})
     fails("heads=3 is not a multiple of", drafter={"num_heads": 3})
     fails("unknown key 'vocabulary' in drafter", drafter={"vocabulary": 3})

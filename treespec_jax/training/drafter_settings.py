@@ -112,7 +112,7 @@ class Objective:
     """What is minimised; see `training.head_losses`.
 
     Attributes:
-      predictions: S, per row; of Medusa the number of heads at most. A draft model
+      predictions: S, per row; Medusa has one per head at most. A draft model
         learns one and is measured on S.
       decay: weight of a prediction against the one before.
       token_weight: of the cross entropy.
@@ -203,12 +203,10 @@ class DrafterTraining:
             )
         if not self.target:
             raise UserError("no target: give --target=CHECKPOINT")
-        wanted = self.objective.predictions
-        if self.method == "medusa" and wanted > self.drafter.heads:
-            raise UserError(
-                f"objective.predictions={wanted} exceeds drafter.heads="
-                f"{self.drafter.heads}"
-            )
+        if self.method == "medusa":
+            count = min(self.objective.predictions, self.drafter.heads)
+            objective = dataclasses.replace(self.objective, predictions=count)
+            object.__setattr__(self, "objective", objective)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share: all but `run`, paths and the steps."""

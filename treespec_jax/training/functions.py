@@ -107,7 +107,7 @@ def _train(base_model, usual, settings, training_data, how) -> LoadedDrafter:
     data = from_mapping(AnswersConfig, values["data"], "data")
     rows, _ = drafter_data.load(data, target, answers)
     steps = max(2, math.ceil(epochs * len(rows.tokens) / data.batch_rows))
-    schedule = {"steps": steps, "warmup": steps // 20, "decay": steps // 5}
+    schedule = {"steps": steps, "warmup": max(1, steps // 20), "decay": steps // 5}
     values["optimizer"] = schedule | {"peak": 1e-3} | values.get("optimizer", {})
     with tempfile.TemporaryDirectory() as temporary:
         run = {"output": str(output or temporary), "export_dtype": "float32"}
