@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct's EAGLE-3 layer: 6.0 million parameters, 8,192 tokens.
 
-  python configs/smollm2_prompts.py --data=DATA --output=runs/prompts.jsonl
+  python configs/data/smollm2_prompts.py --data=DATA --output=runs/prompts.jsonl
   python scripts/generate_answers.py --target=smollm2-135m-instruct --dtype=bfloat16 \\
       --dialogues=10240 --max_tokens=488 --max_batch=1024 --output=runs/dialogues
   python scripts/generate_answers.py --target=smollm2-135m-instruct --dtype=bfloat16 \\

@@ -20,6 +20,8 @@ _PUBLIC = {
     "LLM": "treespec_jax.llm",
     "SamplingParams": "treespec_jax.config",
     "UserError": "treespec_jax.errors",
+    "train_eagle": "treespec_jax.training.functions",
+    "train_medusa_heads": "treespec_jax.training.functions",
 }
 
 __all__ = list(_PUBLIC)

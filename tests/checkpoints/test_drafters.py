@@ -198,24 +198,6 @@ def test_drafter_as_target_is_refused(stored):
         LLM(stored / "medusa")
 
 
-def test_export_of_a_trainer(target, tmp_path, monkeypatch):
-    from treespec_jax.checkpoints.drafters import saving
-
-    model = random_drafter(KINDS["eagle3"], target.model)
-
-    class Trainer:
-        config = type("Config", (), {"target": "a name"})
-
-        def trained(self, leaves):
-            assert leaves == "leaves"
-            return model
-
-    monkeypatch.setattr(saving, "describe", lambda name: target)
-    drafters.export(Trainer(), "leaves", tmp_path / "d")
-    about = drafters.describe_drafter(tmp_path / "d", target)
-    assert (about.config, about.dtype) == (KINDS["eagle3"], "bfloat16")
-
-
 # ---- whole programs
 
 

@@ -245,6 +245,20 @@ def test_rows_hold_whole_texts_and_say_what_the_target_wrote(tmp_path):
         found.rows(4096, 0.1)
 
 
+def test_of_few_texts_a_row_is_held_out(tmp_path):
+    short = numbered(tmp_path / "short", [(1, 4)] * 20)
+    train, held = short.rows(16, held_out=0.02)
+    # Four texts of five tokens fill it.
+    assert len(held.tokens) == 1 and len(train.tokens) == 4
+    one = numbered(tmp_path / "one", [(3, 77)])
+    train, held = one.rows(16, held_out=0.02)
+    assert held.tokens.tolist() == [list(range(63, 80))] and held.written.all()
+    assert train.tokens[:, 0].tolist() == [0, 16, 32]
+    assert train.written.sum() == 3 * 17 - 3
+    with pytest.raises(UserError, match="leave no row of 40 tokens to train on"):
+        one.rows(40, held_out=0.02)
+
+
 def test_texts_without_tokens_and_repeated_dialogues_are_left_out(tmp_path):
     same = list(range(100, 132))
     texts = [

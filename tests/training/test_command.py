@@ -11,7 +11,12 @@ import sys
 import pytest
 
 from treespec_jax.errors import UserError
-from treespec_jax.training import command, settings
+from treespec_jax.training import (
+    command,
+    drafter_command,
+    drafter_settings,
+    settings,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -68,7 +73,13 @@ def test_mistakes_get_one_line(arguments, words, tmp_path):
 def test_files_name_every_setting(path):
     """A key that a file lacks cannot be given as --config.KEY either."""
     values = runpy.run_path(str(path))["get_config"]()
-    built = settings.build(command.with_flags(values, output="out"))
-    for part in ("data", "vocabulary", "optimizer", "distill", "run"):
+    parts = ["data", "optimizer", "run"]
+    if "method" in values:
+        given = drafter_command.with_flags(values, text=["x"], output="out")
+        built, more = drafter_settings.build(given), ["drafter", "objective"]
+    else:
+        built = settings.build(command.with_flags(values, output="out"))
+        more = ["vocabulary", "distill"]
+    for part in (*parts, *more):
         fields = dataclasses.fields(getattr(built, part))
         assert {field.name for field in fields} == set(values[part])

@@ -197,24 +197,27 @@ class Answers:
     ) -> tuple[MaskedRows, MaskedRows]:
         """Rows to train on, and rows of other texts to measure on.
 
-        Whole texts are held out. The texts of each part follow one another in a random
-        order and are cut into rows wherever those end; what does not fill a row at the
-        end is dropped.
+        Whole texts are held out; of a single one, its end. The texts of each part
+        follow one another in a random order and are cut into rows wherever those end;
+        what does not fill a row at the end is dropped.
 
         Args:
           row_tokens: T.
-          held_out: share of the texts to hold out, in (0, 1); one at least.
+          held_out: share of the texts to hold out, in (0, 1); more if these do not fill
+            a row.
           seed: decides which, and the order.
 
         Raises:
           UserError: a part is shorter than a row.
         """
-        order = np.random.default_rng(seed).permutation(len(self))
+        texts, order = self, np.random.default_rng(seed).permutation(len(self))
+        if len(self) == 1:
+            texts, order = self._in_two(row_tokens, held_out), np.array([1, 0])
         count = max(1, round(len(self) * held_out))
-        train, held = (
-            self._packed(order[count:], row_tokens),
-            self._packed(order[:count], row_tokens),
-        )
+        tokens = np.cumsum(np.diff(texts.starts)[order])
+        count = max(count, int(np.searchsorted(tokens, row_tokens + 1)) + 1)
+        train = texts._packed(order[count:], row_tokens)
+        held = texts._packed(order[:count], row_tokens)
         for rows, what in ((train, "to train on"), (held, f"held out ({held_out:g})")):
             if not len(rows.tokens):
                 raise UserError(
@@ -223,6 +226,18 @@ class Answers:
                     "shorter rows"
                 )
         return train, held
+
+    def _in_two(self, row_tokens: int, held_out: float) -> Answers:
+        """The one text as two: what is held out, a row at least, is the second."""
+        total = len(self.tokens)
+        end = max(round(total * held_out), row_tokens + 1)
+        return dataclasses.replace(
+            self,
+            starts=np.array([0, max(0, total - end), total]),
+            prompt_tokens=np.array([self.prompt_tokens[0], 0], np.int32),
+            temperatures=np.repeat(self.temperatures, 2),
+            sources=self.sources * 2,
+        )
 
     def _packed(self, order: np.ndarray, row_tokens: int) -> MaskedRows:
         """Rows of some texts, in that order."""
@@ -282,14 +297,29 @@ def read_texts(sources: Sequence[Source], tokenizer) -> Answers:
     Raises:
       UserError: a file that cannot be read or holds no text.
     """
+    parts = []
+    for source in sources:
+        documents = data.read_documents(source)
+        parts.append(from_texts(documents, tokenizer, Path(source.path).name))
+    return join(parts)
+
+
+def from_texts(documents: Iterable[str], tokenizer, source: str = "texts") -> Answers:
+    """Texts as if the target had written them.
+
+    Args:
+      documents: one at least.
+      tokenizer: as of `read_texts`.
+      source: a name for all of them.
+    """
     end = list(tokenizer.eos_ids[:1])
     prompt = int(tokenizer.bos_id is not None)
-    texts = []
-    for source in sources:
-        for document in data.read_documents(source):
-            tokens = np.array([*tokenizer.encode(document), *end], np.int32)
-            texts.append((tokens, prompt, 1.0, Path(source.path).name))
-    return _answers(texts)
+    return _answers(
+        [
+            (np.array([*tokenizer.encode(text), *end], np.int32), prompt, 1.0, source)
+            for text in documents
+        ]
+    )
 
 
 def join(parts: Sequence[Answers]) -> Answers:

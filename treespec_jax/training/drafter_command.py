@@ -47,17 +47,8 @@ def train(config: Mapping[str, Any], **given: Any) -> None:
     """Runs the training that flags and file describe and prints what it came to."""
     checked = drafter_settings.build(with_flags(config, **given))
     result = drafter_loop.train(checked)
-    cost = result.cost
     if not result.finished:
         print(f"stopped at step {result.step}; the same command goes on")
         return
-    print(f"held-out loss    {result.best.loss:.4f} nats per prediction")
-    for name, value in result.best.tokens_per_step.items():
-        print(f"tokens per step  {value:.3f} with {name}, on held-out text")
-    print(f"best step        {result.best_step} of {result.step}")
-    print(
-        f"cost             {cost['parameters']:,} parameters ({cost['share']:.1%} of "
-        f"the target's), {cost['tokens']:,} tokens, {cost['flops']:.2g} FLOPs, "
-        f"{cost['seconds']:.0f} s"
-    )
-    print(f"drafter          {result.path}")
+    print("\n".join(result.report.lines()))
+    print(f"drafter: {result.path}")

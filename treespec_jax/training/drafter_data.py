@@ -9,29 +9,64 @@ import hashlib
 import numpy as np
 
 from treespec_jax.checkpoints.loading import LoadedModel
+from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.errors import UserError
-from treespec_jax.training.answers import MaskedRows, join, read_answers, read_texts
+from treespec_jax.training.answers import (
+    Answers,
+    MaskedRows,
+    join,
+    read_answers,
+    read_texts,
+)
 from treespec_jax.training.drafter_settings import AnswersConfig
 from treespec_jax.training.settings import Source
 
 
-def load(config: AnswersConfig, target: LoadedModel) -> tuple[MaskedRows, MaskedRows]:
-    """Rows to train on, and rows that are held out.
+def read(config: AnswersConfig, target: LoadedModel) -> Answers:
+    """All texts that the configuration names.
 
     Raises:
-      UserError: a folder or file that cannot be read, tokens that the target lacks, or
-        fewer rows than a batch has.
+      UserError: a folder or file that cannot be read, or no tokenizer to read it with.
     """
     parts = [read_answers(folder) for folder in config.answers]
     if config.text:
-        if target.tokenizer is None:
-            raise UserError(
-                f"{target.source} has no tokenizer to read {config.text[0]} with; give "
-                "--data=FOLDER of generate_answers"
-            )
         sources = [Source(path, separator=config.separator) for path in config.text]
-        parts.append(read_texts(sources, target.tokenizer))
-    answers = join(parts)
+        parts.append(read_texts(sources, tokenizer_of(target)))
+    return join(parts)
+
+
+def tokenizer_of(target: LoadedModel) -> Tokenizer:
+    """The target's tokenizer; Raises UserError: it has none."""
+    if target.tokenizer is None:
+        raise UserError(
+            f"{target.source} has no tokenizer to read texts with; give --data=FOLDER "
+            "of generate_answers"
+        )
+    return target.tokenizer
+
+
+def load(
+    config: AnswersConfig, target: LoadedModel, answers: Answers | None = None
+) -> tuple[MaskedRows, MaskedRows]:
+    """Rows to train on, and rows that are held out.
+
+    Args:
+      config: how the texts are cut.
+      target: that the drafter is for.
+      answers: None: what `config` names.
+
+    Raises:
+      UserError: as `read`; tokens that the target lacks, rows longer than its
+        positions, or fewer rows than a batch has.
+    """
+    longest = target.config.max_positions
+    if config.row_tokens > longest:
+        raise UserError(
+            f"data.row_tokens={config.row_tokens} exceeds the target's {longest} "
+            "positions; lower it"
+        )
+    if answers is None:
+        answers = read(config, target)
     largest, vocab = int(answers.tokens.max()), target.config.vocab_size
     if largest >= vocab:
         raise UserError(

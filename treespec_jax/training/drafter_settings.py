@@ -51,6 +51,9 @@ class AnswersConfig:
                 f"data.batch_rows={self.batch_rows} is not a multiple of "
                 f"micro_rows={self.micro_rows}"
             )
+
+    def check_named(self) -> None:
+        """Raises UserError if there is neither a folder nor a file."""
         if not self.answers and not self.text:
             raise UserError(
                 "nothing to train on: give --data=FOLDER of generate_answers, or "
@@ -61,6 +64,8 @@ class AnswersConfig:
 @dataclasses.dataclass(frozen=True)
 class ShapeConfig:
     """Of the drafter; what is 0 or None goes with the target.
+
+    A draft model's sizes go with the target by half of them (`new_drafter`).
 
     Attributes:
       vocab: Vd, the commonest tokens of the training text are known; 0: all tokens.
@@ -107,7 +112,8 @@ class Objective:
     """What is minimised; see `training.head_losses`.
 
     Attributes:
-      predictions: S, per row; of Medusa the number of heads at most.
+      predictions: S, per row; Medusa has one per head at most. A draft model
+        learns one and is measured on S.
       decay: weight of a prediction against the one before.
       token_weight: of the cross entropy.
       feature_weight: of the distance between an EAGLE-1 layer's output and the target's
@@ -197,12 +203,10 @@ class DrafterTraining:
             )
         if not self.target:
             raise UserError("no target: give --target=CHECKPOINT")
-        wanted = self.objective.predictions
-        if self.method == "medusa" and wanted > self.drafter.heads:
-            raise UserError(
-                f"objective.predictions={wanted} exceeds drafter.heads="
-                f"{self.drafter.heads}"
-            )
+        if self.method == "medusa":
+            count = min(self.objective.predictions, self.drafter.heads)
+            objective = dataclasses.replace(self.objective, predictions=count)
+            object.__setattr__(self, "objective", objective)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share: all but `run`, paths and the steps."""

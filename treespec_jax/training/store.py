@@ -27,29 +27,32 @@ class Store:
     Args:
       folder: made if it is not there.
 
+    Attributes:
+      folder: its absolute path.
+
     Raises:
       UserError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self._folder = pathlib.Path(folder).absolute()
+        self.folder = pathlib.Path(folder).absolute()
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for rest in self._folder.glob(f"*{_PARTIAL}*"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for rest in self.folder.glob(f"*{_PARTIAL}*"):
                 shutil.rmtree(rest)
-            probe = self._folder / f"probe{_PARTIAL}"
+            probe = self.folder / f"probe{_PARTIAL}"
             probe.mkdir()
             probe.rmdir()
         except OSError as e:
             raise UserError(f"cannot write to {folder}: {e.strerror}") from None
 
     def _newest(self) -> pathlib.Path | None:
-        found = [p for p in self._folder.glob("step_*") if _PARTIAL not in p.name]
+        found = [p for p in self.folder.glob("step_*") if _PARTIAL not in p.name]
         return max(found, default=None)
 
     def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
         """Writes the leaves of `tree` and `notes` (JSON) as the state after `step`."""
-        final = self._folder / f"step_{step:08d}"
+        final = self.folder / f"step_{step:08d}"
         partial = final.with_name(final.name + _PARTIAL)
         # A run that was resumed may reach a step that is stored already.
         shutil.rmtree(partial, ignore_errors=True)
@@ -65,7 +68,7 @@ class Store:
             shutil.rmtree(partial)
             return
         partial.rename(final)
-        for old in self._folder.glob("step_*"):
+        for old in self.folder.glob("step_*"):
             if old != final:
                 shutil.rmtree(old)
 

@@ -34,7 +34,6 @@ _WITH_JAX = {
     "LoadedDrafter": "treespec_jax.checkpoints.drafters.loading",
     "load_drafter": "treespec_jax.checkpoints.drafters.loading",
     "check_output": "treespec_jax.checkpoints.drafters.saving",
-    "export": "treespec_jax.checkpoints.drafters.saving",
     "save": "treespec_jax.checkpoints.drafters.saving",
 }
 

@@ -82,17 +82,6 @@ def check_output(path: str | Path) -> None:
     saving.check_output(path, FORMAT)
 
 
-def export(trainer: Any, leaves: Any, path: str | Path) -> None:
-    """Writes what a training run came to, in bfloat16.
-
-    Args:
-      trainer: `trained(leaves)` gives the drafter, `config.target` names the target.
-      leaves: the trained parameters.
-      path: see `save`.
-    """
-    save(trainer.trained(leaves), path, target=trainer.config.target)
-
-
 def _about(model: nnx.Module, target: Target, dtype: np.dtype, files) -> dict[str, Any]:
     method = next(name for name, cls in CONFIGS.items() if type(model.config) is cls)
     sizes = target.config

@@ -1,6 +1,6 @@
 """Writes the prompts that SmolLM2 answers for the training of its drafters.
 
-  python configs/smollm2_prompts.py --data=DATA --output=prompts.jsonl
+  python configs/data/smollm2_prompts.py --data=DATA --output=prompts.jsonl
 
 DATA holds GSM8K's train.jsonl (MIT), The Wizard of Oz (public domain) and TinyStories
 (CDLA-Sharing-1.0) as gsm8k/train.jsonl, oz/wizard_of_oz.txt and

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 from treespec_jax.models.drafter_config import EagleConfig, MedusaConfig
 from treespec_jax.models.eagle import EagleModel
@@ -15,6 +16,18 @@ from treespec_jax.models.medusa import MedusaHeads
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.training.answers import MaskedRows
 from treespec_jax.training.drafter_settings import DrafterTraining, ShapeConfig
+
+# What a family adds to the decoder and a drafter can do without.
+_PLAIN = dict(
+    window=None,
+    local_layers=(),
+    local_rotary=None,
+    qk_norm=False,
+    qkv_bias=False,
+    post_norms=False,
+    attention_soft_cap=None,
+    logit_soft_cap=None,
+)
 
 
 def make_head(config: DrafterTraining, target: Transformer, rows: MaskedRows):
@@ -47,6 +60,25 @@ def make_head(config: DrafterTraining, target: Transformer, rows: MaskedRows):
     return head
 
 
+def make_draft_model(config: DrafterTraining, target: Transformer) -> Transformer:
+    """A language model of random parameters and the target's vocabulary.
+
+    Args:
+      config: of the run.
+      target: whose tokens and positions it has.
+
+    Raises:
+      UserError: a reduced vocabulary, or sizes that do not go together.
+    """
+    if config.drafter.vocab not in (0, target.config.vocab_size):
+        raise UserError(
+            f"drafter.vocab={config.drafter.vocab}: a draft model has all "
+            f"{target.config.vocab_size} tokens of the target; leave it out"
+        )
+    about = draft_config(config.drafter, target.config)
+    return Transformer(about, dtype=jnp.float32, rngs=nnx.Rngs(config.seed))
+
+
 def commonest(rows: MaskedRows, count: int, vocab: int) -> np.ndarray:
     """int64 [Vd], ascending: the commonest tokens that the target wrote.
 
@@ -67,13 +99,14 @@ def commonest(rows: MaskedRows, count: int, vocab: int) -> np.ndarray:
 
 
 def eagle_config(
-    shape: ShapeConfig, target, generation: int, vocab: int
+    shape: ShapeConfig, target: ModelConfig, generation: int, vocab: int
 ) -> EagleConfig:
     """The shape of an EAGLE layer for a target of that configuration."""
     layers = shape.feature_layers
     if layers is None:
         n = target.num_layers
-        layers = (n,) if generation == 1 else tuple(sorted({1, n // 2 - 1, n - 4}))
+        deep = {min(1, n), max(0, n // 2 - 1), max(0, n - 4)}
+        layers = (n,) if generation == 1 else tuple(sorted(deep))
     if layers[0] < 0 or layers[-1] > target.num_layers:
         raise UserError(
             f"drafter.feature_layers={list(layers)} is outside 0..{target.num_layers}, "
@@ -87,14 +120,7 @@ def eagle_config(
         num_heads=shape.num_heads or target.num_heads,
         num_kv_heads=shape.num_kv_heads or target.num_kv_heads,
         head_dim=shape.head_dim or target.head_dim,
-        window=None,
-        local_layers=(),
-        local_rotary=None,
-        qk_norm=False,
-        qkv_bias=False,
-        post_norms=False,
-        attention_soft_cap=None,
-        logit_soft_cap=None,
+        **_PLAIN,
     )
     return EagleConfig(
         generation=generation,
@@ -106,7 +132,7 @@ def eagle_config(
     )
 
 
-def medusa_config(shape: ShapeConfig, target, vocab: int) -> MedusaConfig:
+def medusa_config(shape: ShapeConfig, target: ModelConfig, vocab: int) -> MedusaConfig:
     """The shape of Medusa heads for a target of that configuration."""
     return MedusaConfig(
         heads=shape.heads,
@@ -116,4 +142,26 @@ def medusa_config(shape: ShapeConfig, target, vocab: int) -> MedusaConfig:
         vocab_size=vocab,
         target_layers=target.num_layers,
         shared_head=shape.shared_head,
+    )
+
+
+def draft_config(shape: ShapeConfig, target: ModelConfig) -> ModelConfig:
+    """The shape of a draft model for a target of that configuration.
+
+    What `shape` leaves open is half of the target's, the width of a head the target's.
+    """
+    kv_heads = shape.num_kv_heads or max(1, target.num_kv_heads // 2)
+    return dataclasses.replace(
+        target,
+        embed_dim=shape.embed_dim or -(-target.embed_dim // 2),
+        mlp_dim=shape.mlp_dim or -(-target.mlp_dim // 2),
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads or kv_heads * target.queries_per_kv,
+        num_kv_heads=kv_heads,
+        head_dim=shape.head_dim or target.head_dim,
+        tied_embeddings=True,
+        scaled_embeddings=False,
+        unit_offset_norms=False,
+        attention_scale=None,
+        **_PLAIN,
     )
