@@ -119,7 +119,7 @@ class DrafterContract:
 
     @pytest.fixture(scope="class")
     def empty(self, drafter):
-        return drafter.init(Sizes(B, MAX_LEN, 3, LAYOUT, TINY.vocab_size))
+        return drafter.init(Sizes(B, MAX_LEN, 3, LAYOUT, TINY.vocab_size, 4))
 
     @pytest.fixture(scope="class")
     def ingest(self, drafter):

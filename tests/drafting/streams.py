@@ -110,7 +110,9 @@ class Stream:
 
     def __init__(self, drafter, seed: int = 0):
         self.drafter = drafter
-        self.state = drafter.init(Sizes(B, MAX_LEN, DEPTH, CacheLayout(2, 16), V))
+        self.state = drafter.init(
+            Sizes(B, MAX_LEN, DEPTH, CacheLayout(2, 16), V, DEPTH + 1)
+        )
         self.seen = Counts()
         self._rng = np.random.default_rng(seed)
         self._texts: list[list[int]] = [[] for _ in range(B)]

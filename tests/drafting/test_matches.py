@@ -28,7 +28,7 @@ LAYOUT = CacheLayout(2, 16)
 
 
 def sizes(max_len: int = MAX_LEN, batch: int = B) -> Sizes:
-    return Sizes(batch, max_len, C, LAYOUT, V)
+    return Sizes(batch, max_len, C, LAYOUT, V, C + 1)
 
 
 class Feeder:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.drafting.heads import eagle
 from treespec_jax import speculation
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting.recycle import table_of
@@ -106,15 +107,16 @@ class Told:
         pass
 
 
-@pytest.fixture(scope="module", params=["no model", "a model"])
+@pytest.fixture(scope="module", params=["no model", "a layer"])
 def engine(request, tiny_draft):
-    """Without a model the drafter waits for what it is told, with one it does not."""
-    model = tiny_draft if request.param == "a model" else None
+    """Drafters with and without a model, which wait for what they are told."""
+    layered = request.param == "a layer"
+    model = eagle(tiny_draft, 3, few=True) if layered else None
     settings = SpeculativeConfig(
         method="auto", tree="dynamic:6@3", model=model and "tiny"
     )
     made = speculation.make(settings, model)
-    assert Watching.fits(made.drafter) == (model is None)
+    assert Watching.fits(made, STEPS)
     config = EngineConfig(
         max_batch=2,
         max_len=128,

@@ -36,7 +36,7 @@ class DraftModelState:
     Attributes:
       pages: of the model.
       lengths: int32 [B], tokens in the cache.
-      pending: int32 [B, C + 1], emitted tokens not in the cache; the last is the root.
+      pending: int32 [B, window], emitted tokens not in the cache; the last is the root.
       pending_count: int32 [B].
     """
 
@@ -80,7 +80,7 @@ class DraftModel:
         return DraftModelState(
             pages=paging.empty_pages(self.module.config, sizes.layout),
             lengths=jnp.zeros(sizes.batch, jnp.int32),
-            pending=jnp.zeros((sizes.batch, sizes.depth + 1), jnp.int32),
+            pending=jnp.zeros((sizes.batch, sizes.window), jnp.int32),
             pending_count=jnp.zeros(sizes.batch, jnp.int32),
         )
 

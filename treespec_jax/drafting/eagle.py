@@ -28,7 +28,7 @@ class EagleState(DraftModelState):
     """The layer's cache, and rows that it has not seen.
 
     Attributes:
-      hidden: [B, C + 1, D], the fused features of the rows that wait; `pending` holds
+      hidden: [B, window, D], the fused features of the rows that wait; `pending` holds
         the token after each.
     """
 
@@ -54,7 +54,7 @@ class Eagle(DraftModel):
 
     def init(self, sizes: Sizes) -> EagleState:
         layer = self.module.config.layer
-        window = sizes.batch, sizes.depth + 1
+        window = sizes.batch, sizes.window
         none_B = jnp.zeros(sizes.batch, jnp.int32)
         dtype = self.module.fc[...].dtype
         return EagleState(

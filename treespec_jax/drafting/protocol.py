@@ -82,6 +82,7 @@ class Sizes:
       depth: C, levels of the deepest tree that will be asked for.
       layout: of a cache, whose page table is the target's.
       vocab: V, of the target.
+      window: C + 1 at least, tokens that `ingest` takes in at once but for prompts.
     """
 
     batch: int
@@ -89,6 +90,7 @@ class Sizes:
     depth: int
     layout: CacheLayout
     vocab: int
+    window: int
 
 
 @dataclasses.dataclass(frozen=True)

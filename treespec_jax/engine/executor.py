@@ -16,7 +16,7 @@ from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Sizes
-from treespec_jax.engine import placement
+from treespec_jax.engine import placement, rehearsal
 from treespec_jax.engine import step as stepping
 from treespec_jax.engine.scheduler import ChunkPlan, Plan
 from treespec_jax.engine.state import Control, DecodeState, Outbox
@@ -160,6 +160,7 @@ class Executor:
             batch=B,
             max_len=self.config.max_len,
             depth=speculation.depth,
+            window=rehearsal.window(speculation, self.config.steps_per_dispatch),
             layout=self._layout,
             vocab=target.config.vocab_size,
         )

@@ -1,10 +1,10 @@
 """Plain decoding beside a drafter: what it learns, and what its tree would bring.
 
-A plain step is short, so that a drafter's small operations are a share of it. Therefore
-a dispatch of plain steps is, for a drafter without a model, one step that emitted all
-of its tokens: the drafter takes them in once. And before the first step a tree may be
-grown that nobody verifies: the tokens that come anyway say how much of it would have
-been accepted.
+A plain step is short, so that a drafter's small operations are a share of it, and the
+pass of a drafter's model even more so. Therefore a dispatch of plain steps is, for a
+drafter, one step that emitted all of its tokens: it takes them in once. And before the
+first step a tree may be grown that nobody verifies: the tokens that come anyway say how
+much of it would have been accepted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,28 @@ from jax import lax
 from treespec_jax.drafting.none import NoDrafter
 from treespec_jax.drafting.protocol import Committed, Drafter, Successors
 from treespec_jax.engine.state import DecodeState, Emission
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.speculation import Speculation
 from treespec_jax.trees.token_tree import TokenTree
 
 # Plain steps between rehearsals, of drafters without and with a model.
 EVERY, EVERY_WITH_MODEL = 8, 32
+
+
+# Rows of a model's pass over what waits, up to which a few more cost next to nothing.
+FEW_ROWS = 8
+
+
+def window(speculation: Speculation, steps: int) -> int:
+    """Tokens that a drafter is told of at once, but for prompts.
+
+    Args:
+      speculation: with its shapes.
+      steps: S, of a dispatch.
+    """
+    least = speculation.depth + 1
+    plain = any(shape.depth == 0 for shape in speculation.shapes)
+    return max(least, steps) if plain and steps <= max(least, FEW_ROWS) else least
 
 
 def every(drafter: Drafter) -> int:
@@ -66,56 +84,67 @@ class Seen:
 
     Attributes:
       steps: int32 [], how many.
-      best: int32 [B, S, K], see `protocol.Successors`.
-      logits: float32 [B, S, K].
+      best: int32 [B, S, K], see `protocol.Successors`; None if nobody asks.
+      logits: float32 [B, S, K], likewise.
+      features: per layer of `Needs.feature_layers` [B, S, D].
     """
 
     steps: jax.Array
-    best: jax.Array
-    logits: jax.Array
+    best: jax.Array | None
+    logits: jax.Array | None
+    features: tuple[jax.Array, ...]
 
 
 class Watching(NoDrafter):
     """Stands in for a drafter in plain steps, and collects what it has to be told.
 
-    Its state is `Seen`, or None if the drafter does not want to know.
+    Its state is `Seen`.
 
     Args:
-      drafter: that it fits.
+      drafter: that it stands in for.
       steps: S, of a dispatch.
     """
 
     @staticmethod
-    def fits(drafter: Drafter) -> bool:
-        """Whether a drafter can wait for what it has to be told."""
-        return drafter.module is None and not drafter.needs.feature_layers
+    def fits(speculation: Speculation, steps: int) -> bool:
+        """Whether the drafter can wait for what it has to be told."""
+        modelless = speculation.drafter.module is None
+        return modelless or steps <= window(speculation, steps)
 
     def __init__(self, drafter: Drafter, steps: int):
         self.needs = drafter.needs
         self._drafter, self._steps = drafter, steps
 
-    def begin(self, batch: int, vocab: int) -> Seen | None:
+    def begin(self, batch: int, target: Transformer) -> Seen:
         """Before the first step of a dispatch."""
-        count = min(self.needs.successors, vocab)
-        if not count:
-            return None
-        shape = batch, self._steps, count
-        best, logits = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-        return Seen(jnp.zeros((), jnp.int32), best, logits)
-
-    def ingest(self, state: Seen | None, committed: Committed) -> Seen | None:
-        if state is None:
-            return None
-
-        def with_step(x_BSK, new_B1K):
-            return lax.dynamic_update_slice_in_dim(x_BSK, new_B1K, state.steps, 1)
-
-        found = committed.successors
+        lead = batch, self._steps
+        count = min(self.needs.successors, target.config.vocab_size)
+        width, dtype = target.config.embed_dim, target.embedding[...].dtype
         return Seen(
-            state.steps + 1,
-            with_step(state.best, found.best),
-            with_step(state.logits, found.logits),
+            steps=jnp.zeros((), jnp.int32),
+            best=jnp.zeros((*lead, count), jnp.int32) if count else None,
+            logits=jnp.zeros((*lead, count), jnp.float32) if count else None,
+            features=tuple(
+                jnp.zeros((*lead, width), dtype) for _ in self.needs.feature_layers
+            ),
         )
+
+    def ingest(self, state: Seen, committed: Committed) -> Seen:
+        found = committed.successors
+        new = dataclasses.replace(
+            state,
+            best=None if found is None else found.best,
+            logits=None if found is None else found.logits,
+            features=committed.features,
+        )
+        seen = jax.tree.map(
+            lambda x_BSX, new_B1X: lax.dynamic_update_slice_in_dim(
+                x_BSX, new_B1X.astype(x_BSX.dtype), state.steps, 1
+            ),
+            dataclasses.replace(state, steps=None),
+            dataclasses.replace(new, steps=None),
+        )
+        return dataclasses.replace(seen, steps=state.steps + 1)
 
     def finish(
         self,
@@ -136,7 +165,7 @@ class Watching(NoDrafter):
         count_B = after.lengths - before.lengths
         tokens_BS = jnp.concatenate([before.root[:, None], emitted_BS[:, :-1]], axis=1)
         successors = None
-        if seen is not None:
+        if seen.best is not None:
             successors = Successors(
                 tokens=tokens_BS,
                 real=jnp.arange(tokens_BS.shape[1]) < count_B[:, None],
@@ -151,7 +180,7 @@ class Watching(NoDrafter):
             root=after.root,
             start=before.lengths,
             count=count_B,
-            features=(),
+            features=seen.features,
             page_table=page_table,
             successors=successors,
         )

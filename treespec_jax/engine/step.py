@@ -353,9 +353,13 @@ def dispatch(
     before, tree, watching = state, None, None
     if speculation.depth > shape.depth == 0:
         tree = _rehearse(target, speculation, state, control, penalties)
-        if Watching.fits(speculation.drafter):
+        if Watching.fits(speculation, config.steps_per_dispatch):
+            # What waits goes through a drafter's model now.
+            turn = _turn(target, shape, state, control, penalties)
+            caught_up = propose(target, speculation, shape, state, turn).draft
+            before = dataclasses.replace(state, draft=caught_up)
             watching = Watching(speculation.drafter, config.steps_per_dispatch)
-            seen = watching.begin(config.max_batch, target.config.vocab_size)
+            seen = watching.begin(config.max_batch, target)
             speculation = dataclasses.replace(speculation, drafter=watching)
             state = dataclasses.replace(state, draft=seen)
 

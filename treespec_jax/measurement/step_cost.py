@@ -286,8 +286,8 @@ def draft_phases(
 
         return lax.fori_loop(0, steps, body, (state, lengths, zeros))
 
-    vocab = target.config.vocab_size
-    state = drafter.init(Sizes(B, config.max_len, shape.depth, layout, vocab))
+    sizes = Sizes(B, config.max_len, shape.depth, layout, vocab, width)
+    state = drafter.init(sizes)
     row, one = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
     for slot in range(B):
         # The state of a slot that holds `length` tokens.
