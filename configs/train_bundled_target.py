@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
                 steps=1600,
                 peak=2e-3,
                 warmup=150,
+                decay=0,
                 floor=0.05,
                 weight_decay=0.1,
                 clip=1.0,

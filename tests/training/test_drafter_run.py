@@ -80,6 +80,7 @@ def whole(tiny_target, tmp_path_factory):
     return folder, settings, run(settings, tiny_target)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_says_what_it_cost(whole):
     folder, settings, result = whole
     assert result.finished and result.step == 8
@@ -121,6 +122,7 @@ def stop_by(how, monkeypatch, at):
     monkeypatch.setattr(drafter_data.Batches, "__getitem__", get)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["limit", "signal", "crash"])
 def test_resumes_to_the_bit(how, whole, tiny_target, tmp_path, monkeypatch):
     folder, settings, result = whole
@@ -175,6 +177,7 @@ def clock(monkeypatch):
     return rates
 
 
+@pytest.mark.slow
 def test_time_begins_the_decay(clock, tiny_target, tmp_path):
     def settings(name, **more):
         return config(
@@ -201,6 +204,7 @@ def test_time_begins_the_decay(clock, tiny_target, tmp_path):
     assert len(clock) == 14
 
 
+@pytest.mark.slow
 def test_time_ends_a_run_without_a_decay(clock, tiny_target, tmp_path):
     settings = config(
         "medusa", tmp_path, optimizer={"decay": 0}, run={"max_minutes": 3.0}
@@ -208,12 +212,19 @@ def test_time_ends_a_run_without_a_decay(clock, tiny_target, tmp_path):
     assert run(settings, tiny_target) == drafter_loop.DrafterResult(False, 3)
 
 
-def test_mistakes_are_one_line(whole, tiny_target, tmp_path):
+@pytest.mark.slow
+def test_refuses_to_mix_runs(whole, tiny_target):
     folder, *_ = whole
+    with pytest.raises(UserError, match=r"with optimizer\.peak=0\.02, not 0\.5"):
+        run(config("eagle3", folder, optimizer={"peak": 0.5}), tiny_target)
+    with pytest.raises(UserError, match="with method='eagle3', not 'eagle'"):
+        run(config("eagle", folder), tiny_target)
 
-    def fails(words, method="eagle3", output=tmp_path / "new", **parts):
+
+def test_mistakes_are_one_line(tiny_target, tmp_path):
+    def fails(words, method="eagle3", **parts):
         with pytest.raises(UserError, match=words) as caught:
-            run(config(method, output, **parts), tiny_target)
+            run(config(method, tmp_path / "new", **parts), tiny_target)
         assert "\n" not in str(caught.value)
 
     fails("method 'eagel' is unknown; choose from eagle, eagle3", method="eagel")
@@ -229,12 +240,6 @@ def test_mistakes_are_one_line(whole, tiny_target, tmp_path):
     fails("is outside 0..2, the target's layers", drafter={"feature_layers": (1, 3)})
     fails("heads=3 is not a multiple of", drafter={"num_heads": 3})
     fails("unknown key 'vocabulary' in drafter", drafter={"vocabulary": 3})
-    fails(
-        r"holds a run with optimizer.peak=0\.02, not 0\.5",
-        output=folder,
-        optimizer={"peak": 0.5},
-    )
-    fails(r"holds a run with method='eagle3', not 'eagle'", "eagle", output=folder)
     nothing = config("eagle3", tmp_path / "new")
     with pytest.raises(UserError, match="nothing to train on: give --data=FOLDER"):
         drafter_loop.train(nothing, loaded(tiny_target))
