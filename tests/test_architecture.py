@@ -23,6 +23,7 @@ FLOORS = (
     ("limits",),
     ("speculation",),
     ("engine",),
+    ("tracing",),
     ("completions",),
     ("texts",),
     ("llm",),
