@@ -27,7 +27,7 @@ FLOORS = (
     ("completions",),
     ("texts",),
     ("llm",),
-    ("tuning", "training"),
+    ("exploration", "tuning", "training"),
     ("measurement",),
     ("commands",),
     ("cli",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TextIO
 
 from treespec_jax.tracing.trace import Step
@@ -34,12 +34,12 @@ class TreeText:
     """Writes trees out.
 
     Attributes:
-      vocabulary: how to show a token, by id.
+      spell: how to show a token.
       sources: names of where nodes come from.
       colour: whether to write escape sequences.
     """
 
-    vocabulary: Mapping[int, str]
+    spell: Callable[[int], str]
     sources: tuple[str, ...]
     colour: bool = False
 
@@ -91,7 +91,7 @@ class TreeText:
         return self._paint(kind, f"{text}  drafter {draft}  target {target}  {name}")
 
     def _spell(self, token: int) -> str:
-        return visible(self.vocabulary.get(token, f"#{token}"))
+        return visible(self.spell(token))
 
     def _paint(self, kind: str, text: str) -> str:
         return f"\033[{COLOURS[kind]}m{text}\033[0m" if self.colour else text
