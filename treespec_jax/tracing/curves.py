@@ -48,7 +48,7 @@ def reliability(steps: Sequence[Step]) -> list[dict[str, float]]:
                 bins[number].append((estimate, target, node in accepted))
     rows = []
     for found in filter(None, bins):
-        estimate, target, accepted = columns = zip(*found, strict=True)
+        columns = zip(*found, strict=True)
         estimate, target, accepted = (sum(x) / len(found) for x in columns)
         rows.append(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ INK, MUTED, FAINT, BONUS = "#23272e", "#7a808a", "#d9d7d1", "#c8553d"
 SOURCES = ("#3a6ea5", "#2a8c7d", "#b7791f", "#7d5ba6", "#5b8c3a", "#a8577e")
 # Trees that a picture shows at most, and rows of leaves of one.
 TREES, ROWS = 3, 40
-TEXT = 8
+# Size of small text, and the width of a letter as a share of a tree's.
+TEXT, LETTER = 8, 0.0052
+KEY = "token, p of the drafter | of the target; bold: accepted; red: the target's own"
 
 
 def write(traces: Sequence[Trace], path: str | Path) -> None:
@@ -45,7 +48,11 @@ def draw(trace: Trace):
     figure.set_facecolor("white")
     grid = figure.add_gridspec(len(chosen) + 1, 4, height_ratios=[*heights, 2.6])
     for row, number in enumerate(chosen):
-        _tree(figure.add_subplot(grid[row, :]), trace, number)
+        axes = figure.add_subplot(grid[row, :])
+        _tree(axes, trace, number)
+        if row == 0:
+            axes.set_title(KEY, loc="right", fontsize=TEXT, color=MUTED)
+            _legend(axes, trace)
     last = [figure.add_subplot(grid[len(chosen), column]) for column in range(4)]
     for axes, curve in zip(last, (_tokens, _depths, _reliability, _time), strict=True):
         curve(axes, trace)
@@ -53,6 +60,17 @@ def draw(trace: Trace):
         axes.tick_params(labelsize=TEXT, colors=MUTED)
     figure.suptitle(_headline(trace), fontsize=11, color=INK, x=0.01, ha="left")
     return figure
+
+
+def _legend(axes, trace: Trace) -> None:
+    """The colours of sources, where there is a choice."""
+    from matplotlib.patches import Patch
+
+    colours = itertools.cycle(SOURCES)
+    pairs = zip(trace.sources, colours, strict=False)
+    patches = [Patch(color=colour, label=name) for name, colour in pairs]
+    if len(patches) > 1:
+        axes.legend(handles=patches, loc="upper right", fontsize=TEXT, frameon=False)
 
 
 def chosen_steps(steps: Sequence[Step]) -> list[int]:
@@ -82,26 +100,28 @@ def _tree(axes, trace: Trace, number: int) -> None:
     """Left to right: a column a depth, a row a leaf."""
     step = trace.steps[number]
     where = layout(step)
-    last = step.path[-1] if step.path else 0
+    width = max(4.0, max(depth for depth, _ in where) + 1.0)
+    ends = []
     for node, (depth, row) in enumerate(where):
         bonus = node == len(step.parents)
-        parent = last if bonus else step.parents[node]
         accepted = bonus or node == 0 or node in step.path
         colour = BONUS if bonus else SOURCES[step.sources[node] % len(SOURCES)]
         colour = INK if node == 0 else colour
+        label = _label(trace, step, node)
+        ends.append(min(depth + 0.92, depth + 0.05 + LETTER * width * len(label)))
         if node > 0:
-            depth_above, row_above = where[parent]
+            # The target's own token stands below the last node of the path.
+            parent = max((0, *step.path)) if bonus else step.parents[node]
             axes.plot(
-                (depth_above + 0.62, depth - 0.03),
-                (row_above, row),
+                (ends[parent], depth - 0.03),
+                (where[parent][1], row),
                 color=colour if accepted else FAINT,
                 linewidth=1.8 if accepted else 0.9,
             )
-        token = step.emitted[-1] if bonus else step.tokens[node]
         axes.text(
             depth,
             row,
-            _label(trace, step, node, token),
+            label,
             fontsize=TEXT,
             family="monospace",
             va="center",
@@ -112,19 +132,20 @@ def _tree(axes, trace: Trace, number: int) -> None:
     count = len(step.emitted)
     title = f"step {number + 1}: {len(step.parents) - 1} nodes, {count} emitted"
     axes.set_title(title, loc="left", fontsize=TEXT + 1, color=MUTED)
-    deepest = max(depth for depth, _ in where)
-    axes.set_xlim(-0.05, max(4.0, deepest + 1.0))
+    axes.set_xlim(-0.05, width)
     axes.set_ylim(max(row for _, row in where) + 0.7, -0.7)
     axes.set_axis_off()
 
 
-def _label(trace: Trace, step: Step, node: int, token: int) -> str:
+def _label(trace: Trace, step: Step, node: int) -> str:
     """Its token, and the probabilities of drafter and target."""
+    bonus = node == len(step.parents)
+    token = step.emitted[-1] if bonus else step.tokens[node]
     text = visible(trace.vocabulary[token])
     text = text if len(text) <= 12 else text[:11] + "…"
     if node == 0:
         return text
-    if node == len(step.parents):
+    if bonus:
         return f"{text} {math.exp(step.emitted_log_prob[-1]):.2f}"
     draft = math.exp(step.draft_log_prob[node])
     return f"{text} {draft:.2f}|{math.exp(step.target_log_prob[node]):.2f}"
@@ -141,7 +162,7 @@ def _tokens(axes, trace: Trace) -> None:
     width = max(1, len(counts) // 30)
     if counts:
         means = np.convolve(counts, np.ones(width) / width, "valid")
-        start = 1 + width / 2
+        start = (1 + width) / 2
         axes.plot(np.arange(len(means)) + start, means, color=SOURCES[0])
     axes.set_ylim(bottom=0)
     _title(axes, "tokens per step", "step")

@@ -98,4 +98,5 @@ class TreeText:
 
 
 def _percent(log_prob: float) -> str:
-    return f"{100 * math.exp(log_prob):.0f}%"
+    share = 100 * math.exp(log_prob)
+    return f"{share:.0f}%" if share >= 0.5 else "<1%"
