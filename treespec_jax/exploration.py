@@ -72,12 +72,11 @@ def explore(
       UserError: as `LLM` and its `generate`; an `LLM` that does not record, or that is
         given together with a drafter or fields of `SpeculativeConfig`.
     """
-    speculative = {k: v for k, v in settings.items() if k in _SPECULATIVE}
+    speculative = {} if draft is None else {"model": draft}
+    speculative |= {k: v for k, v in settings.items() if k in _SPECULATIVE}
     sampling = {k: v for k, v in settings.items() if k not in _SPECULATIVE}
     sampling["max_tokens"] = max_tokens
     params = from_mapping(SamplingParams, sampling, "explore")
-    if draft is not None:
-        speculative["model"] = draft
     if not isinstance(target, LLM):
         name = target
         llm = LLM(
