@@ -99,6 +99,8 @@ VISIT = """(() => {
   const seen = [], look = () => seen.push({
     step: treespec.step,
     nodes: document.querySelectorAll("#tree .node").length,
+    spots: new Set([...document.querySelectorAll("#tree .node rect")].map((rect) =>
+      `${rect.getAttribute("x")} ${rect.getAttribute("y")}`)).size,
     accepted: document.querySelectorAll("#tree .node.accepted").length,
     bonus: document.querySelectorAll("#tree .node.bonus").length,
     now: document.querySelectorAll("#text .now").length,
@@ -131,7 +133,7 @@ def test_what_a_browser_draws(tmp_path):
     assert [look["step"] for look in shown["seen"]] == [0, 1, 2, last, last - 1, 0, 3]
     for look in shown["seen"]:
         step = found.steps[look["step"]]
-        assert look["nodes"] == len(step.parents) + step.has_bonus
+        assert look["spots"] == look["nodes"] == len(step.parents) + step.has_bonus
         assert look["accepted"] == len(step.path)
         assert look["bonus"] == step.has_bonus
         assert look["now"] == len(step.emitted)
