@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import platform
+import shutil
 
 # Before jax starts: with libtpu installed it would look for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,6 +37,28 @@ TINY = ModelConfig(
     head_dim=8,
     max_positions=256,
 )
+
+# For tests marked so; None: they are left out, and the end of the run says why.
+BROWSER = next(
+    filter(
+        None,
+        map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")),
+    ),
+    None,
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    if BROWSER is None:
+        absent = [item for item in items if item.get_closest_marker("browser")]
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in absent]
+
+
+def pytest_terminal_summary(terminalreporter):
+    if BROWSER is None:
+        reason = "no Chromium or Chrome is on PATH"
+        terminalreporter.write_line(f"tests marked browser were left out: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ _PUBLIC = {
     "LLM": "treespec_jax.llm",
     "SamplingParams": "treespec_jax.config",
     "UserError": "treespec_jax.errors",
+    "explore": "treespec_jax.exploration",
     "train_eagle": "treespec_jax.training.functions",
     "train_medusa_heads": "treespec_jax.training.functions",
 }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from treespec_jax.engine.stats import Stats
+from treespec_jax.errors import UserError
+from treespec_jax.tracing.trace import Trace
 from treespec_jax.trees.records import TreeRecord
 
 Message = Mapping[str, Any]
@@ -29,6 +32,7 @@ class Completion:
       records: of its trees, if the engine records them.
       arrivals: seconds since it was submitted and tokens of every time that tokens
         reached the host; those of one dispatch arrive together.
+      make_trace: makes `trace`; None if the engine recorded nothing.
     """
 
     prompt: Prompt | Messages
@@ -39,6 +43,20 @@ class Completion:
     stats: Stats
     records: list[TreeRecord] = dataclasses.field(default_factory=list)
     arrivals: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    make_trace: Callable[[], Trace] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def trace(self) -> Trace:
+        """What was done step by step; `trace.save("run.html")` shows it.
+
+        Raises:
+          UserError: the engine did not record it.
+        """
+        if self.make_trace is None:
+            raise UserError("nothing was recorded; make the LLM with record=True")
+        return self.make_trace()
 
 
 @dataclasses.dataclass(frozen=True)

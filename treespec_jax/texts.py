@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 from treespec_jax.checkpoints.tokenizers import TextStream, Tokenizer
 from treespec_jax.completions import Completion, Messages, Prompt
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
+from treespec_jax.tracing import build
+from treespec_jax.tracing.trace import Step
 
 
 class Reader:
@@ -31,6 +34,8 @@ class Reader:
         self.request = request
         self._stop = request.params.stop
         self._stream = TextStream(tokenizer, context) if tokenizer else None
+        self._tokenizer, self._context = tokenizer, context
+        self._steps = build.StepReader(request, tokenizer, context)
         self._seen = 0
         self._text = ""
         self._taken = 0
@@ -77,8 +82,16 @@ class Reader:
         self._taken = max(self._taken, end)
         return piece
 
+    def take_steps(self) -> list[Step]:
+        """Recorded steps not taken yet; none if the engine does not record."""
+        return self._steps.read()
+
     def completion(self) -> Completion:
         request = self.request
+        make_trace = None
+        if len(request.records) == len(request.steps):
+            text = self.prompt, self._text, self._tokenizer, self._context
+            make_trace = functools.partial(build.trace_of, request, *text)
         return Completion(
             prompt=self.prompt,
             text=self._text,
@@ -88,6 +101,7 @@ class Reader:
             stats=request.stats,
             records=request.records,
             arrivals=request.arrivals,
+            make_trace=make_trace,
         )
 
 
@@ -116,6 +130,10 @@ class Stream(Iterator[str]):
             if piece:
                 return piece
         raise StopIteration
+
+    def take_steps(self) -> list[Step]:
+        """Recorded steps behind the pieces so far that were not taken yet."""
+        return self._reader.take_steps()
 
     def close(self) -> None:
         """Gives the text up and frees its slot."""

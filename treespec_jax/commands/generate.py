@@ -21,7 +21,15 @@ from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string
 
 from treespec_jax import commands
 from treespec_jax.checkpoints import recycle_table
-from treespec_jax.commands import dialogue, flags, loading, prompts, runtime
+from treespec_jax.commands import (
+    dialogue,
+    flags,
+    loading,
+    pictures,
+    prompts,
+    runtime,
+)
+from treespec_jax.commands.pictures import Pictures
 from treespec_jax.commands.prompts import Prompt
 from treespec_jax.commands.setting_flags import SettingFlags
 from treespec_jax.commands.settings import Experiment
@@ -44,6 +52,7 @@ def define() -> None:
     )
     DEFINE_bool("compare", False, "decode plainly too and compare")
     DEFINE_bool("json", False, "print one JSON object instead of text")
+    pictures.define()
     flags.define("prompts_file", "compilation_cache")
 
 
@@ -57,7 +66,8 @@ def main(given) -> None:
     engine = dataclasses.replace(settings.engine, max_batch=slots)
     settings = dataclasses.replace(settings, engine=engine)
     options = prompts.options(given.chat_option)
-    job = Job(settings, texts, opening, options, not given.json)
+    shown = pictures.asked(given)
+    job = Job(settings, texts, opening, options, not given.json, shown)
     # Before jax starts and weights are read, so that a mistake is answered at once.
     trees = [] if settings.plain else [settings.speculative.tree]
     # A greeting stands for what the user will say, to see that it can be answered.
@@ -81,6 +91,7 @@ class Job:
         prompts.
       options: further values for the chat template to see.
       shown: print texts and tables rather than one JSON object.
+      pictures: of the trees.
     """
 
     settings: Experiment
@@ -88,6 +99,7 @@ class Job:
     opening: list[dict[str, Any]] | None
     options: dict[str, Any]
     shown: bool
+    pictures: Pictures = Pictures()
 
 
 def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
@@ -101,11 +113,12 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
 
     began = time.perf_counter()
     pair = loading.load_pair(settings)
-    llm = loading.make_llms({"": settings}, pair)[""]
+    recorded = job.pictures.recorded(settings)
+    llm = loading.make_llms({"": recorded}, pair)[""]
     loaded = time.perf_counter()
     if not job.prompts:
         encoded = [[0] * (n + 1) for n in llm.engine.config.prefill_chunks]
-    timing, comparison = {"load_seconds": loaded - began}, None
+    timing, compared = {"load_seconds": loaded - began}, None
     with loading.keeping_table(llm):
         step_cost.warm_up(llm, encoded, every_shape=compare)
         timing["compile_seconds"] = time.perf_counter() - loaded
@@ -113,13 +126,28 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
         if first is not None:
             timing["first_token_seconds"] = first - commands.STARTED
         if compare and answered:
-            plain = loading.make_llm(settings.with_tree("none"), pair)
-            step_cost.warm_up(plain, encoded)
-            comparison = _compare(job, llm, plain, answered, completions)
-    reliability = rounds.reliability([r for c in completions for r in c.records])
+            llms = {"plain": loading.make_llm(settings.with_tree("none"), pair)}
+            # An engine that records takes longer.
+            same = recorded == settings
+            llms["tree"] = llm if same else loading.make_llm(settings, pair)
+            for other in llms.values():
+                step_cost.warm_up(other, encoded)
+            compared = _compare(job, llms, answered)
+    comparison = compared and _verdict(completions, compared)
+    in_force = loading.in_force(recorded, llm)
+    if job.pictures.file:
+        more = {}
+        if compared:
+            text = encoded[0], completions[0].token_ids
+            more["parts"] = _parts(compared, pair.target.model, text, params)
+            more["replays"] = pictures.replays(llm.tokenizer, compared.generations)
+        shown = pictures.shown_settings(in_force)
+        job.pictures.write(completions, shown, **more)
+    records = [r for c in completions for r in c.records if settings.engine.record]
+    reliability = rounds.reliability(records)
     if not job.shown:
         report = {
-            "settings": loading.in_force(settings, llm),
+            "settings": in_force,
             "completions": [_completion(c) for c in completions],
             "stats": stats.as_dict(),
             "reliability": reliability,
@@ -132,6 +160,8 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
     print(_table(settings, stats, timing))
     for line in tables.reliability({settings.speculative.tree: reliability}):
         print(line)
+    if job.pictures.file:
+        print(f"trace: {job.pictures.file}")
     if comparison:
         print(_comparison_lines(comparison, settings))
 
@@ -141,7 +171,7 @@ def _completions(job: Job, llm, params):
     from treespec_jax.measurement import rounds
 
     def stream(prompt: Prompt):
-        return _stream(llm, prompt, params, job.shown, job.options)
+        return _stream(job, llm, prompt, params)
 
     if not job.prompts:
         answered, completions = dialogue.hold(lambda said: stream(said)[0], job.opening)
@@ -156,24 +186,34 @@ def _completions(job: Job, llm, params):
         prompt = completion.prompt
         prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         print(f"> {prompt}\n{completion.text.strip()}\n")
+        if job.pictures.trees:
+            job.pictures.printer(llm)(completion.trace.steps)
     stats = dataclasses.replace(generation.stats, decode_seconds=seconds)
     return job.prompts, list(generation), stats, None
 
 
-def _stream(llm, prompt: Prompt, params, shown: bool, options):
+def _stream(job: Job, llm, prompt: Prompt, params):
     """Runs one prompt; shows its text if asked to. Returns it and when it began."""
+    shown, trees = job.shown, job.pictures.trees
     if isinstance(prompt, str):
         pieces = llm.stream(prompt, params)
-        if shown:
+        if shown and not trees:
             print(prompt, end="", flush=True)
     else:
-        pieces = llm.stream_chat(prompt, params, options)
-    first = None
+        pieces = llm.stream_chat(prompt, params, job.options)
+    first, show = None, job.pictures.printer(llm)
     try:
         for piece in pieces:
             first = first or time.perf_counter()
-            if shown:
+            if trees:
+                show(pieces.take_steps())
+            elif shown:
                 print(piece, end="", flush=True)
+        if trees:
+            # The last step may have added no text.
+            show(pieces.take_steps())
+            start = prompt if isinstance(prompt, str) else ""
+            print(start + pieces.completion.text, end="")
     finally:
         # An interrupted text ends its line too.
         if shown:
@@ -181,20 +221,42 @@ def _stream(llm, prompt: Prompt, params, shown: bool, options):
     return pieces.completion, first or time.perf_counter()
 
 
-def _compare(job: Job, llm, plain, prompts, completions) -> dict[str, Any]:
-    """Decodes by a plain `LLM`, and again with the tree, both compiled before."""
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Decoding with the tree and plainly, in turn.
+
+    Attributes:
+      llms: "plain" and "tree", as all else here.
+      speeds: tokens per second of the better round.
+      generations: of that round.
+    """
+
+    llms: dict[str, Any]
+    speeds: dict[str, float]
+    generations: dict[str, Any]
+
+
+def _compare(job: Job, llms: dict[str, Any], prompts) -> Compared:
+    """Decodes by `LLM`s that are compiled."""
     from treespec_jax.measurement import rounds
 
     params = job.settings.sampling
-    speeds = {"tree": 0.0, "plain": 0.0}
+    found = Compared(llms, dict.fromkeys(llms, 0.0), {})
     for _ in range(_ROUNDS):
-        for name, model in (("plain", plain), ("tree", llm)):
+        for name, model in llms.items():
             generation, seconds = rounds.decode(model, prompts, params, job.options)
-            speeds[name] = max(speeds[name], generation.stats.tokens / seconds)
-            if name == "plain":
-                reference = generation
-    differences = []
-    for index, (ours, theirs) in enumerate(zip(completions, reference, strict=True)):
+            speed = generation.stats.tokens / seconds
+            if speed >= found.speeds[name]:
+                found.speeds[name] = speed
+                found.generations[name] = generation
+    return found
+
+
+def _verdict(completions, compared: Compared) -> dict[str, Any]:
+    """What a comparison found, for JSON."""
+    speeds, differences = compared.speeds, []
+    pairs = zip(completions, compared.generations["plain"], strict=True)
+    for index, (ours, theirs) in enumerate(pairs):
         tokens = itertools.zip_longest(ours.token_ids, theirs.token_ids)
         for position, (token, other) in enumerate(tokens):
             if token != other:
@@ -208,6 +270,27 @@ def _compare(job: Job, llm, plain, prompts, completions) -> dict[str, Any]:
         "plain_tokens_per_second": speeds["plain"],
         "speedup": speeds["tree"] / speeds["plain"] if speeds["plain"] else None,
     }
+
+
+def _parts(compared: Compared, target, text, params) -> dict[str, float] | None:
+    """Seconds of the parts of a step in the middle of a text, each timed apart.
+
+    Args:
+      compared: with the `LLM` that is timed.
+      target: its target's model.
+      text: token ids of a prompt, and of what follows.
+      params: how to sample.
+    """
+    from treespec_jax.measurement import step_cost
+
+    llm = compared.llms["tree"]
+    prefix, engine = step_cost.middle_of(llm, *text), llm.engine
+    longest = engine.config.steps_per_dispatch * (engine.speculation.depth + 1)
+    if len(prefix) + longest >= engine.config.max_len:
+        return None
+    cost = step_cost.step_cost(engine, target, prefix, params, _ROUNDS)
+    rest = max(0.0, cost.step - cost.draft - cost.target)
+    return {"draft": cost.draft, "target": cost.target, "rest": rest}
 
 
 def _completion(completion) -> dict[str, Any]:

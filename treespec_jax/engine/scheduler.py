@@ -389,7 +389,8 @@ class Scheduler:
             page_table=self._page_table.copy(),
             limits=limits_B,
             eos=self._settings.eos,
-            want_logprobs=self._settings.want_logprobs,
+            # A record has them, whether or not the request asked.
+            want_logprobs=self._settings.want_logprobs | self.config.record,
             sampling=self._settings.sampling(),
             text=self._settings.text(texts) if penalised else None,
             max_steps=np.array(steps, np.int32),
@@ -431,6 +432,8 @@ class Scheduler:
                     trees.path[step, index],
                     trees.tokens[step, index],
                     trees.sources[step, index],
+                    trees.target_log_prob[step, index],
+                    emission.logprobs[step, index],
                 )
                 for step in range(steps)
             ]

@@ -70,6 +70,8 @@ class Trees:
       path: int32 [B, C + 1], accepted nodes from the root down, padded with 0.
       tokens: int32 [B, T].
       sources: int32 [B, T], see `TokenTree.source`.
+      target_log_prob: float32 [B, T], log p of a node's token after its parent under
+        the target, before penalties, bias and temperature; 0 for the root.
     """
 
     parents: jax.Array
@@ -77,6 +79,7 @@ class Trees:
     path: jax.Array
     tokens: jax.Array
     sources: jax.Array
+    target_log_prob: jax.Array
 
 
 @jax.tree_util.register_dataclass

@@ -126,6 +126,7 @@ def step(
             path=verdict.path,
             tokens=tree.tokens,
             sources=sources_BT,
+            target_log_prob=_target_log_prob(verified.logits, tree),
         ),
     )
     return StepResult(
@@ -304,6 +305,15 @@ def _logprobs(logits_VR, verdict: Verdict, control: Control):
     )
 
 
+def _target_log_prob(logits_VR, tree: TokenTree):
+    """Log p of every node's token after its parent [B, T]; 0 for the root."""
+    B, T = tree.tokens.shape
+    column_BT = tree.parents + T * jnp.arange(B)[:, None]
+    total_BT = jax.nn.logsumexp(logits_VR, axis=0)[column_BT]
+    log_BT = logits_VR[tree.tokens, column_BT] - total_BT
+    return jnp.where(jnp.arange(T) > 0, log_BT, 0.0)
+
+
 def successors_of(
     logits_VR: jax.Array,
     tokens: jax.Array,
@@ -433,6 +443,7 @@ def _empty_outbox(config: EngineConfig, shape: TreeShape) -> Outbox:
         path=jnp.zeros((*lead, width), jnp.int32),
         tokens=jnp.zeros((*lead, nodes), jnp.int32),
         sources=jnp.zeros((*lead, nodes), jnp.int32),
+        target_log_prob=jnp.zeros((*lead, nodes), jnp.float32),
     )
     emission = Emission(
         tokens=jnp.zeros((*lead, width), jnp.int32),

@@ -44,6 +44,11 @@ class TreeRecord:
       path: int [C + 1], accepted nodes from the root (0) down, padded with 0.
       tokens: int [T], the root's first; None if nobody kept them.
       sources: int [T], where a node comes from (`Drafter.sources`), or None.
+      target_log_prob: float [T], log p of a node's token after its parent under the
+        target, before penalties, bias and temperature; 0 for the root. None if nobody
+        kept them.
+      emitted_log_prob: float [C + 1], the same of the tokens that the step emitted;
+        what stands behind them means nothing.
     """
 
     parents: np.ndarray
@@ -51,6 +56,8 @@ class TreeRecord:
     path: np.ndarray
     tokens: np.ndarray | None = None
     sources: np.ndarray | None = None
+    target_log_prob: np.ndarray | None = None
+    emitted_log_prob: np.ndarray | None = None
 
     @property
     def accepted(self) -> list[int]:
