@@ -41,7 +41,7 @@ def define() -> None:
     _SETTINGS.define()
     DEFINE_integer("probe_width", 8, "ranks whose acceptance is counted")
     DEFINE_integer("probe_depth", 5, "levels whose acceptance is counted")
-    DEFINE_integer("rounds", 3, "measurements of each text and of each cost")
+    DEFINE_integer("rounds", 3, "runs of every shape on the prompts held out")
     flags.define("prompts_file", "compilation_cache")
 
 
@@ -55,7 +55,7 @@ class Job:
         third, …
       held_out: of the others, which predictions are compared on.
       probe: name of the tree that acceptance is counted with.
-      rounds: measurements.
+      rounds: runs of every shape; each samples by other seeds.
     """
 
     settings: Experiment
@@ -181,10 +181,8 @@ class Bench:
         plain, probe = self.llms[PLAIN], self.llms[PROBE]
         step_cost.warm_up(plain, self.job.counted[:1])
         prefix = step_cost.middle_of(probe, self.job.counted[0], self.emitted)
-        sampling, rounds = self.job.settings.sampling, self.job.rounds
-        bench = shape_costs.Bench(
-            plain, probe, self.pair.target.model, prefix, sampling, rounds
-        )
+        target, sampling = self.pair.target.model, self.job.settings.sampling
+        bench = shape_costs.Bench(plain, probe, target, prefix, sampling)
         return bench.measure(largest)
 
     def compare(self, trees: Sequence[str]) -> dict[str, dict[str, Any]]:
