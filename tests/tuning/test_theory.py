@@ -154,10 +154,15 @@ def test_counting_by_hand():
     )
     # Depths below the last are like it; an unknown rank is never accepted.
     assert counted.rate(7, 0) == counted.rate(1, 0) and counted.rate(0, 2) == 0
-    # Nodes that the drafter had no token for count: they would not have been right.
-    absent = np.array([0, -1, -np.inf, -np.inf])
-    lacking = [TreeRecord(parents, absent, np.array(path)) for path in paths]
+    # A node without a token in one of the steps counts there: it was not right.
+    absent = np.array([0, -1, -np.inf, -1])
+    lacking = [*records[:3], TreeRecord(parents, absent, np.array(paths[3]))]
     assert theory.count(lacking) == counted
+    # One that never had a token is never right, and no other depth says otherwise.
+    never = np.array([0, -1, -1, -np.inf])
+    accepted = [[0, 1, 0], [0, 1, 0], [0, 2, 0]]
+    deep = theory.count([TreeRecord(parents, never, np.array(p)) for p in accepted])
+    assert deep.rate(0, 0) == pytest.approx(2 / 3) and deep.rate(1, 0) == 0
     with pytest.raises(ValueError, match="no drafted tree"):
         theory.count([TreeRecord(np.array([0]), np.zeros(1), np.array([0]))])
 

@@ -1,8 +1,8 @@
 """Predicts tokens per step and speed-up of fixed trees, beside what is measured.
 
-Acceptance by depth and rank is counted on every second prompt, with a wide tree; the
-costs of a step's parts are measured on this machine. What they predict for --shapes is
-compared with runs on the other prompts.
+Acceptance by depth and rank is counted with a wide tree, and the costs of a step's
+parts are measured on this machine. Then --shapes run on the same prompts; each half of
+the prompts is predicted by the other.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def measure(job: shape_study.Job, trees: list[str]) -> dict[str, Any]:
             {
                 "shape": tree,
                 **shape_tables.predict(topology, bench.acceptance, costs),
+                "tokens": bench.held_out(topology),
+                "speedup": costs.speedup(topology, bench.held_out(topology)),
                 "measured": measured[tree],
             }
             for tree, topology in topologies.items()

@@ -1,9 +1,9 @@
 """Searches the best fixed tree for a pair of models on this machine.
 
-Acceptance by depth and rank is counted on every second prompt, with a wide tree, and
-the costs of a step's parts are measured. --output is a file that --tree=file:PATH
-reads; it also holds the best tree of every number of nodes. The tree found is compared
-with its prediction on the other prompts.
+Acceptance by depth and rank is counted with a wide tree, and the costs of a step's
+parts are measured. --output is a file that --tree=file:PATH reads; it also holds the
+best tree of every number of nodes. The tree found then runs on the same prompts; each
+half of them is predicted by the other.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def run(job: shape_study.Job, given) -> dict[str, Any]:
     return {
         "tree": name,
         **_values(best),
+        "held_out": bench.held_out(best.topology),
         "tokens_error": shape_tables.standard_error(best.topology, bench.acceptance),
         "measured": measured.get(name, measured.get(shape_study.PLAIN)),
         "by_nodes": [_values(one) for one in _best_by_nodes(candidates)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
 from treespec_jax.measurement.output import say
 from treespec_jax.trees import paths, shapes
+from treespec_jax.trees.topology import Topology
 from treespec_jax.tuning import theory
 from treespec_jax.tuning.theory import Acceptance, Costs
 
@@ -41,7 +43,7 @@ def define() -> None:
     _SETTINGS.define()
     DEFINE_integer("probe_width", 8, "ranks whose acceptance is counted")
     DEFINE_integer("probe_depth", 5, "levels whose acceptance is counted")
-    DEFINE_integer("rounds", 3, "measurements of each text and of each cost")
+    DEFINE_integer("rounds", 3, "runs of every shape on the prompts held out")
     flags.define("prompts_file", "compilation_cache")
 
 
@@ -51,16 +53,13 @@ class Job:
 
     Attributes:
       settings: with their paths looked up.
-      counted: token ids of the prompts that acceptance is counted on: the first, the
-        third, …
-      held_out: of the others, which predictions are compared on.
+      ids: token ids of the prompts; every second one is a half.
       probe: name of the tree that acceptance is counted with.
-      rounds: measurements.
+      rounds: runs of every shape; each samples by other seeds.
     """
 
     settings: Experiment
-    counted: list[list[int]]
-    held_out: list[list[int]]
+    ids: list[list[int]]
     probe: str
     rounds: int
 
@@ -76,12 +75,11 @@ class Job:
 
         values = loading.in_force(self.settings, llm)
         del values["speculative"]["tree"]
-        counts = {"counted": len(self.counted), "held_out": len(self.held_out)}
         return {
             "settings": values,
             "versions": versions(),
             "probe": self.probe,
-            "prompts": counts,
+            "prompts": len(self.ids),
             "rounds": self.rounds,
         }
 
@@ -115,12 +113,12 @@ def make(given, trees: Sequence[str]) -> Job:
     texts = prompts.read_or_stories(given.prompts_file)
     if len(texts) < 2:
         raise UserError(
-            "one prompt cannot be divided: acceptance is counted on every second one "
-            "and compared on the others; give two or more"
+            "one prompt cannot be divided: each half of them is predicted by the "
+            "other; give two or more"
         )
     ids = loading.check(settings, texts, [probe, *trees])
     settings = _fitting(settings, ids)
-    return Job(settings, ids[::2], ids[1::2], probe, given.rounds)
+    return Job(settings, ids, probe, given.rounds)
 
 
 def _probe(width: int, depth: int) -> str:
@@ -163,15 +161,25 @@ class Bench:
       job: what is measured.
       pair: the loaded models.
       llms: of plain decoding and of the probe.
-      acceptance: counted on the first half of the prompts.
-      emitted: tokens of the first of them.
+      acceptance: counted on all prompts.
+      halves: counted on the first, third, … and on the second, fourth, … prompt.
+      emitted: tokens of the first prompt.
     """
 
     job: Job
     pair: loading.Pair
     llms: dict[str, Any]
     acceptance: Acceptance
+    halves: tuple[Acceptance, Acceptance]
     emitted: list[int]
+
+    def held_out(self, topology: Topology) -> float:
+        """Tokens per step over all prompts, each half predicted by the other.
+
+        Halves emit equally many tokens, so that their steps are averaged.
+        """
+        tokens = (theory.expected_tokens(topology, half) for half in self.halves)
+        return statistics.harmonic_mean(tokens)
 
     def costs(self, largest: int) -> Costs:
         """Of trees of up to so many nodes, the root included."""
@@ -179,16 +187,14 @@ class Bench:
 
         say("measuring costs")
         plain, probe = self.llms[PLAIN], self.llms[PROBE]
-        step_cost.warm_up(plain, self.job.counted[:1])
-        prefix = step_cost.middle_of(probe, self.job.counted[0], self.emitted)
-        sampling, rounds = self.job.settings.sampling, self.job.rounds
-        bench = shape_costs.Bench(
-            plain, probe, self.pair.target.model, prefix, sampling, rounds
-        )
+        step_cost.warm_up(plain, self.job.ids[:1])
+        prefix = step_cost.middle_of(probe, self.job.ids[0], self.emitted)
+        target, sampling = self.pair.target.model, self.job.settings.sampling
+        bench = shape_costs.Bench(plain, probe, target, prefix, sampling)
         return bench.measure(largest)
 
     def compare(self, trees: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Figures of plain decoding and of trees on the prompts held out."""
+        """Figures of plain decoding and of trees on the prompts."""
         from treespec_jax.measurement import rounds, step_cost
 
         job = self.job
@@ -196,12 +202,12 @@ class Bench:
         llms = {PLAIN: self.llms[PLAIN]} | loading.make_llms(variants, self.pair)
         for name, llm in llms.items():
             say(f"compiling {name}")
-            step_cost.warm_up(llm, job.held_out)
+            step_cost.warm_up(llm, job.ids)
         done = []
         for number in range(job.rounds):
             say(f"round {number + 1} of {job.rounds}")
-            sampling = _seeded(job, number * len(job.held_out))
-            done.append(rounds.run_round(llms, job.held_out, sampling, number))
+            sampling = _seeded(job, number * len(job.ids))
+            done.append(rounds.run_round(llms, job.ids, sampling, number))
         plain = [run[PLAIN] for run in done]
         return {n: rounds.summary([run[n] for run in done], plain) for n in llms}
 
@@ -223,13 +229,17 @@ def measure(job: Job) -> Bench:
     variants = {PLAIN: job.variant("none"), PROBE: job.variant(job.probe, record=True)}
     llms = loading.make_llms(variants, pair)
     say("compiling the probe")
-    step_cost.warm_up(llms[PROBE], job.counted)
+    step_cost.warm_up(llms[PROBE], job.ids)
     say("counting acceptance")
-    runs = []
+    records, emitted = ([], []), []
     # Greedy texts are the same in every round.
     for number in range(job.rounds if job.settings.sampling.temperature else 1):
-        sampling = _seeded(job, number * len(job.counted))
-        runs.append(rounds.run_round({PROBE: llms[PROBE]}, job.counted, sampling, 0))
-    records = [record for run in runs for record in run[PROBE].records]
-    acceptance = theory.count(records)
-    return Bench(job, pair, llms, acceptance, runs[0][PROBE].token_ids[0])
+        sampling = _seeded(job, number * len(job.ids))
+        for index, ids in enumerate(job.ids):
+            one = dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**32)
+            run = rounds.run_round({PROBE: llms[PROBE]}, [ids], one, 0)[PROBE]
+            records[index % 2].extend(run.records)
+            emitted += run.token_ids
+    halves = theory.count(records[0]), theory.count(records[1])
+    whole = theory.count([*records[0], *records[1]])
+    return Bench(job, pair, llms, whole, halves, emitted[0])

@@ -15,6 +15,8 @@ from treespec_jax.trees.shapes import StaticShape
 from treespec_jax.trees.topology import Topology, chain, regular
 from treespec_jax.tuning.theory import Costs
 
+# Measurements of each program.
+ROUNDS = 7
 # Nodes that a level of the drafter expands, whose cost is measured.
 LEVELS = (1, 4, 16)
 
@@ -30,7 +32,6 @@ class Bench:
       target: of both.
       prefix: token ids in front of what is timed.
       params: how to sample.
-      rounds: measurements of each program.
     """
 
     plain: LLM
@@ -38,7 +39,6 @@ class Bench:
     target: Transformer
     prefix: Sequence[int]
     params: SamplingParams
-    rounds: int
 
     def measure(self, largest: int) -> Costs:
         """Costs of trees of up to `largest` nodes, the root included."""
@@ -60,7 +60,7 @@ class Bench:
             )
             for size in sizes
         }
-        seconds = in_turn(programs, self.rounds)
+        seconds = in_turn(programs, ROUNDS)
         return tuple((n, statistics.median(seconds[str(n)])) for n in sizes)
 
     def _draft(self) -> tuple[float, tuple[tuple[int, float], ...]]:
@@ -70,7 +70,7 @@ class Bench:
         programs |= {str(n): self._phases(tree) for n, tree in trees.items()}
         seconds = {
             name: statistics.median(values)
-            for name, values in in_turn(programs, self.rounds).items()
+            for name, values in in_turn(programs, ROUNDS).items()
         }
         root = seconds["root"]
         return root, tuple((n, max(0.0, seconds[str(n)] - root) / 2) for n in LEVELS)
@@ -88,7 +88,7 @@ class Bench:
         points = []
         for llm in (self.plain, self.drafting):
             cost = step_cost.step_cost(
-                llm.engine, self.target, self.prefix, self.params, self.rounds
+                llm.engine, self.target, self.prefix, self.params, ROUNDS
             )
             rest = max(0.0, cost.step - cost.target - cost.draft)
             points.append((llm.engine.speculation.shape.num_nodes, rest))

@@ -156,25 +156,25 @@ def found(results: Mapping[str, Any]) -> str:
     measured = results["measured"]
     if measured:
         both = beside(
-            results["tokens"],
+            results["held_out"],
             measured["tokens_per_step"]["median"],
             results["tokens_error"],
         )
         lines += ["", f"Predicted / measured tokens per step: {both}"]
         if results["speedup"] is not None:
-            both = beside(results["speedup"], measured["ratio_to_plain"]["median"])
+            speedup = results["speedup"] * results["held_out"] / results["tokens"]
+            both = beside(speedup, measured["ratio_to_plain"]["median"])
             lines.append(f"Predicted / measured speed-up: {both}")
     return "\n".join(lines)
 
 
 def _conditions(results: Mapping[str, Any]) -> str:
     settings, versions = results["settings"], results["versions"]
-    counts = results["prompts"]
     sampling, batch = settings["sampling"], settings["engine"]["max_batch"]
     return (
         f"{settings['dtype']}, {settings['speculative']['method']}, "
-        f"T={sampling['temperature']:g}, batch {batch}; acceptance counted on "
-        f"{counts['counted']} prompts, measured on {counts['held_out']} others × "
-        f"{sampling['max_tokens']} tokens, {results['rounds']} rounds; "
+        f"T={sampling['temperature']:g}, batch {batch}, {results['prompts']} prompts × "
+        f"{sampling['max_tokens']} tokens, {results['rounds']} rounds, each half of "
+        "the prompts predicted by the other; "
         f"jax {versions['jax']}, {versions['device_kind']}, {versions['cpus']} CPUs"
     )

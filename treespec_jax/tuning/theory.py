@@ -122,35 +122,37 @@ def deviation(topology: Topology, acceptance: Acceptance) -> float:
 def count(records: Iterable[TreeRecord]) -> Acceptance:
     """Acceptance by depth and rank, counted over trees that were fixed beforehand.
 
-    A child that the drafter had no token for was not accepted. A rate is the share of
-    accepted parents with a child of that rank whose child was the accepted one. Few
-    parents are reached at great depth, so that every rate is drawn towards the rate of
-    its rank over all depths (`PRIOR`).
+    A rate is the share of accepted parents with a child of that rank whose child was
+    the accepted one; a child that the drafter had no token for was not. Few parents are
+    reached at great depth, so that every rate is drawn towards the rate of its rank
+    over all depths (`PRIOR`), but for children that never had a token, such as those
+    below the last Medusa head.
 
     Raises:
       ValueError: no record has a node below its root.
     """
-    hits: dict[tuple[int, int], int] = {}
-    seen: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[int, int], np.ndarray] = {}
     for record in records:
         accepted = record.accepted
         for depth, parent in enumerate((0, *accepted)):
             children = np.flatnonzero(record.parents[1:] == parent) + 1
+            exists = record.log_prob[children] > -np.inf
             for rank, child in enumerate(children):
-                cell = depth, rank
-                seen[cell] = seen.get(cell, 0) + 1
-                hits[cell] = hits.get(cell, 0) + int(child in accepted)
-    if not seen:
+                cell = counts.setdefault((depth, rank), np.zeros(3))
+                cell += 1, exists[rank], child in accepted
+    if not counts:
         raise ValueError("no drafted tree to count")
-    depths = 1 + max(depth for depth, _ in seen)
-    ranks = 1 + max(rank for _, rank in seen)
-    hit_DR, seen_DR = np.zeros((2, depths, ranks))
-    for cell in seen:
-        hit_DR[cell], seen_DR[cell] = hits[cell], seen[cell]
+    depths, ranks = 1 + np.max(list(counts), axis=0)
+    count_DR3 = np.zeros((depths, ranks, 3))
+    for cell, found in counts.items():
+        count_DR3[cell] = found
+    families = count_DR3[:, 0, 0]
+    never_DR = (count_DR3[..., 0] > 0) & (count_DR3[..., 1] == 0)
+    seen_DR, hit_DR = np.where(never_DR, 0, count_DR3[..., 0]), count_DR3[..., 2]
     pooled_R = hit_DR.sum(0) / np.maximum(seen_DR.sum(0), 1)
     rate_DR = (hit_DR + PRIOR * pooled_R) / (seen_DR + PRIOR)
-    rates = tuple(tuple(map(float, row)) for row in rate_DR)
-    return Acceptance(rates, tuple(int(n) for n in seen_DR[:, 0]))
+    rates = np.where(never_DR, 0.0, rate_DR).tolist()
+    return Acceptance(tuple(map(tuple, rates)), tuple(map(int, families)))
 
 
 def probe(width: int, depth: int) -> Topology:
