@@ -26,6 +26,8 @@ from treespec_jax.tuning.theory import Acceptance, Costs
 absl_flags.disclaim_key_flags()
 
 PLAIN, PROBE = "plain", "probe"
+# The rest of a step is measured on its 16 nodes; no measured tree is deeper.
+_SAMPLE = "regular:3x2x1"
 # Lengths of texts are rounded up to it, so that compiled programs serve several runs.
 _ROUNDING = 128
 _SETTINGS = setting_flags.SettingFlags(
@@ -186,11 +188,13 @@ class Bench:
         from treespec_jax.measurement import shape_costs, step_cost
 
         say("measuring costs")
-        plain, probe = self.llms[PLAIN], self.llms[PROBE]
-        step_cost.warm_up(plain, self.job.ids[:1])
-        prefix = step_cost.middle_of(probe, self.job.ids[0], self.emitted)
+        plain, variant = self.llms[PLAIN], self.job.variant(_SAMPLE)
+        sample = loading.make_llms({_SAMPLE: variant}, self.pair)[_SAMPLE]
+        for llm in (plain, sample):
+            step_cost.warm_up(llm, self.job.ids[:1])
+        prefix = step_cost.middle_of(sample, self.job.ids[0], self.emitted)
         target, sampling = self.pair.target.model, self.job.settings.sampling
-        bench = shape_costs.Bench(plain, probe, target, prefix, sampling)
+        bench = shape_costs.Bench(plain, sample, target, prefix, sampling)
         return bench.measure(largest)
 
     def compare(self, trees: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -27,8 +27,8 @@ class Bench:
 
     Attributes:
       plain: decodes without a drafter.
-      drafting: the same target with a drafter; its own shape, a static one, is the
-        largest whose rest of a step is measured.
+      drafting: the same target with a drafter. The rest of a step is measured on its
+        tree, a static one of three levels or more.
       target: of both.
       prefix: token ids in front of what is timed.
       params: how to sample.
