@@ -353,7 +353,7 @@ def test_settings_that_are_not_supported(refuses, name, key, value):
     [
         ("rms_norm_eps", "1e-5", 'rms_norm_eps="1e-5" must be a number'),
         ("rope_parameters", {"rope_theta": "x"}, 'rope_theta="x" must be a number'),
-        ("rope_scaling", {"type": "linear"}, 'rope_scaling={"type": "linear"} lacks f'),
+        ("rope_scaling", {"type": "linear"}, '"rope_type": "linear"} lacks factor'),
         ("rope_scaling", {**LLAMA3, "factor": None}, "lacks factor"),
         (
             "rope_scaling",

@@ -191,7 +191,7 @@ def test_scaling_beside_rotary_parameters(folder, older, newer, want):
             'rope_scaling.rope_type="linear", but rope_parameters has "llama3"',
         ),
         ([2], {"rope_theta": 1e6}, "rope_scaling=[2] is not supported"),
-        ({"factor": 2.0}, 3, "=3 is not supported"),
+        ({"factor": 2.0}, 3, "rope_parameters=3 is not supported"),
     ],
 )
 def test_scaling_that_contradicts_rotary_parameters(folder, older, newer, message):

@@ -297,9 +297,8 @@ def _merged(read: _Reader, values: Any, added: Any) -> Any:
     """
     if not values or not added:
         return added or values
-    for part in (values, added):
-        if not isinstance(part, Mapping):
-            return part
+    for key, part in (("rope_parameters", values), ("rope_scaling", added)):
+        _rotary_kind(read, key, part)
     first, second = dict(values), dict(added)
     for part in (first, second):
         kind = part.get("rope_type") or part.get("type")
@@ -316,10 +315,8 @@ def _merged(read: _Reader, values: Any, added: Any) -> Any:
     return {**first, **second}
 
 
-def _rotary(
-    read: _Reader, key: str, values: Any, theta: Any, positions: int
-) -> RotaryConfig:
-    values = {} if values is None else values
+def _rotary_kind(read: _Reader, key: str, values: Any) -> str:
+    """How positions are stretched. Raises UserError if this decoder cannot."""
     kinds = f"rope_type {', '.join(_SCALINGS)}"
     if not isinstance(values, Mapping):
         read.refuse(key, values, kinds)
@@ -330,6 +327,14 @@ def _rotary(
         read.refuse(key, values, "partial_rotary_factor 1.0")
     if values.get("mrope_section") or any(isinstance(v, dict) for v in values.values()):
         read.refuse(key, values, "one setting for all dimensions and layers")
+    return kind
+
+
+def _rotary(
+    read: _Reader, key: str, values: Any, theta: Any, positions: int
+) -> RotaryConfig:
+    values = {} if values is None else values
+    kind = _rotary_kind(read, key, values)
 
     def optional(name: str) -> Any:
         return read.number(f"{key}.{name}", values.get(name))
