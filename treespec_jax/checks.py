@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from treespec_jax.errors import UserError
 
 T = TypeVar("T")
+# Magnitudes of normal numbers of float32; smaller ones are flushed to 0.
+_LEAST, _GREATEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
+
+def shown(value: Any) -> str:
+    """A value in one line of 60 characters at most, for messages."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of numbers of thousands of digits, for example
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -27,7 +40,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(
                 f"unknown key {key!r} in {what}{hint} (known: {', '.join(fields)})"
@@ -45,23 +58,37 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
 def check_int(name: str, value: Any, least: int) -> None:
     """Raises UserError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
+        raise UserError(f"{name} must be a whole number >= {least}, got {shown(value)}")
 
 
 def check_float(
     name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False
 ) -> None:
-    """Raises UserError unless `value` is finite and in [low, high] (or (low, high])."""
+    """Raises UserError unless `value` is finite and in [low, high] (or (low, high]).
+
+    Numbers that float32 cannot tell from 0 or infinity are refused, for that is what
+    they would become.
+    """
     bracket = "(" if open_low else "["
     span = f"{bracket}{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
     try:
+        if isinstance(value, (str, bytes, bytearray, bool)) or getattr(
+            value, "ndim", 0
+        ):
+            raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{name} must be a number, got {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} must be a number, got {shown(value)}") from None
     below = number <= low if open_low else number < low
     if not math.isfinite(number) or below or number > high:
         where = f"in {span}" if high < math.inf else span
-        raise UserError(f"{name} must be a finite number {where}, got {value!r}")
+        raise UserError(f"{name} must be a finite number {where}, got {shown(value)}")
+    if number and not _LEAST <= abs(number) <= _GREATEST:
+        meant = "0" if abs(number) < 1 else "infinity"
+        raise UserError(
+            f"{name}={value!r} cannot be told from {meant} in float32; give a number "
+            f"of {_LEAST:.2g} to {_GREATEST:.2g}"
+        )
 
 
 def check_optional(name: str, value: Any) -> None:
@@ -73,4 +100,74 @@ def check_optional(name: str, value: Any) -> None:
 def check_bool(name: str, value: Any) -> None:
     """Raises UserError unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise UserError(f"{name} must be true or false, got {value!r}")
+        raise UserError(f"{name} must be true or false, got {shown(value)}")
+
+
+def check_ints(name: str, values: Any, least: int) -> tuple[int, ...]:
+    """Whole numbers of at least `least`; one of them alone, or None, is taken too.
+
+    Raises:
+      UserError: names what is no such number.
+    """
+    if values is None:
+        return ()
+    return tuple(as_int(name, value, least) for value in _each(values))
+
+
+def check_texts(name: str, values: Any) -> tuple[str, ...]:
+    """Texts that are not empty; one of them alone, or None, is taken too.
+
+    Raises:
+      UserError: names what is no such text, or holds what UTF-8 cannot.
+    """
+    if values is None:
+        return ()
+    texts = _each(values)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"{name} must hold non-empty texts, got {shown(values)}")
+    for text in texts:
+        check_text(name, text)
+    return texts
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises UserError if `text` holds half a character, which UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds {text[error.start]!r}, which is no character but a byte or "
+            "a half of one; give text in UTF-8"
+        ) from None
+
+
+def as_bool(name: str, value: Any) -> bool:
+    """True or False, numpy's too. Raises UserError for anything else."""
+    if str(getattr(value, "dtype", "")) == "bool" and not value.ndim:
+        return bool(value)
+    check_bool(name, value)
+    return value
+
+
+def as_int(name: str, value: Any, least: int, bits: int = 31) -> int:
+    """A whole number of any type, as numpy has its own.
+
+    Raises:
+      UserError: it is none, below `least`, or has more than `bits` bits.
+    """
+    number = value
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
+    check_int(name, number, least)
+    if number >> bits:
+        raise UserError(f"{name} must be below 2**{bits}, got {shown(number)}")
+    return number
+
+
+def _each(values: Any) -> tuple[Any, ...]:
+    """The items of what holds several, or the one value."""
+    if not isinstance(values, (str, bytes, Mapping)):
+        with contextlib.suppress(TypeError):
+            return tuple(values)
+    return (values,)

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import os
 import re
 import sys
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run_command(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one of `commands.COMMANDS` as `run` does."""
     argv = list(sys.argv if argv is None else argv)
+    _prepare_streams()
     with _one_line_errors():
         module = importlib.import_module(f"{commands.__name__}.{name}")
         module.define()
@@ -83,6 +85,7 @@ def run(
     Raises:
       SystemExit: always.
     """
+    _prepare_streams()
     with _one_line_errors():
         skip_absent_tpu()
         code = main(_parse(list(sys.argv if argv is None else argv), arguments))
@@ -135,6 +138,21 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _prepare_streams() -> None:
+    """Lets any text be written, and bytes that are no text be read and then named.
+
+    A process may also be started without some of its three streams.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            # What the encoding lacks, ASCII for example, is written as an escape.
+            how = "surrogateescape" if mode == "r" else "backslashreplace"
+            stream.reconfigure(errors=how)
 
 
 def _parse(argv: list[str], arguments: int) -> list[str]:

@@ -7,15 +7,20 @@ value, so that a bad setting is found before any memory is spent.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from treespec_jax.checks import (
+    as_bool,
+    as_int,
     check_bool,
     check_float,
     check_int,
+    check_ints,
     check_optional,
+    check_texts,
     from_mapping,
 )
 from treespec_jax.errors import UserError
@@ -260,7 +265,10 @@ class SamplingParams:
         (0, 1].
       min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
       seed: of the request's noise; equal seeds give equal text (32 bits).
-      stop: texts that end the output (they are not part of it).
+      stop: texts that end the output (they are not part of it); one that contains the
+        spelling of a control token is found where that token is emitted. None: none.
+      stop_token_ids: tokens that end the output; their text is not part of it. None:
+        none.
       ignore_eos: go on past the end-of-text token.
       logprobs: also return log p (natural, of the model before penalties, bias,
         temperature and truncation) of every emitted token.
@@ -281,6 +289,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
     repetition_penalty: float = 1.0
@@ -289,27 +298,37 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     MAX_LOGIT_BIAS: ClassVar = 64
+    # Least value, and bits of what holds it.
+    _INTS: ClassVar = (("max_tokens", 1, 31), ("top_k", 0, 31), ("seed", 0, 32))
+    # Least and greatest value, and whether the least one itself is refused.
+    _FLOATS: ClassVar = {
+        "temperature": (0, math.inf, False),
+        "top_p": (0, 1, True),
+        "min_p": (0, 1, False),
+        "repetition_penalty": (0, math.inf, True),
+        "presence_penalty": (-2, 2, False),
+        "frequency_penalty": (-2, 2, False),
+    }
 
     def __post_init__(self):
-        check_int("max_tokens", self.max_tokens, 1)
-        check_float("temperature", self.temperature, 0)
-        check_int("top_k", self.top_k, 0)
-        check_float("top_p", self.top_p, 0, 1, open_low=True)
-        check_float("min_p", self.min_p, 0, 1)
-        check_int("seed", self.seed, 0)
-        if self.seed >= 2**32:
-            raise UserError(f"seed must be below 2**32, got {self.seed}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(s, str) and s for s in stop):
-            raise UserError(f"stop must hold non-empty texts, got {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        check_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
-        check_float("presence_penalty", self.presence_penalty, -2, 2)
-        check_float("frequency_penalty", self.frequency_penalty, -2, 2)
-        object.__setattr__(self, "logit_bias", self._checked_bias())
+        checked = {
+            name: as_int(name, getattr(self, name), least, bits)
+            for name, least, bits in self._INTS
+        }
+        for name in ("ignore_eos", "logprobs"):
+            checked[name] = as_bool(name, getattr(self, name))
+        for name, (low, high, open_low) in self._FLOATS.items():
+            check_float(name, getattr(self, name), low, high, open_low)
+            checked[name] = float(getattr(self, name))
+        checked["stop"] = check_texts("stop", self.stop)
+        ends = check_ints("stop_token_ids", self.stop_token_ids, 0)
+        checked["stop_token_ids"] = ends
+        checked["logit_bias"] = self._checked_bias()
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def _checked_bias(self) -> tuple[tuple[int, float], ...]:
-        bias = self.logit_bias
+        bias = () if self.logit_bias is None else self.logit_bias
         try:
             items = bias.items() if isinstance(bias, Mapping) else bias
             pairs = sorted((token, value) for token, value in items)
@@ -317,13 +336,13 @@ class SamplingParams:
             raise UserError(
                 f"logit_bias must map token ids to numbers, got {bias!r}"
             ) from None
+        pairs = [(as_int("logit_bias token", t, 0), value) for t, value in pairs]
         if len(pairs) > self.MAX_LOGIT_BIAS:
             raise UserError(
                 f"logit_bias has {len(pairs)} tokens; give {self.MAX_LOGIT_BIAS} "
                 "at most"
             )
         for token, value in pairs:
-            check_int("logit_bias token", token, 0)
             check_float(f"logit_bias of token {token}", value, -100, 100)
         if len({token for token, _ in pairs}) < len(pairs):
             raise UserError(f"logit_bias names a token twice: {bias!r}")
@@ -447,24 +466,27 @@ class EngineConfig:
     CACHE_DTYPES: ClassVar = ("float32", "bfloat16", "float16", "int8")
 
     def __post_init__(self):
-        check_int("max_batch", self.max_batch, 1)
-        check_int("max_len", self.max_len, 2)
-        check_int("steps_per_dispatch", self.steps_per_dispatch, 1)
-        size = self.page_size
+        for name, least in (
+            ("max_batch", 1),
+            ("max_len", 2),
+            ("steps_per_dispatch", 1),
+        ):
+            object.__setattr__(self, name, as_int(name, getattr(self, name), least))
+        for name in ("num_pages", "lanes"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_int(name, getattr(self, name), 1))
+        size = as_int("page_size", self.page_size, 1)
+        object.__setattr__(self, "page_size", size)
         if size not in (8, 16, 32, 64, 128, 256, 512):
             raise UserError(f"page_size must be a power of two in 8..512, got {size!r}")
-        if self.num_pages is not None:
-            check_int("num_pages", self.num_pages, 1)
-        if self.lanes is not None:
-            check_int("lanes", self.lanes, 1)
         if self.cache_dtype not in self.CACHE_DTYPES:
             raise UserError(
                 f"cache_dtype must be one of {', '.join(self.CACHE_DTYPES)}, got "
                 f"{self.cache_dtype!r}"
             )
         check_bool("record", self.record)
-        chunks = tuple(self.prefill_chunks)
-        if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < 1:
+        chunks = check_ints("prefill_chunks", self.prefill_chunks, 1)
+        if not chunks or list(chunks) != sorted(set(chunks)):
             raise UserError(
                 f"prefill_chunks must ascend from at least 1, got {chunks!r}"
             )

@@ -146,6 +146,16 @@ def check_bias(bias: Iterable[tuple[int, float]], vocab_size: int) -> None:
             )
 
 
+def check_stops(ids: Iterable[int], vocab_size: int) -> None:
+    """Raises UserError: a token that ends the output and that the model lacks."""
+    for token in ids:
+        if token >= vocab_size:
+            raise UserError(
+                f"stop_token_ids: token id {token} is outside the vocabulary of "
+                f"{vocab_size}; leave it out"
+            )
+
+
 def check_prompt(ids: Sequence[int], max_len: int) -> None:
     """Raises UserError: no token, or no room for a new one."""
     if not ids:

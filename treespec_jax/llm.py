@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax import limits, speculation
+from treespec_jax.arguments import as_params, as_prompt, as_prompts, each_params
 from treespec_jax.checkpoints import (
     Description,
     LoadedModel,
@@ -28,7 +27,7 @@ from treespec_jax.checkpoints.drafters import (
 )
 from treespec_jax.checkpoints.recycle_table import Table, TableFile
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
-from treespec_jax.checks import from_mapping
+from treespec_jax.checks import as_int, from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import recycle, wiring
@@ -121,6 +120,8 @@ class LLM:
             dtype = "float32"
         if isinstance(mesh, str):
             mesh = make_mesh(mesh)
+        if not isinstance(mesh, jax.sharding.Mesh | None):
+            raise UserError(f'mesh must be a text such as "tensor:4", got {mesh!r:.60}')
         target = _loaded(target, dtype, mesh)
         use_huge_pages(target.model)
         if draft is not None:
@@ -195,8 +196,10 @@ class LLM:
         """Continues every prompt.
 
         Args:
-          prompts: a text, several texts, or lists of token ids (taken as they are).
-          params: one for all, or one per prompt; None is greedy with the defaults.
+          prompts: a text, several texts, or lists of token ids (taken as they are);
+            each may be in a dictionary, as vLLM takes it (`arguments.as_prompt`).
+          params: one for all, or one per prompt, or a mapping of its fields; None is
+            greedy with the defaults.
           max_steps: steps per dispatch at most; with 1 tokens reach the host as soon
             as they are known (`Completion.arrivals`). None: `steps_per_dispatch`.
 
@@ -204,12 +207,8 @@ class LLM:
           UserError: an empty prompt, one longer than max_len, or text without a
             tokenizer.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        prompts = list(prompts)
-        if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
-            prompts = [prompts]
-        params = _one_each(params, len(prompts), "prompts")
+        prompts = as_prompts(prompts)
+        params = each_params(params, len(prompts), "prompts")
         return self._serve(
             [self._reader(p, s) for p, s in zip(prompts, params, strict=True)],
             max_steps,
@@ -235,7 +234,7 @@ class LLM:
             refuses, or that have no room in max_len.
         """
         conversations = check_conversations(messages)
-        params = _one_each(params, len(conversations), "conversations")
+        params = each_params(params, len(conversations), "conversations")
         return self._serve(
             [
                 self._chat_reader(c, s, variables)
@@ -245,6 +244,8 @@ class LLM:
         )
 
     def _serve(self, readers: list[Reader], max_steps: int | None) -> Generation:
+        if max_steps is not None:
+            max_steps = as_int("max_steps", max_steps, 1)
         engine = self.engine
         before = engine.prefill_seconds, engine.decode_seconds
         try:
@@ -277,7 +278,8 @@ class LLM:
         Pieces never split a character, and nothing is yielded that may still turn out
         to belong to a stop text.
         """
-        return Stream(self.engine, self._reader(prompt, params or SamplingParams()))
+        reader = self._reader(as_prompt(prompt), as_params(params))
+        return Stream(self.engine, reader)
 
     def stream_chat(
         self,
@@ -287,8 +289,8 @@ class LLM:
     ) -> Stream:
         """Answers one conversation as `chat` does, and yields the text as it comes."""
         messages = check_messages(messages)
-        params = params or SamplingParams()
-        return Stream(self.engine, self._chat_reader(messages, params, variables))
+        reader = self._chat_reader(messages, as_params(params), variables)
+        return Stream(self.engine, reader)
 
     def save_recycle_table(self, path: str | Path | None = None) -> Path:
         """Writes what all requests taught methods "recycle" and "auto" to a file.
@@ -328,12 +330,9 @@ class LLM:
             engine.draft_state, table.best, table.logits
         )
 
-    def _reader(self, prompt: Prompt, params: SamplingParams) -> Reader:
-        if isinstance(prompt, str):
-            # A token that begins every text is enough of a prompt.
-            ids = self._tokenizer().encode(prompt)
-        else:
-            ids = _token_ids(prompt)
+    def _reader(self, prompt: str | list[int], params: SamplingParams) -> Reader:
+        # A token that begins every text is enough of a prompt.
+        ids = self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
         return self._checked(prompt, ids, params, ids)
 
     def _chat_reader(self, messages, params, variables) -> Reader:
@@ -352,6 +351,7 @@ class LLM:
     def _checked(self, prompt, ids, params, context) -> Reader:
         limits.check_tokens(ids, self.config.vocab_size)
         limits.check_bias(params.logit_bias, self.config.vocab_size)
+        limits.check_stops(params.stop_token_ids, self.config.vocab_size)
         if params.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer; the checkpoint has none")
         request = Request(prompt=ids, params=params)
@@ -359,31 +359,14 @@ class LLM:
         return Reader(prompt, request, self.tokenizer, context)
 
 
-def _one_each(params, count: int, what: str) -> list[SamplingParams]:
-    params = params if params is not None else SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise UserError(
-            f"{count} {what} but {len(params)} sampling parameters; give one for all "
-            "or one for each"
-        )
-    return list(params)
-
-
-def _token_ids(prompt: Sequence[int]) -> list[int]:
-    try:
-        return [operator.index(token) for token in prompt]
-    except TypeError:
-        raise UserError(
-            f"a prompt must be text or token ids, got {reprlib.repr(prompt)}"
-        ) from None
-
-
 def _speculative_config(given) -> SpeculativeConfig:
     if isinstance(given, SpeculativeConfig):
         return given
-    values = {"method": "none"} if given is None else dict(given)
+    if given is not None and not isinstance(given, Mapping):
+        raise UserError(
+            f"speculative must be SpeculativeConfig or its fields, got {given!r:.60}"
+        )
+    values = {"method": "none"} if given is None else given
     return from_mapping(SpeculativeConfig, values, "speculative")
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 
-from treespec_jax.checkpoints.tokenizers import TextStream, Tokenizer
+from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.completions import Completion, Messages, Prompt
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
+from treespec_jax.stops import StoppedText
 from treespec_jax.tracing import build
 from treespec_jax.tracing.trace import Step
 
 
 class Reader:
-    """Turns a request's tokens into text, and looks for stop texts.
+    """Turns a request's tokens into text, and looks for its stops.
 
     Args:
       prompt: as the user gave it.
@@ -32,42 +33,32 @@ class Reader:
     ):
         self.prompt = prompt
         self.request = request
-        self._stop = request.params.stop
-        self._stream = TextStream(tokenizer, context) if tokenizer else None
+        params = request.params
+        self._end_ids = frozenset(params.stop_token_ids)
+        self._text = StoppedText(tokenizer, context, params.stop) if tokenizer else None
         self._tokenizer, self._context = tokenizer, context
         self._steps = build.StepReader(request, tokenizer, context)
         self._seen = 0
-        self._text = ""
         self._taken = 0
-        self._ended = False
 
     def read(self, engine: Engine) -> None:
-        """Takes in what the request emitted since; ends it at a stop text."""
-        request = self.request
-        if self._stream is None or self._ended:
-            return
+        """Takes in what the request emitted since; ends it at a stop."""
+        request, text = self.request, self._text
         while self._seen < len(request.tokens):
             token = request.tokens[self._seen]
             self._seen += 1
-            self._append(self._stream.push([token]))
-            if self._ended:
+            stopped = token in self._end_ids
+            if text is not None and not stopped:
+                text.push(token)
+                stopped = text.stopped
+            if stopped:
                 self._cut(engine)
-                return
-        if request.finish_reason:
-            self._append(self._stream.flush())
-            self._ended = True
-
-    def _append(self, piece: str) -> None:
-        longest = max((len(stop) for stop in self._stop), default=0)
-        begin = max(0, len(self._text) - longest + 1)
-        self._text += piece
-        found = [i for s in self._stop if (i := self._text.find(s, begin)) >= 0]
-        if found:
-            self._text = self._text[: min(found)]
-            self._ended = True
+                break
+        if text is not None and request.finish_reason:
+            text.end()
 
     def _cut(self, engine: Engine) -> None:
-        """Ends the request at the token that completed a stop text."""
+        """Ends the request at the token that completed a stop."""
         request = self.request
         engine.cancel(request)
         request.finish_reason = "stop"
@@ -75,10 +66,10 @@ class Reader:
 
     def take(self) -> str:
         """Text not taken yet, less an end that could be the start of a stop text."""
-        end = len(self._text)
-        if not self._ended:
-            end -= max((_overlap(self._text, stop) for stop in self._stop), default=0)
-        piece = self._text[self._taken : end]
+        if self._text is None:
+            return ""
+        end = self._text.certain()
+        piece = self._text.text[self._taken : end]
         self._taken = max(self._taken, end)
         return piece
 
@@ -88,13 +79,14 @@ class Reader:
 
     def completion(self) -> Completion:
         request = self.request
+        text = self._text.text if self._text is not None else ""
         make_trace = None
         if len(request.records) == len(request.steps):
-            text = self.prompt, self._text, self._tokenizer, self._context
-            make_trace = functools.partial(build.trace_of, request, *text)
+            parts = self.prompt, text, self._tokenizer, self._context
+            make_trace = functools.partial(build.trace_of, request, *parts)
         return Completion(
             prompt=self.prompt,
-            text=self._text,
+            text=text,
             token_ids=request.tokens,
             finish_reason=request.finish_reason,
             logprobs=request.logprobs if request.params.logprobs else None,
@@ -143,11 +135,3 @@ class Stream(Iterator[str]):
 
     def __del__(self):
         self.close()
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper start of `stop`."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0

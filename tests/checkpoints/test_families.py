@@ -318,7 +318,6 @@ LLAMA3 = dict(
         ("llama_grouped", "mlp_bias", True),
         ("llama_grouped", "hidden_act", "gelu"),
         ("llama_grouped", "hidden_act", "relu"),
-        ("llama_grouped", "quantization_config", {"quant_method": "gptq"}),
         ("llama_grouped", "partial_rotary_factor", 0.5),
         ("llama_grouped", "attention_chunk_size", 8192),
         ("llama_grouped", "no_rope_layers", [0, 1]),
@@ -341,7 +340,6 @@ LLAMA3 = dict(
         ("gemma2", "sliding_window", None),
         ("gemma3_text", "attn_logit_softcapping", 50.0),
         ("gemma3_text", "rope_parameters", {"rope_theta": 1e6}),
-        ("gemma3_multimodal", "quantization_config", {"bits": 4}),
     ],
 )
 def test_settings_that_are_not_supported(refuses, name, key, value):
@@ -355,7 +353,7 @@ def test_settings_that_are_not_supported(refuses, name, key, value):
     [
         ("rms_norm_eps", "1e-5", 'rms_norm_eps="1e-5" must be a number'),
         ("rope_parameters", {"rope_theta": "x"}, 'rope_theta="x" must be a number'),
-        ("rope_scaling", {"type": "linear"}, 'rope_scaling={"type": "linear"} lacks f'),
+        ("rope_scaling", {"type": "linear"}, '"rope_type": "linear"} lacks factor'),
         ("rope_scaling", {**LLAMA3, "factor": None}, "lacks factor"),
         (
             "rope_scaling",

@@ -144,7 +144,7 @@ def test_tokenizer_of_the_folder(folder, tmp_path):
     assert chosen.config.eos_ids == (2, 1)
 
 
-@pytest.mark.parametrize("value", ["DELETE", None, 0, "64", 6.5, True])
+@pytest.mark.parametrize("value", [0, "64", 6.5, True])
 def test_sizes_that_are_no_sizes(folder, value):
     change_config(folder, hidden_size=value)
     with pytest.raises(UserError, match="hidden_size=.* must be a whole number"):
@@ -345,13 +345,26 @@ def test_index_that_leads_elsewhere(folder, file):
         load(folder)
 
 
+@pytest.mark.parametrize("meant", [0, 1])
+def test_an_index_says_which_of_two_shards_holds_a_tensor(folder, good, meant):
+    files = shard(folder)
+    held = [load_file(folder / file) for file in files]
+    name = next(iter(held[meant]))
+    held[1 - meant][name] = np.zeros_like(held[meant][name])
+    save_file(held[1 - meant], folder / files[1 - meant])
+    assert same_parameters(load(folder).model, good.model)
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_tensor_in_two_shards(folder, index):
+    """And no index, or none that names it, says which one counts."""
     first, second = shard(folder)
     held = load_file(folder / first)
     name = next(iter(held))
     save_file({**load_file(folder / second), name: held[name]}, folder / second)
-    if not index:
+    if index:
+        change_index(folder, lambda names: names.pop(name))
+    else:
         (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=f"{name} is both in .*{first} and in {second}"):
         load(folder)

@@ -342,3 +342,11 @@ def test_mistakes(flag, message, monkeypatch):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_norms_of_qwen():
+    """The chat models from 14B on have 1e-6; the presets are the base models."""
+    sizes = ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
+    found = {size: presets.get(f"qwen2.5-{size}").norm_eps for size in sizes}
+    small = dict.fromkeys(("0.5b", "1.5b", "3b", "7b"), 1e-6)
+    assert found == {**small, **dict.fromkeys(("14b", "32b", "72b"), 1e-5)}

@@ -53,7 +53,7 @@ def test_overrides_win_and_none_is_not_given():
         ({"leaf": 1}, "leaf"),
         ({"sampling": {"leaf": 1}}, "leaf"),
         ({"sampling": 3}, "sampling"),
-        ({"engine": {"prefill_chunks": 16}}, "engine"),
+        ({"engine": {"prefill_chunks": "x"}}, "prefill_chunks"),
         ({"speculative": {"tree": 5}}, "tree"),
         ({"speculative": {"tau": 0}}, "tau"),
         (

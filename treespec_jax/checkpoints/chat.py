@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from treespec_jax.checkpoints.files import first_line, parse_json
+from treespec_jax.checks import check_text
 from treespec_jax.errors import UserError
 
 Message = Mapping[str, Any]
 
 _JINJA, _PROCESSOR = "chat_template.jinja", "chat_template.json"
 _CONFIG = "tokenizer_config.json"
+# Types of parts of a content, of OpenAI's two interfaces.
+_TEXTS = ("text", "input_text", "output_text")
 TEMPLATE_FILES = (_JINJA, _PROCESSOR)
 
 
@@ -62,6 +65,13 @@ class ChatTemplate:
                 f"{self._source}: the chat template is malformed in line "
                 f"{error.lineno}: {first_line(error)}"
             ) from None
+        except Exception as error:
+            # What Jinja takes for a template need not be one of Python: a break outside
+            # a loop, brackets without end, a number of thousands of digits.
+            raise UserError(
+                f"{self._source}: the chat template cannot be compiled: "
+                f"{first_line(error)}"
+            ) from None
 
     def render(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
@@ -73,13 +83,18 @@ class ChatTemplate:
         control tokens has to take them out of the messages.
 
         Args:
-          messages: in order, each with a "role" and a "content" text.
+          messages: in order, see `check_messages`.
           variables: more for the template to see, `enable_thinking` for example;
             `add_generation_prompt` is true unless given.
 
         Raises:
           UserError: malformed messages, or the template refuses them, with its words.
         """
+        if not isinstance(variables, Mapping | None):
+            raise UserError(
+                "variables must map names to what the template sees, got "
+                f"{variables!r:.60}"
+            )
         values = {
             "add_generation_prompt": True,
             "tools": None,
@@ -131,6 +146,12 @@ def find_template(files: Mapping[str, bytes], folder: Path) -> TemplateSource | 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
     """A copy of the messages of one conversation, made of plain data.
 
+    Args:
+      messages: each with a "role" and a "content": a text, or a list of texts and
+        {"type": "text", "text": …}, which are joined by line breaks. A key that is null
+        is as good as missing: programs write {"content": null, "tool_calls": …}, and a
+        template would write the word None.
+
     Raises:
       UserError: names the message that has no role or no text.
     """
@@ -141,23 +162,49 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         )
     if not messages:
         raise UserError("the conversation is empty; give at least one message")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+    return [_checked(index, message) for index, message in enumerate(messages)]
+
+
+def _checked(index: int, message: Any) -> dict[str, Any]:
+    where = f"message {index}"
+    if not isinstance(message, Mapping):
+        raise UserError(
+            f'{where} must be {{"role": …, "content": …}}, got {message!r:.60}'
+        )
+    given = {key: value for key, value in message.items() if value is not None}
+    role = given.get("role")
+    if not isinstance(role, str) or not role:
+        raise UserError(f'{where} needs a "role", user for example')
+    where += f" ({' '.join(role.split()):.20})"
+    if "content" in given:
+        given["content"] = _joined(given["content"], where)
+    elif not set(given) - {"role", "name"}:
+        # A call of a tool, for example, may stand for the text.
+        raise UserError(f'{where} needs a "content" that is a text, got None')
+    return _plain(given, where)
+
+
+def _joined(content: Any, where: str) -> str:
+    """A text, or the parts of one as other programs give them."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if _is_list(content) else [content]:
+        text = part
+        if isinstance(part, Mapping):
+            kind = part.get("type", "text")
+            if kind not in _TEXTS:
+                raise UserError(
+                    f"{where} has a part of type {kind!r:.40}; only text can be read, "
+                    "leave it out"
+                )
+            text = part.get("text")
+        if not isinstance(text, str):
             raise UserError(
-                f'message {index} must be {{"role": …, "content": …}}, got '
-                f"{message!r:.60}"
+                f'{where} needs a "content" that is a text, got {content!r:.60}'
             )
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not role:
-            raise UserError(f'message {index} needs a "role", user for example')
-        # A call of a tool may stand for the text.
-        spoken = isinstance(content, str) or (content is None and len(message) > 2)
-        if not spoken:
-            raise UserError(
-                f'message {index} ({role}) needs a "content" that is a text, got '
-                f"{content!r:.60}"
-            )
-    return _plain([dict(message) for message in messages], "the messages")
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def check_conversations(messages: Any) -> list[list[dict[str, Any]]]:
@@ -177,7 +224,11 @@ def _is_list(value: Any) -> bool:
 def _plain(values: Any, what: str) -> Any:
     """A copy by way of JSON: a template gets no object that it could call."""
     try:
-        return json.loads(json.dumps(values))
+        text = json.dumps(values, ensure_ascii=False)
+        check_text(what, text)
+        return json.loads(text)
+    except UserError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{what} must be plain data: {first_line(error)}") from None
 

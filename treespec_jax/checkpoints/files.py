@@ -10,6 +10,8 @@ from typing import Any
 
 from treespec_jax.errors import UserError
 
+_POINTER = b"version https://git-lfs."
+
 
 def cache_folder() -> Path:
     """The user's folder of what can be made or fetched again.
@@ -21,11 +23,21 @@ def cache_folder() -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of a file. Raises UserError if it is missing or unreadable."""
+    """All of a file. Raises UserError if it is missing, unreadable or a pointer."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    check_pointer(path, data)
+    return data
+
+
+def check_pointer(path: Path, start: bytes) -> None:
+    """Raises UserError if a file that begins so only says what Git LFS holds for it."""
+    if start.startswith(_POINTER):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself; run git lfs pull"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,7 +52,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
       UserError: the data is not a JSON object; names the file.
     """
     try:
-        values = json.loads(data.decode("utf-8"))
+        values = json.loads(data.decode("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {first_line(error)}; repair it") from None
     if not isinstance(values, dict):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax.checkpoints.files import first_line
+from treespec_jax.checkpoints.files import check_pointer, first_line
 from treespec_jax.errors import UserError
 
 MAGIC = b"GGUF"
@@ -121,10 +121,7 @@ def _read_header(path: Path, size: int, modified: int) -> Header:
 def _check_start(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(24)
-    if start.startswith(b"version https://git-lfs."):
-        raise UserError(
-            f"{path} is a Git LFS pointer, not the file itself; run git lfs pull"
-        )
+    check_pointer(path, start)
     if not start.startswith(MAGIC):
         raise UserError(
             f"{path} is no GGUF file: it begins with {start[:4]!r}; check the path, or "

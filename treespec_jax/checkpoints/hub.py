@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from treespec_jax.checkpoints.files import cause, read_json
+from treespec_jax.checkpoints.foreign import ADAPTER, QUANTISERS, check_folder
 from treespec_jax.checkpoints.safetensors_source import INDEX
 from treespec_jax.checkpoints.tokenizers.settings import COMPANIONS
 from treespec_jax.errors import UserError
@@ -34,10 +35,12 @@ _SMALL = (
     INDEX,
     "tokenizer.json",
     "tokenizer.model",
+    ADAPTER,
+    *QUANTISERS,
     *COMPANIONS,
 )
 # Of other libraries: parts for other tasks, and weights in a layout of their own.
-_OTHERS = ["*/*", "consolidated*", "adapter_*"]
+_OTHERS = ["*/*", "consolidated*", "adapter_model*"]
 # Seconds to wait for an answer before the cache has to do.
 _PATIENCE = 10.0
 
@@ -102,6 +105,7 @@ class HubName:
 
     def check(self, folder: Path) -> None:
         """Raises UserError if the repository, fetched to `folder`, is no model."""
+        check_folder(folder)
         if not (folder / "config.json").is_file():
             raise UserError(self._lacking("config.json"))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax.checkpoints.files import first_line, read_json
+from treespec_jax.checkpoints.files import check_pointer, first_line, read_json
 from treespec_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -61,23 +61,22 @@ class SafetensorsSource:
         self._current: tuple[Path, Any] | None = None
         self._read = 0
         files, index = _find(folder) if files is None else (files, None)
-        sizes: Counter[str] = Counter()
+        named = {} if index is None else index[1]
         for file in files:
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a dictionary)
-                    if name in self._files:
-                        raise UserError(
-                            f"tensor {name} is both in {self._files[name]} and in "
-                            f"{file.name}; remove the file that does not belong there"
-                        )
+                    if not self._is_meant(name, file, named):
+                        continue
                     part = tensors.get_slice(name)
                     kind = part.get_dtype()
                     self._files[name] = file
                     self._shapes[name] = tuple(part.get_shape())
                     self._dtypes[name] = _DTYPES.get(kind, kind)
-                    sizes[self._dtypes[name]] += math.prod(self._shapes[name])
         if index is not None:
             self._check_index(*index)
+        sizes: Counter[str] = Counter()
+        for name, shape in self._shapes.items():
+            sizes[self._dtypes[name]] += math.prod(shape)
         self.dtype = next(
             (kind for kind, _ in sizes.most_common() if kind in _FLOATS), "float32"
         )
@@ -109,6 +108,22 @@ class SafetensorsSource:
             self._read = 0
         return self._current[1]
 
+    def _is_meant(self, name: str, file: Path, index: Mapping[str, str]) -> bool:
+        """Whether a tensor that this file holds is read from it.
+
+        An index decides where another file holds one of that name, too.
+        """
+        before = self._files.get(name)
+        if before is None:
+            return True
+        meant = index.get(name)
+        if meant not in (before.name, file.name):
+            raise UserError(
+                f"tensor {name} is both in {before} and in {file.name}; remove the "
+                "file that does not belong there"
+            )
+        return meant == file.name
+
     def _check_index(self, index: Path, names: Mapping[str, str]) -> None:
         for name, file in names.items():
             if name not in self._files or self._files[name].name != file:
@@ -137,10 +152,7 @@ def _open(file: Path) -> Any:
 
 def _damaged(file: Path, reason: str) -> UserError:
     with contextlib.suppress(OSError), file.open("rb") as start:
-        if start.read(24) == b"version https://git-lfs.":
-            return UserError(
-                f"{file} is a Git LFS pointer, not the file itself; run git lfs pull"
-            )
+        check_pointer(file, start.read(24))
     return UserError(
         f"{file} cannot be read ({reason}); it is cut short or no safetensors file, "
         "copy or download it again"

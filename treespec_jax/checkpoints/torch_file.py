@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 
-from treespec_jax.checkpoints.files import first_line
+from treespec_jax.checkpoints.files import check_pointer, first_line
 from treespec_jax.errors import UserError
 
 # Kinds of storage, as numpy calls them.
@@ -86,6 +86,8 @@ class TorchFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            with path.open("rb") as start:
+                check_pointer(path, start.read(24))
             with zipfile.ZipFile(path) as archive:
                 root = _root(path, archive)
                 with archive.open(f"{root}/data.pkl") as pickled:

@@ -35,7 +35,8 @@ def hold(
     history = list(opening)
     asked, answers = [], []
     for line in _lines(source):
-        said = line.strip()
+        # Some programs begin a file with a byte order mark.
+        said = line.strip().removeprefix("\ufeff")
         if said == EXIT:
             break
         if said == RESET:

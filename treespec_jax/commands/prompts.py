@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from treespec_jax.checkpoints import chat
+from treespec_jax.checks import check_text
 from treespec_jax.errors import UserError
 
 # Openings in the manner of the texts that small story models are trained on.
@@ -51,6 +52,8 @@ def gather(
     if chat and file is not None and Path(file).suffix == ".jsonl":
         messages = [_json_messages(file, *line) for line in _lines(file)]
     else:
+        if file is None:
+            check_text("--prompt", prompt)
         texts = [prompt] if file is None else read(file)
         if not chat:
             return texts, None
@@ -64,6 +67,7 @@ def opening(system: str | None) -> list[dict[str, Any]]:
         return []
     if not system.strip():
         raise UserError("--system is empty; leave it out or give it words")
+    check_text("--system", system)
     return [{"role": "system", "content": system}]
 
 
@@ -78,7 +82,7 @@ def options(given: Sequence[str] | None) -> dict[str, Any]:
         name, _, value = text.partition("=")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             name = ""
         if not name:
             expected = "expected NAME=JSON, enable_thinking=false for example"
@@ -106,7 +110,7 @@ def read(file: str) -> list[str]:
 def _lines(file: str) -> list[tuple[int, str]]:
     """Lines that hold something, by number. Raises UserError if there is none."""
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         message = f"prompts file {file}: {error.strerror}; check the path"
         raise UserError(message) from None
@@ -127,7 +131,7 @@ def _said_by_user(text: str) -> list[dict[str, Any]]:
 def _json_messages(file: str, number: int, line: str) -> list[dict[str, Any]]:
     try:
         messages = json.loads(line)["messages"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return _said_by_user(_json_prompt(file, number, line))
     try:
         return chat.check_messages(messages)
@@ -136,9 +140,11 @@ def _json_messages(file: str, number: int, line: str) -> list[dict[str, Any]]:
 
 
 def _json_prompt(file: str, number: int, line: str) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    prompt = None
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         prompt = json.loads(line)["prompt"]
-        if isinstance(prompt, str):
-            return prompt
+    if isinstance(prompt, str):
+        check_text(f"{file}:{number}: the prompt", prompt)
+        return prompt
     expected = 'expected {"prompt": "some text"}'
     raise UserError(f"{file}:{number}: {expected}, got {line:.60}")

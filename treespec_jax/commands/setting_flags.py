@@ -38,6 +38,7 @@ HELP: dict[str, dict[str, str]] = {
         "min_p": "keep tokens of at least this fraction of the greatest probability",
         "seed": "of the noise (of the first prompt, where each has its own)",
         "stop": "text that ends the output; repeatable; default: none",
+        "stop_token_ids": "tokens that end the output; default: none",
         "ignore_eos": "go on past the end of text",
         "logprobs": "log p of every token, with --json",
         "repetition_penalty": "> 1 makes tokens of prompt and output less likely",

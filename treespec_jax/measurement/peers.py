@@ -47,7 +47,8 @@ def check(target: str, draft: str | None, sampling: SamplingParams) -> None:
                 "name one, or leave --peers out"
             )
     default = SamplingParams()
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias", "stop"):
+    penalties = "presence_penalty", "frequency_penalty", "logit_bias"
+    for name in (*penalties, "stop", "stop_token_ids"):
         if getattr(sampling, name) != getattr(default, name):
             raise UserError(
                 f"--peers=transformers has no counterpart of {name}; leave one out"

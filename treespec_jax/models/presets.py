@@ -1,7 +1,13 @@
 """Well-known models by name: their configurations as published; free of jax.
 
-Values are those of the base models' `config.json`; chat versions of the same size
-differ at most in the tokens that end a text and in the positions they allow.
+Values are those of `config.json` as published with the base models; of Llama 3.3 and
+Qwen3, with the chat models. Other versions of the same size differ in
+
+| what | where |
+| --- | --- |
+| tokens that end a text | most families |
+| positions | Qwen2.5 (32768 in the chat models), base models of Qwen3 (32768) |
+| epsilon of the norms | Qwen2.5 from 14B on: 1e-6 in the chat models, 1e-5 here |
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from treespec_jax.checkpoints import names
+from treespec_jax.checkpoints import foreign, names
 from treespec_jax.checkpoints.formats.gguf import GgufFormat
 from treespec_jax.checkpoints.formats.huggingface import HuggingFaceFormat
 from treespec_jax.checkpoints.formats.llama2c import Llama2cFormat
@@ -42,6 +42,7 @@ def find_format(path: Path) -> Format:
             f"{path} holds a drafter of method {method!r}, which cannot speak without "
             "its target; name it as the drafter, with --draft"
         )
+    foreign.check_folder(path)
     for known in FORMATS:
         if known.claims(path):
             return known

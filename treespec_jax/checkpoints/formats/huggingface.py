@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from treespec_jax.checkpoints import families
+from treespec_jax.checkpoints import families, foreign
 from treespec_jax.checkpoints.formats.huggingface_config import read_config, read_notes
 from treespec_jax.checkpoints.formats.protocol import Description
 from treespec_jax.checkpoints.pieces import Tensors
@@ -37,5 +37,6 @@ class HuggingFaceFormat:
 
     def open(self, description: Description) -> Tensors:
         source = SafetensorsSource(description.path)
+        foreign.check_names(description.path, source.shapes())
         table = families.name_table(description.config, source.shapes())
         return Tensors(source, table.pieces, table.ignored)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from treespec_jax.checkpoints import foreign
 from treespec_jax.checkpoints.families import FAMILIES, Family
 from treespec_jax.checkpoints.files import read_json
 from treespec_jax.config import ModelConfig, RotaryConfig
@@ -19,7 +20,6 @@ from treespec_jax.errors import UserError
 
 # Of every family; null and a missing key are always right.
 _REFUSED: dict[str, tuple] = {
-    "quantization_config": (),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1.0,),
     "attention_chunk_size": (),
@@ -99,6 +99,7 @@ class _Reader:
         self.path, self.family = path, family
         self.values, self.outer = values, outer
         for held in (values, outer):
+            foreign.check_settings(path, held)
             for key, wanted in {**_REFUSED, **family.refused}.items():
                 if held.get(key) is not None and held[key] not in wanted:
                     self.refuse(key, held[key], " or ".join(map(_short, wanted)))
@@ -121,6 +122,11 @@ class _Reader:
         value = self.values.get(key)
         if value is None:
             value = self.family.defaults.get(key, default)
+        if value is None:
+            raise UserError(
+                f"{self.path} lacks {key}, which models of family {self.family.name} "
+                "need; take the config.json that belongs to the weights"
+            )
         self.check(key, value, type(value) is int and value >= 1, "a whole number >= 1")
         return value
 
@@ -267,25 +273,50 @@ def _rotaries(
     newer, older = "rope_parameters", "rope_scaling"
     values = read.values
     used = older if values.get(older) else newer
+    added = values.get(older) or {}
     theta = read.number("rope_theta", read.get("rope_theta"))
     local_theta = read.for_family("rope_local_base_freq")
     local_theta = read.number("rope_local_base_freq", local_theta)
     if not read.family.local_rotary:
-        return _rotary(read, used, values.get(used), theta, positions), None
+        given = _merged(read, values.get(newer), added)
+        return _rotary(read, used, given, theta, positions), None
     both = values.get(newer) or {}
     if not isinstance(both, Mapping) or not set(both) <= {_LOCAL, _GLOBAL}:
         read.refuse(newer, both, f"settings for {_GLOBAL} and {_LOCAL}")
-    wide = values[older] if used == older else both.get(_GLOBAL)
+    wide = _merged(read, both.get(_GLOBAL), added)
     return (
         _rotary(read, used, wide, theta, positions),
         _rotary(read, newer, both.get(_LOCAL), local_theta, positions),
     )
 
 
-def _rotary(
-    read: _Reader, key: str, values: Any, theta: Any, positions: int
-) -> RotaryConfig:
-    values = {} if values is None else values
+def _merged(read: _Reader, values: Any, added: Any) -> Any:
+    """`rope_parameters` and the `rope_scaling` beside it, as one.
+
+    People add the latter to stretch a model; a type "default" gives way to another.
+    """
+    if not values or not added:
+        return added or values
+    for key, part in (("rope_parameters", values), ("rope_scaling", added)):
+        _rotary_kind(read, key, part)
+    first, second = dict(values), dict(added)
+    for part in (first, second):
+        kind = part.get("rope_type") or part.get("type")
+        part.pop("type", None)
+        part["rope_type"] = kind
+        if kind in (None, "default"):
+            del part["rope_type"]
+    for key in first.keys() & second.keys():
+        if first[key] != second[key]:
+            wanted = f"rope_parameters has {_short(first[key])}; remove one of them"
+            raise UserError(
+                f"{read.path}: rope_scaling.{key}={_short(second[key])}, but {wanted}"
+            )
+    return {**first, **second}
+
+
+def _rotary_kind(read: _Reader, key: str, values: Any) -> str:
+    """How positions are stretched. Raises UserError if this decoder cannot."""
     kinds = f"rope_type {', '.join(_SCALINGS)}"
     if not isinstance(values, Mapping):
         read.refuse(key, values, kinds)
@@ -296,6 +327,14 @@ def _rotary(
         read.refuse(key, values, "partial_rotary_factor 1.0")
     if values.get("mrope_section") or any(isinstance(v, dict) for v in values.values()):
         read.refuse(key, values, "one setting for all dimensions and layers")
+    return kind
+
+
+def _rotary(
+    read: _Reader, key: str, values: Any, theta: Any, positions: int
+) -> RotaryConfig:
+    values = {} if values is None else values
+    kind = _rotary_kind(read, key, values)
 
     def optional(name: str) -> Any:
         return read.number(f"{key}.{name}", values.get(name))

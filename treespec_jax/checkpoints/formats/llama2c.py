@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from treespec_jax.checkpoints.files import check_pointer
 from treespec_jax.checkpoints.formats.protocol import Description
 from treespec_jax.checkpoints.pieces import Piece, Tensors
 from treespec_jax.checkpoints.tokenizers import (
@@ -70,6 +71,7 @@ class Llama2cSource:
                 header = file.read(_HEADER.size)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        check_pointer(path, header)
         if len(header) < _HEADER.size:
             raise UserError(f"{path} is too short for a llama2.c checkpoint")
         values = _HEADER.unpack(header)

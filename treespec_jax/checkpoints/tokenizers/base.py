@@ -15,6 +15,7 @@ from typing import Any
 
 from treespec_jax.checkpoints.chat import ChatTemplate
 from treespec_jax.checkpoints.tokenizers.settings import TokenizerSettings
+from treespec_jax.checks import check_text
 from treespec_jax.errors import UserError
 
 SPACE = "\u2581"
@@ -75,7 +76,11 @@ class Tokenizer:
         """Token ids of a text, after `bos_id` if wanted and there is one.
 
         The spelling of a special token inside the text is that token.
+
+        Raises:
+          UserError: the text holds half a character, which has no bytes in UTF-8.
         """
+        check_text("the text", text)
         front = [self.bos_id] if add_bos and self.bos_id is not None else []
         return front + self._encode(text)
 

@@ -14,6 +14,13 @@ from treespec_jax.errors import UserError
 
 CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
 ADDED = "added_tokens.json"
+# Classes of transformers, less "Fast", that put a token in front of a text themselves.
+_ADDING = (
+    "LlamaTokenizer",
+    "CodeLlamaTokenizer",
+    "GemmaTokenizer",
+    "CohereTokenizer",
+)
 # The files beside a vocabulary that a copy needs to encode as the original does.
 COMPANIONS = (CONFIG, MAP, ADDED, *TEMPLATE_FILES)
 
@@ -123,6 +130,10 @@ def parse_settings(files: Mapping[str, bytes], tokenizer: Path) -> TokenizerSett
     for token, value in (config.get("added_tokens_decoder") or {}).items():
         added[_id(folder / CONFIG, token)] = _token(folder / CONFIG, value)
     add_bos = config.get("add_bos_token")
+    kind = config.get("tokenizer_class")
+    if add_bos and isinstance(kind, str) and kind.removesuffix("Fast") not in _ADDING:
+        # Others leave it to the vocabulary's post-processor.
+        add_bos = None
     return TokenizerSettings(
         source=str(tokenizer),
         named=named,

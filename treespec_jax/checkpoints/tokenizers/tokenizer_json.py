@@ -90,6 +90,9 @@ class HuggingFaceTokenizer(Tokenizer):
         """Turns the decoder pipeline into its effect on the bytes of one token."""
         self._byte_level = self._byte_fallback = False
         self._replace: list[tuple[str, str]] = []
+        # Without a decoder a text is its tokens with spaces between them.
+        self._spaced = self._model.decoder is None
+        self.leading_spaces = int(self._spaced)
         for step in _flatten(_state(self._model.decoder)):
             kind = step.get("type")
             if kind == "ByteLevel":
@@ -104,6 +107,12 @@ class HuggingFaceTokenizer(Tokenizer):
                 self._replace.append((step["pattern"]["String"], step["content"]))
             elif kind == "Strip" and step["content"] == " " and not step["stop"]:
                 self.leading_spaces = step["start"]
+            elif kind == "Replace":
+                raise UserError(
+                    f"{self.source}: the decoder replaces what the regular expression "
+                    f"{step['pattern'].get('Regex')!r:.60} finds, which has no meaning "
+                    "token by token; only fixed texts are supported"
+                )
             elif kind != "Fuse":
                 raise UserError(
                     f"{self.source}: decoder {kind!r} is not supported; ByteLevel, "
@@ -115,9 +124,14 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self._added.get(token)
         if added is not None and added.special:
             return b""
-        if self._byte_level:
+        if self._spaced:
+            return f" {piece}".encode()
+        # An added token is found in the text itself, not in its spelling by bytes.
+        if self._byte_level and added is None:
             codes = [self._byte_of.get(char) for char in piece]
             return piece.encode() if None in codes else bytes(codes)
+        if self._byte_level:
+            return piece.encode()
         for old, new in self._replace:
             piece = piece.replace(old, new)
         match = self._byte_fallback and BYTE.fullmatch(piece)
