@@ -328,7 +328,7 @@ def test_bad_sampling_is_refused(settings, message):
         ({"speculative": {"model": "x", "tree": "chain:-1"}}, "'chain:-1' is malf"),
         ({"speculative": {"model": "x", "tree": "chain:1024"}}, "at most 1023 fit"),
         ({"speculative": {"model": "x", "tau": 0}}, "tau"),
-        ({"speculative": {"model": "no/such/path"}}, "no checkpoint at no/such/path"),
+        ({"speculative": {"model": "no/such/path"}}, "no drafter at no/such/path"),
         ({"max_len": 97}, "max_len=97 is past the target's 96 positions"),
         ({"max_len": 1}, "max_len must be a whole number >= 2"),
         ({"page_size": 24}, "page_size must be a power of two"),
