@@ -18,6 +18,7 @@ from treespec_jax.drafting.medusa import Medusa
 from treespec_jax.engine.engine import Engine
 from treespec_jax.speculation import PLAIN, Speculation
 from treespec_jax.training import head_losses
+from treespec_jax.training.students import STUDENTS
 from treespec_jax.trees import shapes
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -90,19 +91,20 @@ def test_drafts_follow_from_the_rows_of_the_text_alone(tiny_target, prompts, nam
     rows = np.zeros((len(wanted), 48), np.int32)
     for row, (_, tokens) in zip(rows, wanted, strict=True):
         row[: len(tokens)] = tokens
-    best_SBT = best_predictions(tiny_target, drafter.module, jnp.asarray(rows))
+    best_SBT = best_predictions(name, tiny_target, drafter.module, jnp.asarray(rows))
     found = [best_SBT[:, i, last].tolist() for i, (last, _) in enumerate(wanted)]
     assert len(found) > 20 and found == drafted
 
 
-def best_predictions(target, head, tokens_BU) -> np.ndarray:
+def best_predictions(name, target, head, tokens_BU) -> np.ndarray:
     """int [3, B, T], the likeliest token of the first three predictions of rows."""
     B, T = tokens_BU.shape[0], tokens_BU.shape[1] - 1
+    student = STUDENTS["medusa" if name == "medusa" else "eagle"]
 
     @jax.jit
     def best():
-        taught = head_losses.teach(target, head, tokens_BU, tokens_BU > 0)
-        made = head_losses.predictions(head, taught, 3)
+        taught = head_losses.teach(student, head, target, tokens_BU, tokens_BU > 0)
+        made = student.predictions(head, taught, 3)
         logits_SVR = jnp.stack([p.logits(p.hidden) for p in made])
         best_SR = jnp.argmax(logits_SVR, axis=1)
         return best_SR if head.token_ids is None else head.token_ids[...][best_SR]

@@ -5,6 +5,7 @@ Light to import, so that a bad setting is found before jax starts.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -65,7 +66,7 @@ class BenchmarkSettings:
     def __post_init__(self):
         kinds = {"methods": str, "shapes": str, "rules": str, "peers": str}
         for value in self.temperatures:
-            check_float("temperature", value, 0)
+            check_float("temperature", _number(value), 0)
         for value in self.batches:
             check_int("batches", value, 1)
         _take_lists(self, kinds | {"temperatures": float, "batches": int})
@@ -117,7 +118,7 @@ class RuleComparison:
                     f"--shapes={name}: plain decoding is measured anyway; leave it out"
                 )
         for value in self.temperatures:
-            check_float("temperature", value, 0)
+            check_float("temperature", _number(value), 0)
         _take_lists(self, {"rules": str, "shapes": str, "temperatures": float})
         for name in ("rules", "shapes", "temperatures"):
             if not getattr(self, name):
@@ -131,6 +132,14 @@ def _take_lists(settings: Any, kinds: Mapping[str, type]) -> None:
         given = getattr(settings, name)
         values = (given,) if isinstance(given, str) else given
         object.__setattr__(settings, name, tuple(dict.fromkeys(map(kind, values))))
+
+
+def _number(value: Any) -> Any:
+    """The number that a flag's text says; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -114,9 +114,10 @@ class OptimizerConfig:
         check_float("optimizer.clip", self.clip, 0, open_low=True)
         check_float("optimizer.beta2", self.beta2, 0, 1)
         if self.warmup + self.decay >= self.steps:
+            decay = f" and decay={self.decay}" if self.decay else ""
             raise UserError(
-                f"optimizer.warmup={self.warmup} and decay={self.decay} must be below "
-                f"steps={self.steps} together"
+                f"optimizer.warmup={self.warmup}{decay} must be below "
+                f"steps={self.steps}{' together' if decay else ''}"
             )
 
 
