@@ -23,7 +23,7 @@ from treespec_jax.trees import shapes
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
-# Every drafter grows every shape; these are the pairs with most to get wrong.
+# The last Medusa tree is deeper than there are heads.
 CASES = (
     ("eagle3", "chain:3"),
     ("eagle3", "regular:2x2x1"),
@@ -32,6 +32,7 @@ CASES = (
     ("eagle1", "dynamic:7@3"),
     ("medusa", "dynamic:7@3"),
     ("medusa", "medusa:zephyr_stage2@3"),
+    ("medusa", "chain:5"),
     ("auto", "dynamic:7@3"),
 )
 CONFIG = EngineConfig(

@@ -125,7 +125,10 @@ def look(case: Case, target: Transformer) -> Looked:
     loss, ranks, of_target, logits, guessed, features = run(
         flat.leaves, flat_target.leaves
     )
-    by_row = lambda x: np.asarray(x).T.reshape(B, T, -1).astype(np.float64)  # noqa: E731
+
+    def by_row(x):
+        return np.asarray(x).T.reshape(B, T, -1).astype(np.float64)
+
     logits = [by_row(x) for x in logits]
     if student.chained:
         # Prediction s of row i is what the model says at row i + s.

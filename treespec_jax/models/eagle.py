@@ -17,6 +17,8 @@ Sources: 2401.15077, 2406.16858, 2503.01840.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -57,7 +59,7 @@ def spread(logits: jax.Array, token_ids: jax.Array, vocab: int) -> jax.Array:
 class EagleModel(nnx.Module):
     """See the module's text.
 
-    The embedding and the head may be the target's own arrays (`share`).
+    The embedding and the head may be the target's own arrays.
 
     Args:
       config: the shape.
@@ -79,16 +81,17 @@ class EagleModel(nnx.Module):
         self.head = param(rngs, dtype, axes, (layer.vocab_size, D), scale)
         self.token_ids = first_ids(layer.vocab_size, rngs) if config.reduced else None
         count, wide = len(config.feature_layers), config.target_dim
-        norm = lambda size=D: RMSNorm(layer, dtype, rngs, "embed", size)  # noqa: E731
+        norm_of = functools.partial(RMSNorm, layer, dtype, rngs, "embed")
+        norm = functools.partial(norm_of, D)
         inputs = D + wide if config.generation == 1 else count * wide
         axes = ("embed", "features")
         self.fc = param(rngs, dtype, axes, (D, inputs), inputs**-0.5)
         if config.fc_bias:
             self.fc_bias = param(rngs, dtype, ("embed",), (D,), fill=0.0)
         if config.norm_before_fc == "each":
-            self.fc_norms = nnx.List([norm(wide) for _ in range(count)])
+            self.fc_norms = nnx.List([norm_of(wide) for _ in range(count)])
         elif config.norm_before_fc == "all":
-            self.fc_norms = nnx.List([norm(count * wide)])
+            self.fc_norms = nnx.List([norm_of(count * wide)])
         if config.generation == 1:
             self.attention = Attention(layer, dtype, rngs)
             self.attention_norm = norm() if config.input_norm else None

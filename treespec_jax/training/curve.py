@@ -47,7 +47,7 @@ def _write(path: pathlib.Path, header: list[str], lines: list[list]) -> None:
 
 
 def write_png(path: pathlib.Path, curve: list[list]) -> None:
-    """Draws the curve of `write_csv`."""
+    """Plots the curve of `write_csv`."""
     figure = _figure(height=4)
     axes = figure.subplots()
     _draw_losses(axes, curve, "loss (nats per token)")
@@ -56,7 +56,7 @@ def write_png(path: pathlib.Path, curve: list[list]) -> None:
 
 
 def write_drafter_png(path: pathlib.Path, curve: list[list], batch_tokens: int) -> None:
-    """Draws the curve of `write_drafter_csv`: losses, and tokens per step below."""
+    """Plots the curve of `write_drafter_csv`: losses, and tokens per step below."""
     figure = _figure(height=7)
     above, below = figure.subplots(2, sharex=True)
     _draw_losses(above, curve, "loss (nats per prediction)")
