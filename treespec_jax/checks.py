@@ -171,3 +171,31 @@ def _each(values: Any) -> tuple[Any, ...]:
         with contextlib.suppress(TypeError):
             return tuple(values)
     return (values,)
+
+
+def as_bias(given: Any, count: int) -> tuple[tuple[int, float], ...]:
+    """A logit bias as sorted pairs of token id and number.
+
+    Args:
+      given: a mapping, pairs, or None for none.
+      count: tokens that it may have at most.
+
+    Raises:
+      UserError: something else, a token twice, or a number outside [-100, 100].
+    """
+    bias = () if given is None else given
+    try:
+        items = bias.items() if isinstance(bias, Mapping) else bias
+        pairs = sorted((token, value) for token, value in items)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"logit_bias must map token ids to numbers, got {bias!r}"
+        ) from None
+    pairs = [(as_int("logit_bias token", t, 0), value) for t, value in pairs]
+    if len(pairs) > count:
+        raise UserError(f"logit_bias has {len(pairs)} tokens; give {count} at most")
+    for token, value in pairs:
+        check_float(f"logit_bias of token {token}", value, -100, 100)
+    if len({token for token, _ in pairs}) < len(pairs):
+        raise UserError(f"logit_bias names a token twice: {bias!r}")
+    return tuple((token, float(value)) for token, value in pairs)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from treespec_jax.checks import (
+    as_bias,
     as_bool,
     as_int,
     check_bool,
@@ -323,30 +324,9 @@ class SamplingParams:
         checked["stop"] = check_texts("stop", self.stop)
         ends = check_ints("stop_token_ids", self.stop_token_ids, 0)
         checked["stop_token_ids"] = ends
-        checked["logit_bias"] = self._checked_bias()
+        checked["logit_bias"] = as_bias(self.logit_bias, self.MAX_LOGIT_BIAS)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-
-    def _checked_bias(self) -> tuple[tuple[int, float], ...]:
-        bias = () if self.logit_bias is None else self.logit_bias
-        try:
-            items = bias.items() if isinstance(bias, Mapping) else bias
-            pairs = sorted((token, value) for token, value in items)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"logit_bias must map token ids to numbers, got {bias!r}"
-            ) from None
-        pairs = [(as_int("logit_bias token", t, 0), value) for t, value in pairs]
-        if len(pairs) > self.MAX_LOGIT_BIAS:
-            raise UserError(
-                f"logit_bias has {len(pairs)} tokens; give {self.MAX_LOGIT_BIAS} "
-                "at most"
-            )
-        for token, value in pairs:
-            check_float(f"logit_bias of token {token}", value, -100, 100)
-        if len({token for token, _ in pairs}) < len(pairs):
-            raise UserError(f"logit_bias names a token twice: {bias!r}")
-        return tuple((token, float(value)) for token, value in pairs)
 
     @property
     def penalised(self) -> bool:

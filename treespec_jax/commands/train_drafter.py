@@ -20,14 +20,14 @@ from absl.flags import (
 )
 
 from treespec_jax.commands import config_file, flags, runtime
+from treespec_jax.training.drafter_settings import METHODS
 
 _USUAL = Path(__file__).with_name("train_drafter_config.py")
-_METHODS = ("eagle", "eagle3", "medusa", "draft_model")
 
 
 def define() -> None:
     config_file.define(str(_USUAL))
-    DEFINE_enum("method", None, _METHODS, "what drafts; default: the configuration's")
+    DEFINE_enum("method", None, METHODS, "what drafts; default: the configuration's")
     DEFINE_string("target", None, "checkpoint of the target, a path or a name")
     DEFINE_multi_string("data", [], "folder of generate_answers; repeatable")
     DEFINE_multi_string("text", [], "text file to train on as it is; repeatable")

@@ -6,10 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from treespec_jax.config import EngineConfig
 from treespec_jax.models.views import Pages
 from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.sampling.policy import Sampling
+from treespec_jax.trees.shapes import TreeShape
 
 
 @jax.tree_util.register_dataclass
@@ -133,3 +136,26 @@ class Outbox:
     emission: Emission
     steps: jax.Array
     rehearsed: jax.Array | None = None
+
+    @classmethod
+    def empty(cls, config: EngineConfig, shape: TreeShape) -> Outbox:
+        """Before the first step of a dispatch with trees of that shape."""
+        lead = config.steps_per_dispatch, config.max_batch
+        nodes, width = shape.num_nodes, shape.depth + 1
+        trees = Trees(
+            parents=jnp.zeros((*lead, nodes), jnp.int32),
+            log_prob=jnp.zeros((*lead, nodes), jnp.float32),
+            path=jnp.zeros((*lead, width), jnp.int32),
+            tokens=jnp.zeros((*lead, nodes), jnp.int32),
+            sources=jnp.zeros((*lead, nodes), jnp.int32),
+            target_log_prob=jnp.zeros((*lead, nodes), jnp.float32),
+        )
+        emission = Emission(
+            tokens=jnp.zeros((*lead, width), jnp.int32),
+            counts=jnp.zeros(lead, jnp.int32),
+            logprobs=jnp.zeros((*lead, width), jnp.float32),
+            ranks=jnp.zeros((*lead, width - 1), jnp.int32),
+            sources=jnp.zeros((*lead, width - 1), jnp.int32),
+            trees=trees if config.record else None,
+        )
+        return cls(emission, jnp.zeros((), jnp.int32))

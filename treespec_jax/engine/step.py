@@ -398,7 +398,7 @@ def dispatch(
         )
         return result.state, penalties, Outbox(emissions, outbox.steps + 1)
 
-    outbox = _empty_outbox(config, shape)
+    outbox = Outbox.empty(config, shape)
     state, _, outbox = lax.while_loop(unfinished, body, (state, penalties, outbox))
     if watching is not None:
         state = watching.finish(before, state, outbox.emission, control.page_table)
@@ -432,28 +432,6 @@ def _rehearse(
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grow))
 
     return lax.cond(control.rehearse, grow, skip)
-
-
-def _empty_outbox(config: EngineConfig, shape: TreeShape) -> Outbox:
-    lead = config.steps_per_dispatch, config.max_batch
-    nodes, width = shape.num_nodes, shape.depth + 1
-    trees = Trees(
-        parents=jnp.zeros((*lead, nodes), jnp.int32),
-        log_prob=jnp.zeros((*lead, nodes), jnp.float32),
-        path=jnp.zeros((*lead, width), jnp.int32),
-        tokens=jnp.zeros((*lead, nodes), jnp.int32),
-        sources=jnp.zeros((*lead, nodes), jnp.int32),
-        target_log_prob=jnp.zeros((*lead, nodes), jnp.float32),
-    )
-    emission = Emission(
-        tokens=jnp.zeros((*lead, width), jnp.int32),
-        counts=jnp.zeros(lead, jnp.int32),
-        logprobs=jnp.zeros((*lead, width), jnp.float32),
-        ranks=jnp.zeros((*lead, width - 1), jnp.int32),
-        sources=jnp.zeros((*lead, width - 1), jnp.int32),
-        trees=trees if config.record else None,
-    )
-    return Outbox(emission, jnp.zeros((), jnp.int32))
 
 
 def prefill(

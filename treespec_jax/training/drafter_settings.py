@@ -9,7 +9,7 @@ from typing import Any
 from treespec_jax.checks import check_bool, check_float, check_int, from_mapping
 from treespec_jax.errors import UserError
 from treespec_jax.models.drafter_config import check_layers
-from treespec_jax.training.settings import OptimizerConfig
+from treespec_jax.training.settings import OptimizerConfig, check_rows
 
 METHODS = ("eagle", "eagle3", "medusa", "draft_model")
 
@@ -39,18 +39,11 @@ class AnswersConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("row_tokens", "batch_rows", "micro_rows"):
-            check_int(f"data.{name}", getattr(self, name), 1)
-        check_float("data.held_out", self.held_out, 0, 0.5, open_low=True)
+        check_rows(self)
         for name in ("answers", "text"):
             value = getattr(self, name)
             paths = (value,) if isinstance(value, str) else tuple(value)
             object.__setattr__(self, name, paths)
-        if self.batch_rows % self.micro_rows:
-            raise UserError(
-                f"data.batch_rows={self.batch_rows} is not a multiple of "
-                f"micro_rows={self.micro_rows}"
-            )
 
     def check_named(self) -> None:
         """Raises UserError if there is neither a folder nor a file."""

@@ -44,6 +44,22 @@ class Source:
                 raise UserError(f"bad pattern {pattern!r}: {e}") from None
 
 
+def check_rows(data: Any) -> None:
+    """Checks `row_tokens`, `batch_rows`, `micro_rows` and `held_out` of some settings.
+
+    Raises:
+      UserError: one is out of range, or batches are not whole runs of rows.
+    """
+    for name in ("row_tokens", "batch_rows", "micro_rows"):
+        check_int(f"data.{name}", getattr(data, name), 1)
+    check_float("data.held_out", data.held_out, 0, 0.5, open_low=True)
+    if data.batch_rows % data.micro_rows:
+        raise UserError(
+            f"data.batch_rows={data.batch_rows} is not a multiple of "
+            f"micro_rows={data.micro_rows}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What one optimiser step sees.
@@ -66,14 +82,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("row_tokens", "batch_rows", "micro_rows"):
-            check_int(f"data.{name}", getattr(self, name), 1)
-        check_float("data.held_out", self.held_out, 0, 0.5, open_low=True)
-        if self.batch_rows % self.micro_rows:
-            raise UserError(
-                f"data.batch_rows={self.batch_rows} is not a multiple of "
-                f"micro_rows={self.micro_rows}"
-            )
+        check_rows(self)
         if not self.sources:
             raise UserError("no text to train on: give --text=PATH or data.sources")
 
