@@ -15,6 +15,7 @@ PACKAGES = ("treespec_jax", "pallas_kernels")
 FLOORS = (
     ("errors",),
     ("checks",),
+    ("params",),
     ("config",),
     ("sharding", "trees"),
     ("models",),
