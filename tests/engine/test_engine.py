@@ -19,8 +19,8 @@ from tests.engine.support import build, speculate
 from tests.oracles import full_logits
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.plan import prefill_plan
 from treespec_jax.engine.request import Request
-from treespec_jax.engine.scheduler import prefill_plan
 from treespec_jax.errors import UserError
 from treespec_jax.speculation import PLAIN
 

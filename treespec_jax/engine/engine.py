@@ -13,8 +13,9 @@ from treespec_jax.config import EngineConfig
 from treespec_jax.engine import rehearsal
 from treespec_jax.engine.chooser import Choice, Chooser
 from treespec_jax.engine.executor import Executor, fetch
+from treespec_jax.engine.plan import Plan
 from treespec_jax.engine.request import Request
-from treespec_jax.engine.scheduler import Plan, Scheduler
+from treespec_jax.engine.scheduler import Scheduler
 from treespec_jax.engine.state import Outbox
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.speculation import PLAIN, Speculation

@@ -18,7 +18,7 @@ from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Sizes
 from treespec_jax.engine import placement, rehearsal
 from treespec_jax.engine import step as stepping
-from treespec_jax.engine.scheduler import ChunkPlan, Plan
+from treespec_jax.engine.plan import ChunkPlan, Plan
 from treespec_jax.engine.state import Control, DecodeState, Outbox
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer

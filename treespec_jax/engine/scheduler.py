@@ -19,7 +19,6 @@ Contract:
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -29,94 +28,10 @@ import numpy as np
 
 from treespec_jax.cache.allocator import TRASH_PAGE, PageAllocator
 from treespec_jax.config import EngineConfig
+from treespec_jax.engine.filing import enter
+from treespec_jax.engine.plan import ChunkPlan, Plan, Slot, prefill_plan
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.slots import SlotSettings
-from treespec_jax.trees.records import StepRecord, TreeRecord
-
-
-@dataclasses.dataclass(frozen=True)
-class ChunkPlan:
-    """A run of one slot's text to prefill.
-
-    Attributes:
-      slot: index.
-      tokens: int32 [1, T], the first `count` real.
-      following: int32 [1, T], the token after each of them.
-      root: int32 [1], the token after the chunk.
-      start: int32 [1], absolute position of the first.
-      count: int32 [1], may be 0.
-      page_table: int32 [1, max_pages].
-    """
-
-    slot: int
-    tokens: np.ndarray
-    following: np.ndarray
-    root: np.ndarray
-    start: np.ndarray
-    count: np.ndarray
-    page_table: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One dispatch.
-
-    Attributes:
-      page_table: int32 [B, max_pages].
-      limits: int32 [B], tokens that a slot may hold after it; 0 is idle.
-      eos: int32 [B, E], padded with -1.
-      want_logprobs: bool [B].
-      sampling: fields of `sampling.policy.Sampling`.
-      text: fields of `sampling.penalties.TextSoFar`; None if nobody has penalties.
-      max_steps: int32 [], steps to run at most.
-      slots: who runs, by index; for `Scheduler.file`.
-    """
-
-    page_table: np.ndarray
-    limits: np.ndarray
-    eos: np.ndarray
-    want_logprobs: np.ndarray
-    sampling: Mapping[str, np.ndarray]
-    text: Mapping[str, np.ndarray] | None
-    max_steps: np.ndarray
-    slots: Mapping[int, _Slot]
-
-
-@dataclasses.dataclass(eq=False)
-class _Slot:
-    """A running request.
-
-    Attributes:
-      request: whose slot it is.
-      order: arrivals before it; the youngest has the largest.
-      text: tokens to prefill, the newest included, which is not prefilled.
-      chunks: what of it is not prefilled yet, see `prefill_plan`.
-      pages: of the slot.
-      length: tokens in the cache, as far as results are in.
-      limit: tokens that it will hold in the end.
-      planned: tokens that dispatches under way may add at most.
-      started: when its decoding began.
-    """
-
-    request: Request
-    order: int
-    text: list[int]
-    chunks: collections.deque[tuple[int, int, int]]
-    pages: list[int]
-    length: int
-    limit: int
-    planned: int = 0
-    started: float = 0.0
-
-    @property
-    def ready(self) -> bool:
-        """Whether all of its text is in the cache."""
-        return not self.chunks
-
-    @property
-    def bound(self) -> int:
-        """Tokens that it may hold once all dispatches under way are done."""
-        return min(self.limit, self.length + self.planned)
 
 
 class Scheduler:
@@ -135,7 +50,7 @@ class Scheduler:
         self._pages_per_slot = -(-config.max_len // config.page_size)
         num_pages = config.num_pages or config.max_batch * self._pages_per_slot
         self._allocator = PageAllocator(num_pages)
-        self._slots: list[_Slot | None] = [None] * config.max_batch
+        self._slots: list[Slot | None] = [None] * config.max_batch
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._arrivals = itertools.count()
         table = config.max_batch, self._pages_per_slot
@@ -295,7 +210,7 @@ class Scheduler:
         for slot in plan.slots.values():
             slot.planned -= int(plan.max_steps) * self._width
 
-    def _occupied(self) -> dict[int, _Slot]:
+    def _occupied(self) -> dict[int, Slot]:
         return {i: slot for i, slot in enumerate(self._slots) if slot is not None}
 
     def _pages_for(self, rows: int) -> int:
@@ -305,7 +220,7 @@ class Scheduler:
         bound = self.config.steps_per_dispatch
         return bound if max_steps is None else min(max_steps, bound)
 
-    def _reach(self, slot: _Slot, steps: int) -> int:
+    def _reach(self, slot: Slot, steps: int) -> int:
         return min(slot.limit, slot.bound + steps * self._width)
 
     def _insert(
@@ -321,7 +236,7 @@ class Scheduler:
         self._page_table[index, : len(pages)] = pages
         prompt = len(request.prompt)
         limit = min(request.params.max_tokens, self.config.max_len - prompt)
-        self._slots[index] = _Slot(
+        self._slots[index] = Slot(
             request,
             order,
             text,
@@ -331,7 +246,7 @@ class Scheduler:
             limit=prompt - 1 + limit,
         )
 
-    def _chunk(self, index: int, slot: _Slot) -> ChunkPlan:
+    def _chunk(self, index: int, slot: Slot) -> ChunkPlan:
         start, size, count = slot.chunks[0]
         tokens, following = np.zeros((2, 1, size), np.int32)
         tokens[0, :count] = slot.text[start : start + count]
@@ -374,7 +289,7 @@ class Scheduler:
         ready = {i: slot for i, slot in self._occupied().items() if slot.ready}
         return self._plan_of(ready, steps) if ready else None
 
-    def _plan_of(self, ready: Mapping[int, _Slot], steps: int) -> Plan:
+    def _plan_of(self, ready: Mapping[int, Slot], steps: int) -> Plan:
         limits_B = np.zeros(self.config.max_batch, np.int32)
         for index, slot in ready.items():
             room = len(slot.pages) * self.config.page_size
@@ -397,46 +312,9 @@ class Scheduler:
             slots=ready,
         )
 
-    def _file(self, index: int, slot: _Slot, outbox, nodes: int) -> None:
-        request, emission = slot.request, outbox.emission
-        counts_S = emission.counts[: int(outbox.steps), index]
-        if not counts_S.all():
-            # A text that has ended emits nothing more.
-            counts_S = counts_S[: int(np.argmin(counts_S))]
-        steps, arrived = len(counts_S), int(counts_S.sum())
-        emitted_SW = np.arange(emission.tokens.shape[-1]) < counts_S[:, None]
-        request.tokens += emission.tokens[:steps, index][emitted_SW].tolist()
-        if request.params.logprobs:
-            request.logprobs += emission.logprobs[:steps, index][emitted_SW].tolist()
-        if arrived == steps:
-            record = StepRecord(nodes, [], [])
-            request.steps += [record] * steps
-            request.stats.record_step(record, steps)
-        else:
-            ranks, sources = (
-                x[:steps, index].tolist() for x in (emission.ranks, emission.sources)
-            )
-            for step, count in enumerate(counts_S.tolist()):
-                accepted = count - 1
-                record = StepRecord(
-                    nodes, ranks[step][:accepted], sources[step][:accepted]
-                )
-                request.steps.append(record)
-                request.stats.record_step(record)
-        if emission.trees is not None:
-            trees = emission.trees
-            request.records += [
-                TreeRecord(
-                    trees.parents[step, index],
-                    trees.log_prob[step, index],
-                    trees.path[step, index],
-                    trees.tokens[step, index],
-                    trees.sources[step, index],
-                    trees.target_log_prob[step, index],
-                    emission.logprobs[step, index],
-                )
-                for step in range(steps)
-            ]
+    def _file(self, index: int, slot: Slot, outbox, nodes: int) -> None:
+        request = slot.request
+        arrived = enter(request, outbox, index, nodes)
         slot.length += arrived
         now = time.perf_counter()
         request.stats.decode_seconds += now - slot.started
@@ -462,19 +340,3 @@ class Scheduler:
         self._page_table[index] = TRASH_PAGE
         self._settings.clear(index)
         self._slots[index] = None
-
-
-def prefill_plan(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Cuts a prompt into compiled chunk sizes: (start, size, real tokens) each.
-
-    A chunk of the next size up is used once it would be at least half full. A prompt
-    of one token still makes one (empty) chunk, which brings its root.
-    """
-    plan, start = [], 0
-    while start < tokens or not plan:
-        missing = tokens - start
-        size = max([c for c in chunks if c <= 2 * missing] or [chunks[0]])
-        count = min(size, missing)
-        plan.append((start, size, count))
-        start += count
-    return plan

@@ -38,7 +38,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """Owned by the host and sent with every dispatch; `engine.scheduler.Plan` has it.
+    """Owned by the host and sent with every dispatch; `engine.plan.Plan` has it.
 
     Attributes:
       page_table: int32 [B, max_pages].

@@ -22,8 +22,8 @@ from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.drafting.protocol import Committed, DraftContext, Sizes
 from treespec_jax.engine import step as stepping
 from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.plan import prefill_plan
 from treespec_jax.engine.request import Request
-from treespec_jax.engine.scheduler import prefill_plan
 from treespec_jax.measurement.timing import in_turn, paired, spread, timed
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer

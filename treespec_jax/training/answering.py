@@ -15,8 +15,8 @@ import tqdm
 
 from treespec_jax.checks import check_float, check_int
 from treespec_jax.config import SamplingParams
+from treespec_jax.engine.plan import prefill_plan
 from treespec_jax.engine.request import Request
-from treespec_jax.engine.scheduler import prefill_plan
 from treespec_jax.errors import UserError
 from treespec_jax.training import resuming
 from treespec_jax.training.answer_prompts import Prompt

@@ -1,0 +1,112 @@
+"""What the scheduler tells the device to do, as NumPy arrays; free of jax."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from treespec_jax.engine.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkPlan:
+    """A run of one slot's text to prefill.
+
+    Attributes:
+      slot: index.
+      tokens: int32 [1, T], the first `count` real.
+      following: int32 [1, T], the token after each of them.
+      root: int32 [1], the token after the chunk.
+      start: int32 [1], absolute position of the first.
+      count: int32 [1], may be 0.
+      page_table: int32 [1, max_pages].
+    """
+
+    slot: int
+    tokens: np.ndarray
+    following: np.ndarray
+    root: np.ndarray
+    start: np.ndarray
+    count: np.ndarray
+    page_table: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One dispatch.
+
+    Attributes:
+      page_table: int32 [B, max_pages].
+      limits: int32 [B], tokens that a slot may hold after it; 0 is idle.
+      eos: int32 [B, E], padded with -1.
+      want_logprobs: bool [B].
+      sampling: fields of `sampling.policy.Sampling`.
+      text: fields of `sampling.penalties.TextSoFar`; None if nobody has penalties.
+      max_steps: int32 [], steps to run at most.
+      slots: who runs, by index; for `Scheduler.file`.
+    """
+
+    page_table: np.ndarray
+    limits: np.ndarray
+    eos: np.ndarray
+    want_logprobs: np.ndarray
+    sampling: Mapping[str, np.ndarray]
+    text: Mapping[str, np.ndarray] | None
+    max_steps: np.ndarray
+    slots: Mapping[int, Slot]
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A running request.
+
+    Attributes:
+      request: whose slot it is.
+      order: arrivals before it; the youngest has the largest.
+      text: tokens to prefill, the newest included, which is not prefilled.
+      chunks: what of it is not prefilled yet, see `prefill_plan`.
+      pages: of the slot.
+      length: tokens in the cache, as far as results are in.
+      limit: tokens that it will hold in the end.
+      planned: tokens that dispatches under way may add at most.
+      started: when its decoding began.
+    """
+
+    request: Request
+    order: int
+    text: list[int]
+    chunks: collections.deque[tuple[int, int, int]]
+    pages: list[int]
+    length: int
+    limit: int
+    planned: int = 0
+    started: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether all of its text is in the cache."""
+        return not self.chunks
+
+    @property
+    def bound(self) -> int:
+        """Tokens that it may hold once all dispatches under way are done."""
+        return min(self.limit, self.length + self.planned)
+
+
+def prefill_plan(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cuts a prompt into compiled chunk sizes: (start, size, real tokens) each.
+
+    A chunk of the next size up is used once it would be at least half full. A prompt
+    of one token still makes one (empty) chunk, which brings its root.
+    """
+    plan, start = [], 0
+    while start < tokens or not plan:
+        missing = tokens - start
+        size = max([c for c in chunks if c <= 2 * missing] or [chunks[0]])
+        count = min(size, missing)
+        plan.append((start, size, count))
+        start += count
+    return plan
