@@ -32,6 +32,7 @@ KINDS = {
     "medusa": medusa_config(),
     "medusa_own": medusa_config(few=False, shared_head=False),
     "medusa_full": medusa_config(few=False),
+    "medusa_root": medusa_config(reads_root=True),
 }
 
 

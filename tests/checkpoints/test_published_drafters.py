@@ -181,7 +181,7 @@ def test_what_heads_compute(form, target, tmp_path, monkeypatch):
     model = drafters.load_drafter(about, target).model
     rows = np.random.default_rng(2).normal(size=(5, WIDE)).astype(np.float32)
     wanted = published.medusa_logits(weights, heads, blocks, rows)
-    found = model.logit_columns(jnp.asarray(rows.T))
+    found = model.logit_columns(jnp.asarray(rows.T), jnp.zeros(5, jnp.int32))
     np.testing.assert_allclose(found.transpose(0, 2, 1), wanted, atol=1e-4)
 
 

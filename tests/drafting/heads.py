@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -33,7 +34,9 @@ def eagle(target, generation: int, few: bool = False) -> EagleModel:
     return _headed(model, target)
 
 
-def medusa(target, heads: int = 3, few: bool = False) -> MedusaHeads:
+def medusa(
+    target, heads: int = 3, few: bool = False, reads_root: bool = False
+) -> MedusaHeads:
     """Heads over the target's head."""
     sizes = target.config
     config = MedusaConfig(
@@ -43,8 +46,13 @@ def medusa(target, heads: int = 3, few: bool = False) -> MedusaHeads:
         target_vocab=sizes.vocab_size,
         vocab_size=_known(sizes.vocab_size, few),
         target_layers=sizes.num_layers,
+        reads_root=reads_root,
     )
     model = MedusaHeads(config, rngs=nnx.Rngs(7))
+    if reads_root:
+        shape = model.root_weight[...].shape
+        model.root_weight[...] = jax.random.normal(jax.random.key(7), shape)
+        model.embedding[...] = target.embedding[...]
     return _headed(model, target)
 
 

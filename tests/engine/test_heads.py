@@ -44,7 +44,7 @@ def drafters(target):
     return {
         "eagle1": Eagle(eagle(target, 1), 1.0),
         "eagle3": Eagle(eagle(target, 3, few=True), 1.0),
-        "medusa": Medusa(medusa(target, few=True), 1.0),
+        "medusa": Medusa(medusa(target, few=True, reads_root=True), 1.0),
         "auto": Auto.make(eagle(target, 3, few=True), 1.0, AutoOptions(history=0)),
     }
 

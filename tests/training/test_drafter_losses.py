@@ -76,7 +76,7 @@ class Case:
             small = dataclasses.replace(TINY, num_layers=1, embed_dim=16)
             return Transformer(small, rngs=nnx.Rngs(5))
         if self.method == "medusa":
-            made = heads.medusa(target, S, self.few)
+            made = heads.medusa(target, S, self.few, reads_root=True)
             shape = made.weight[...].shape
             made.weight[...] = jax.random.normal(jax.random.key(2), shape)
             return made

@@ -83,7 +83,7 @@ class Medusa:
         return jax.tree.map(lambda x: x.at[destination].set(x[source]), state)
 
     def propose(self, state: MedusaState, shape, context: DraftContext):
-        logits_KVB = self._logits(state, context.vocab)
+        logits_KVB = self._logits(state, context)
         heads = self.module.config.heads
 
         def scores(depth: int, width: int) -> Scores:
@@ -107,9 +107,9 @@ class Medusa:
         tree = growth.grow(shape, context, scores(0, 1), expand, self.tau)
         return tree, state
 
-    def _logits(self, state: MedusaState, vocab: int) -> jax.Array:
+    def _logits(self, state: MedusaState, context: DraftContext) -> jax.Array:
         """float32 [K, V, B] over the target's tokens, -inf for those not known."""
-        logits_KVB = self.module.logit_columns(state.hidden.T)
+        logits_KVB = self.module.logit_columns(state.hidden.T, context.root)
         if self.module.token_ids is None:
             return logits_KVB
-        return spread(logits_KVB, self.module.token_ids[...], vocab)
+        return spread(logits_KVB, self.module.token_ids[...], context.vocab)

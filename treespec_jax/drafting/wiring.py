@@ -167,7 +167,8 @@ def _guesses(target: Transformer, drafter: nnx.Module, configs, tokens_BT: jax.A
             )
             logits_VR = drafter.logit_columns(made.hidden)
         else:
-            logits_VR = drafter.logit_columns(features[0])[0]
+            following_R = tokens_BT[:, 1:].reshape(-1)
+            logits_VR = drafter.logit_columns(features[0], following_R)[0]
         guess_R = jnp.argmax(logits_VR, axis=0)
         guess_R = guess_R if ids is None else ids[guess_R]
         guesses.append(guess_R.reshape(B, T - 1))

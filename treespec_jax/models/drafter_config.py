@@ -107,6 +107,8 @@ class MedusaConfig:
       target_layers: of the target; its final norm's output is read.
       shared_head: all heads end in the target's output matrix, or rows of it; else each
         has one of its own.
+      reads_root: the heads also read the token after the row's (`models.medusa`).
+        Published heads do not.
     """
 
     heads: int
@@ -116,11 +118,12 @@ class MedusaConfig:
     vocab_size: int
     target_layers: int
     shared_head: bool = True
+    reads_root: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "shared_head":
+            if field.name in ("shared_head", "reads_root"):
                 check_bool("medusa.shared_head", value)
             else:
                 check_int(f"medusa.{field.name}", value, 1)
@@ -134,6 +137,11 @@ class MedusaConfig:
     def feature_layers(self) -> tuple[int, ...]:
         """As of `EagleConfig`."""
         return (self.target_layers,)
+
+    @property
+    def shared_embedding(self) -> bool:
+        """Whether they read the target's embedding."""
+        return self.reads_root
 
     @property
     def draft_vocab(self) -> int:

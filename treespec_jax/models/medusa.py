@@ -3,6 +3,12 @@
 Head k reads the target's last normed row h and scores the token k + 2 places on:
 logits_k = U_k (block_L ∘ … ∘ block_1)(h), block(x) = x + silu(W x + b). U_k is a matrix
 of the head, or the target's for all of them.
+
+The token after h's row, the root of a tree, is known when the heads guess, but
+published heads do not look at it. Heads that do (`MedusaConfig.reads_root`) add R e to
+W h of the first block, e being the target's embedding of that token over its root mean
+square, as the first head of Hydra sees it (Ankner et al., 2402.05109). They stay
+independent of each other, so that one pass still drafts a whole tree.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ class MedusaHeads(nnx.Module):
 
     Attributes:
       token_ids: of the tokens they know, if they are not the target's.
+      embedding: the target's, of heads that read the root.
     """
 
     def __init__(
@@ -37,26 +44,45 @@ class MedusaHeads(nnx.Module):
         axes = ("heads", "layers", "embed", "features")
         self.weight = param(rngs, dtype, axes, (K, L, D, D), fill=0.0)
         self.bias = param(rngs, dtype, axes[:3], (K, L, D), fill=0.0)
+        if config.reads_root:
+            axes = ("heads", "embed", "features")
+            self.root_weight = param(rngs, dtype, axes, (K, D, D), fill=0.0)
+            axes, shape = ("vocab", "embed"), (config.target_vocab, D)
+            self.embedding = param(rngs, dtype, axes, shape, D**-0.5)
         axes, shape = ("vocab", "embed"), (config.vocab_size, D)
         if not config.shared_head:
             axes, shape = ("heads", *axes), (K, *shape)
         self.head = param(rngs, dtype, axes, shape, D**-0.5)
         self.token_ids = first_ids(config.vocab_size, rngs) if config.reduced else None
 
-    def rows(self, hidden_DR: jax.Array) -> jax.Array:
-        """What each head makes of rows [D, R] before its last matrix: [K, D, R]."""
+    def rows(self, hidden_DR: jax.Array, tokens_R: jax.Array) -> jax.Array:
+        """What each head makes of rows [D, R] before its last matrix: [K, D, R].
+
+        Args:
+          hidden_DR: the target's.
+          tokens_R: int32, the token after each row's.
+        """
         made = []
+        e_DR = self._embedded(tokens_R) if self.config.reads_root else None
         for k in range(self.config.heads):
             x_DR = hidden_DR
             for i in range(self.config.blocks):
                 y_DR = linear(self.weight[...][k, i], x_DR)
+                if i == 0 and e_DR is not None:
+                    y_DR = y_DR + linear(self.root_weight[...][k], e_DR)
                 x_DR = x_DR + jax.nn.silu(y_DR + self.bias[...][k, i][:, None])
             made.append(x_DR)
         return jnp.stack(made)
 
-    def logit_columns(self, hidden_DR: jax.Array) -> jax.Array:
-        """float32 logits [K, Vd, R] of the heads for rows [D, R]."""
-        x_KDR = self.rows(hidden_DR)
+    def _embedded(self, tokens_R: jax.Array) -> jax.Array:
+        """[D, R], of root mean square 1."""
+        e_RD = self.embedding[...][tokens_R].astype(jnp.float32)
+        scale_R1 = jax.lax.rsqrt(jnp.mean(e_RD**2, axis=1, keepdims=True) + 1e-6)
+        return (e_RD * scale_R1).T.astype(self.weight[...].dtype)
+
+    def logit_columns(self, hidden_DR: jax.Array, tokens_R: jax.Array) -> jax.Array:
+        """float32 logits [K, Vd, R] of the heads; arguments as of `rows`."""
+        x_KDR = self.rows(hidden_DR, tokens_R)
         K, D, R = x_KDR.shape
         with jax.named_scope("heads"):
             if not self.config.shared_head:

@@ -72,6 +72,8 @@ class ShapeConfig:
         for EAGLE-3 (what publishers call the inputs of layers 2, n/2 and n - 3).
       heads: K, of Medusa.
       blocks: of each Medusa head.
+      reads_root: Medusa's heads also read the token that they go on from
+        (`models.medusa`).
       shared_head: the head is the target's; else it is trained from a copy of it.
     """
 
@@ -85,13 +87,15 @@ class ShapeConfig:
     feature_layers: tuple[int, ...] | None = None
     heads: int = 4
     blocks: int = 1
+    reads_root: bool = False
     shared_head: bool = True
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if field.name not in ("feature_layers", "shared_head"):
+            if field.name not in ("feature_layers", "reads_root", "shared_head"):
                 low = 1 if field.name in ("num_layers", "heads", "blocks") else 0
                 check_int(f"drafter.{field.name}", getattr(self, field.name), low)
+        check_bool("drafter.reads_root", self.reads_root)
         check_bool("drafter.shared_head", self.shared_head)
         if self.feature_layers == ():
             object.__setattr__(self, "feature_layers", None)

@@ -47,6 +47,7 @@ def make_head(config: DrafterTraining, target: Transformer, rows: MaskedRows):
         generation = 3 if config.method == "eagle3" else 1
         about = eagle_config(config.drafter, target.config, generation, len(ids))
         head = EagleModel(about, dtype=dtype, rngs=rngs)
+    if about.shared_embedding:
         head.embedding[...] = target.embedding[...]
     table = target.embedding if target.config.tied_embeddings else target.head
     if about.reduced:
@@ -142,6 +143,7 @@ def medusa_config(shape: ShapeConfig, target: ModelConfig, vocab: int) -> Medusa
         vocab_size=vocab,
         target_layers=target.num_layers,
         shared_head=shape.shared_head,
+        reads_root=shape.reads_root,
     )
 
 

@@ -130,7 +130,9 @@ class _Head:
         return None if drafter.token_ids is None else drafter.token_ids[...]
 
     def shared(self, drafter):
-        return {"head"} if drafter.config.shared_head else set()
+        config = drafter.config
+        names = {"embedding": config.shared_embedding, "head": config.shared_head}
+        return {name for name, shared in names.items() if shared}
 
     def save(self, drafter, target, path, dtype):
         drafters.save(drafter, path, target=target, dtype=dtype)
@@ -138,10 +140,6 @@ class _Head:
 
 class EagleStudent(_Head):
     """A layer that goes on from the target's features; see `models.eagle`."""
-
-    def shared(self, drafter):
-        embedding = {"embedding"} if drafter.config.shared_embedding else set()
-        return embedding | super().shared(drafter)
 
     def predictions(self, drafter, taught, count):
         outputs = unroll(drafter, taught.tokens, taught.features, count)
@@ -152,7 +150,8 @@ class MedusaStudent(_Head):
     """Heads on the target's last row; see `models.medusa`."""
 
     def predictions(self, drafter: MedusaHeads, taught, count):
-        rows_KDR = drafter.rows(taught.features[0])
+        following_R = taught.tokens[:, 1:].reshape(-1)
+        rows_KDR = drafter.rows(taught.features[0], following_R)
         return [
             Prediction(rows_KDR[s], lambda x_DR, s=s: drafter.unembed(x_DR, s))
             for s in range(count)

@@ -19,7 +19,7 @@ from treespec_jax.checkpoints.drafters.description import (
 )
 from treespec_jax.checkpoints.loading import LoadedModel
 from treespec_jax.checkpoints.placement import Parameters, Progress
-from treespec_jax.models.drafter_config import EagleConfig, HeadConfig
+from treespec_jax.models.drafter_config import HeadConfig
 from treespec_jax.models.transformer import Transformer
 
 
@@ -89,7 +89,7 @@ def _given(about: DrafterDescription, target: Transformer, mesh) -> dict[str, An
         if mesh is not None:
             ids = jax.device_put(ids, NamedSharding(mesh, PartitionSpec()))
         given["token_ids"] = ids
-    if isinstance(config, EagleConfig) and config.shared_embedding:
+    if config.shared_embedding:
         given["embedding"] = target.embedding[...]
     if config.shared_head:
         tied = target.config.tied_embeddings

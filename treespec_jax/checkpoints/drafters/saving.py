@@ -17,7 +17,6 @@ from treespec_jax.checkpoints.drafters.native import CONFIGS, FORMAT, TOKEN_IDS,
 from treespec_jax.checkpoints.formats import describe
 from treespec_jax.checkpoints.placement import Item, check_dtype, parameters_of
 from treespec_jax.checkpoints.tokenizers import fingerprint
-from treespec_jax.models.drafter_config import EagleConfig
 
 
 def save(
@@ -50,7 +49,7 @@ def save(
     config = model.config
     check_target(path, config, target.config)
     shared = {"head"} if config.shared_head else set()
-    if isinstance(config, EagleConfig) and config.shared_embedding:
+    if config.shared_embedding:
         shared.add("embedding")
     leaves = parameters_of(model)
     items = [
