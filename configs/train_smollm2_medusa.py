@@ -1,7 +1,13 @@
-"""SmolLM2-135M-Instruct's Medusa heads: four of one block each, 8,192 tokens.
+"""SmolLM2-135M-Instruct's Medusa heads: four of two blocks each, 8,192 tokens.
 
-The texts are those of train_smollm2_eagle3.py.
+They also read the token that they go on from. The prompts of the answers are those of
+train_smollm2_eagle3.py.
 
+  python scripts/generate_answers.py --target=smollm2-135m-instruct --dtype=bfloat16 \\
+      --dialogues=6144 --max_tokens=488 --max_batch=1024 --output=runs/dialogues
+  python scripts/generate_answers.py --target=smollm2-135m-instruct --dtype=bfloat16 \\
+      --prompts=runs/prompts.jsonl --temperatures=0 --max_tokens=256 --max_batch=1024 \\
+      --output=runs/answers
   python scripts/train_drafter.py --config=configs/train_smollm2_medusa.py \\
       --data=runs/dialogues --data=runs/answers --output=runs/smollm2-medusa
 """
@@ -20,9 +26,11 @@ def get_config() -> ConfigDict:
     config.data.held_out = 0.01
     config.drafter.vocab = 8192
     config.drafter.heads = config.objective.predictions = 4
-    config.optimizer.steps = 1161
+    config.drafter.blocks = 2
+    config.drafter.reads_root = True
+    config.optimizer.steps = 1600
     config.optimizer.warmup = 50
-    config.optimizer.decay = 120
+    config.optimizer.decay = 150
     config.optimizer.peak = 1e-3
     config.optimizer.floor = config.optimizer.weight_decay = 0.02
     config.run.eval_every = 150
