@@ -32,12 +32,25 @@ class PageAllocator:
         """How many hold a page."""
         return self._holders[page]
 
-    def take(self, count: int) -> list[int]:
-        """Hands out up to `count` pages; fewer when fewer are free."""
-        pages = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        for page in pages:
+    def take(self, count: int, into: list[int] | None = None) -> list[int]:
+        """Hands out up to `count` pages; fewer when fewer are free.
+
+        Args:
+          count: pages wanted.
+          into: the holder's list, which every page enters before it is taken: whatever
+            fails, what was taken is on the list and can be given back.
+
+        Returns:
+          the pages handed out.
+        """
+        into = [] if into is None else into
+        first = len(into)
+        for _ in range(min(count, len(self._free))):
+            page = self._free[-1]
+            into.append(page)
             self._holders[page] = 1
-        return pages
+            self._free.pop()
+        return into[first:]
 
     def share(self, pages: Iterable[int]) -> None:
         """Adds a holder to pages that are held.

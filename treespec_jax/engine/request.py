@@ -18,8 +18,9 @@ class Request:
       params: what was asked for.
       tokens: ids emitted so far.
       logprobs: log p of each, if asked for.
-      finish_reason: None while running; then "stop" (end-of-text token or a stop text)
-        or "length" (max_tokens, max_len, or more pages than there are).
+      finish_reason: None while running; then "stop" (end-of-text token or a stop text),
+        "length" (max_tokens, max_len, or more pages than there are) or "error" (what
+        failed was raised).
       stats: counts and times.
       records: of every step's tree, if the engine records them.
       steps: what each step did.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import collections
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,18 @@ class Scheduler:
                 self._release(index)
         request.finish_reason = request.finish_reason or finish_reason
 
+    def running(self, slots: Iterable[int] | None = None) -> list[Request]:
+        """Requests in slots: in these, or in all."""
+        occupied = self._occupied()
+        indices = occupied if slots is None else set(slots) & set(occupied)
+        return [occupied[index].request for index in indices]
+
     def admit(self) -> list[Request]:
-        """Gives waiting requests free slots, in order; returns those that never fit."""
+        """Gives waiting requests free slots, in order; returns those that never fit.
+
+        A request that cannot enter its slot, whatever the error, ends with "error" and
+        holds nothing. The next call goes on with the others.
+        """
         refused = []
         for index in range(self.config.max_batch):
             while self._slots[index] is None and self._waiting:
@@ -113,7 +123,11 @@ class Scheduler:
                 spare = len(running) if request.tokens else 0
                 if running and needed + spare > self._allocator.free:
                     return refused
-                self._insert(index, order, request, text)
+                try:
+                    self._insert(index, order, request, text)
+                except Exception:
+                    self.cancel(request, "error")
+                    raise
                 self._waiting.popleft()
         return refused
 
@@ -226,25 +240,31 @@ class Scheduler:
     def _insert(
         self, index: int, order: int, request: Request, text: list[int]
     ) -> None:
-        try:
-            self._settings.insert(index, request.params)
-        except BaseException:
-            # Whatever failed, no page is taken yet, and the slot stays free.
-            self._settings.clear(index)
-            raise
-        pages = self._allocator.take(self._pages_for(len(text)))
-        self._page_table[index, : len(pages)] = pages
         prompt = len(request.prompt)
         limit = min(request.params.max_tokens, self.config.max_len - prompt)
-        self._slots[index] = Slot(
+        slot = Slot(
             request,
             order,
             text,
             collections.deque(prefill_plan(len(text) - 1, self.config.prefill_chunks)),
-            pages,
+            pages=[],
             length=len(text) - 1,
             limit=prompt - 1 + limit,
         )
+        # From here on `_release` gives back all that the slot holds.
+        self._slots[index] = slot
+        try:
+            self._settings.insert(index, request.params)
+            self._hold(index, slot, self._pages_for(len(text)))
+        except BaseException:
+            self._release(index)
+            raise
+
+    def _hold(self, index: int, slot: Slot, pages: int) -> None:
+        """Takes pages for a slot until it holds so many, or none is free."""
+        first = len(slot.pages)
+        taken = self._allocator.take(pages - first, slot.pages)
+        self._page_table[index, first : first + len(taken)] = taken
 
     def _chunk(self, index: int, slot: Slot) -> ChunkPlan:
         start, size, count = slot.chunks[0]
@@ -266,12 +286,7 @@ class Scheduler:
         enough = True
         ready = [item for item in self._occupied().items() if item[1].ready]
         for index, slot in sorted(ready, key=lambda item: item[1].order):
-            more = self._pages_for(self._reach(slot, steps)) - len(slot.pages)
-            if more > 0:
-                pages = self._allocator.take(more)
-                first = len(slot.pages)
-                self._page_table[index, first : first + len(pages)] = pages
-                slot.pages += pages
+            self._hold(index, slot, self._pages_for(self._reach(slot, steps)))
             enough &= len(slot.pages) * self.config.page_size > slot.bound
         return enough
 
@@ -294,23 +309,28 @@ class Scheduler:
         for index, slot in ready.items():
             room = len(slot.pages) * self.config.page_size
             limits_B[index] = min(slot.limit, room)
-            slot.planned += steps * self._width
         penalised = any(slot.request.params.penalised for slot in ready.values())
         texts = {
             index: (slot.request.prompt, slot.request.tokens)
             for index, slot in ready.items()
         }
-        return Plan(
+        settings = self._settings
+        if len(ready) < len(self._occupied()):
+            settings = settings.running(ready)
+        plan = Plan(
             page_table=self._page_table.copy(),
             limits=limits_B,
-            eos=self._settings.eos,
+            eos=settings.eos,
             # A record has them, whether or not the request asked.
-            want_logprobs=self._settings.want_logprobs | self.config.record,
-            sampling=self._settings.sampling(),
-            text=self._settings.text(texts) if penalised else None,
+            want_logprobs=settings.want_logprobs | self.config.record,
+            sampling=settings.sampling(),
+            text=settings.text(texts) if penalised else None,
             max_steps=np.array(steps, np.int32),
             slots=ready,
         )
+        for slot in ready.values():
+            slot.planned += steps * self._width
+        return plan
 
     def _file(self, index: int, slot: Slot, outbox, nodes: int) -> None:
         request = slot.request

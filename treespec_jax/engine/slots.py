@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -70,6 +71,18 @@ class SlotSettings:
         self._want_logprobs[slot] = False
         self._bias_tokens[slot] = NO_TOKEN
         self._bias[slot] = 0
+
+    def running(self, slots: Collection[int]) -> SlotSettings:
+        """Copies the settings, with all other slots free.
+
+        A text that is still being prefilled does not run: its settings may not keep the
+        others from a shortcut either.
+        """
+        copied = copy.deepcopy(self)
+        for slot in range(len(self._want_logprobs)):
+            if slot not in slots:
+                copied.clear(slot)
+        return copied
 
     @property
     def eos(self) -> np.ndarray:
