@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from treespec_jax.checks import as_int, from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import recycle, wiring
+from treespec_jax.drafting.protocol import Drafter
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.stats import total
@@ -144,9 +146,8 @@ class LLM:
         )
         if isinstance(draft, LoadedDrafter) and config.check_drafter:
             self._check_drafter(target, draft)
-        self._table = table
         if table is not None:
-            self._recycle(table)
+            self.engine.begin_with(functools.partial(_with_table, self.drafter, table))
 
     def _check_drafter(self, target: LoadedModel, draft: LoadedDrafter) -> None:
         """Tries a drafter on text that the target writes; see `drafting.wiring`."""
@@ -184,8 +185,6 @@ class LLM:
           ValueError: a request waits or runs.
         """
         self.engine.reset()
-        if self._table is not None:
-            self._recycle(self._table)
 
     def generate(
         self,
@@ -321,15 +320,6 @@ class LLM:
         file.write(Table(np.asarray(found.best[0]), np.asarray(found.logits[0])))
         return file.path
 
-    def _recycle(self, table: Table) -> None:
-        """Gives the drafter a table, of as many successors as it has."""
-        engine = self.engine
-        count = recycle.table_of(self.drafter, engine.draft_state).best.shape[2]
-        table = table.resized(count)
-        engine.draft_state = recycle.with_table(
-            engine.draft_state, table.best, table.logits
-        )
-
     def _reader(self, prompt: str | list[int], params: SamplingParams) -> Reader:
         # A token that begins every text is enough of a prompt.
         ids = self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
@@ -357,6 +347,13 @@ class LLM:
         request = Request(prompt=ids, params=params)
         self.engine.check(request)
         return Reader(prompt, request, self.tokenizer, context)
+
+
+def _with_table(drafter: Drafter, table: Table, state: Any) -> Any:
+    """A drafter's state with a table, of as many successors as the drafter has."""
+    count = recycle.table_of(drafter, state).best.shape[2]
+    table = table.resized(count)
+    return recycle.with_table(state, table.best, table.logits)
 
 
 def _speculative_config(given) -> SpeculativeConfig:

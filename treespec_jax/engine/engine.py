@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from treespec_jax import limits
@@ -79,6 +80,9 @@ class Engine:
         # Dispatches under way, the oldest first; at most two.
         self._flights: collections.deque[_Flight] = collections.deque()
         self._landed = 0.0
+        # Slots whose requests end if what runs now fails; None: all.
+        self._concerned: Iterable[int] | None = None
+        self._prepare: Callable[[Any], Any] | None = None
 
     @property
     def compilations(self) -> collections.Counter[str]:
@@ -107,6 +111,16 @@ class Engine:
     @draft_state.setter
     def draft_state(self, state: Any) -> None:
         self._executor.draft_state = state
+
+    def begin_with(self, prepare: Callable[[Any], Any]) -> None:
+        """Sets how the drafter begins, now and after every `reset`.
+
+        Args:
+          prepare: takes the state of a drafter that has seen nothing, and returns the
+            one to begin with, see `draft_state`.
+        """
+        self._prepare = prepare
+        self.draft_state = prepare(self.draft_state)
 
     def program(self) -> tuple[Callable, tuple]:
         """The function of a dispatch and its arguments, to compile ahead of time.
@@ -148,7 +162,7 @@ class Engine:
             raise ValueError("requests are under way; end them first")
         # A dispatch may have been started ahead of a text that then ended.
         self.drain()
-        self._executor.reset()
+        self._begin()
         self._chooser.reset()
 
     def compile(self, chunks: Sequence[int] = (), every_shape: bool = True) -> None:
@@ -180,7 +194,39 @@ class Engine:
 
         Returns:
           Requests that emitted something or finished.
+
+        Raises:
+          Exception: whatever failed: compiling, memory, the device. The requests that
+            it concerned have ended with "error": the one that was to enter a slot or
+            whose text was being prefilled, or those of the dispatch, or all in slots if
+            the state on the device was lost. Their pages are free, and the next call
+            goes on with the others.
         """
+        with self._recovery():
+            return self._advance(max_steps, shape)
+
+    @contextlib.contextmanager
+    def _recovery(self) -> Iterator[None]:
+        """Ends the requests that a failure concerns; makes a state if it was lost."""
+        self._concerned = None
+        try:
+            yield
+        except Exception:
+            lost = self._executor.lost
+            for request in self._scheduler.running(None if lost else self._concerned):
+                self._scheduler.cancel(request, "error")
+            if lost or self._concerned is None:
+                self._flights.clear()
+            if lost:
+                self._begin()
+            raise
+
+    def _begin(self) -> None:
+        self._executor.reset()
+        if self._prepare is not None:
+            self.draft_state = self._prepare(self.draft_state)
+
+    def _advance(self, max_steps, shape) -> list[Request]:
         began, prefilled = time.perf_counter(), self.prefill_seconds
         touched: list[Request] = []
         if not self._flights:
@@ -198,9 +244,14 @@ class Engine:
         return touched
 
     def drain(self) -> None:
-        """Waits for dispatches under way, and enters what they emitted."""
-        while self._flights:
-            self._land()
+        """Waits for dispatches under way, and enters what they emitted.
+
+        Raises:
+          Exception: what `advance` raises.
+        """
+        with self._recovery():
+            while self._flights:
+                self._land()
 
     def _choose(self, max_steps: int | None, shape: TreeShape | None) -> Choice:
         """What the next dispatch does."""
@@ -241,9 +292,12 @@ class Engine:
 
     def _prefill(self) -> list[Request]:
         """A chunk of every new text, and more until somebody can decode."""
+        # Whoever cannot enter has no slot.
+        self._concerned = ()
         refused = self._scheduler.admit()
         while chunks := self._scheduler.chunks():
             for chunk in chunks:
+                self._concerned = (chunk.slot,)
                 began = time.perf_counter()
                 self._executor.prefill(chunk)
                 if int(chunk.start[0]) == 0:
@@ -253,4 +307,5 @@ class Engine:
                 self.prefill_seconds += seconds
             if self._scheduler.ready:
                 break
+        self._concerned = None
         return refused

@@ -89,6 +89,18 @@ class Executor:
             state = jax.device_put(state, self._target.leaves[0].sharding)
         self._state = state
 
+    @property
+    def lost(self) -> bool:
+        """Whether a call failed that had taken the state; waits for the device."""
+        leaves = jax.tree.leaves(self._state)
+        if not leaves or any(leaf.is_deleted() for leaf in leaves):
+            return True
+        try:
+            jax.block_until_ready(leaves)
+        except Exception:
+            return True
+        return False
+
     def prefill(self, chunk: ChunkPlan) -> None:
         """Puts a chunk of a text into the caches, and waits until it is there."""
         self._state = self._prefill(self._leaves, self._state, *_chunk(chunk))
