@@ -24,7 +24,7 @@ FLOORS = (
     ("limits",),
     ("speculation",),
     ("engine",),
-    ("tracing",),
+    ("tracing", "worker"),
     ("completions", "stops"),
     ("texts", "arguments"),
     ("llm",),

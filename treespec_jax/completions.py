@@ -65,7 +65,9 @@ class Generation(Sequence):
 
     Attributes:
       completions: one per prompt.
-      stats: summed counts; times are wall times of the whole call.
+      stats: summed counts; times are those that the engine spent in prefill and in
+        decoding while the call was under way. Calls that overlap share the batch, and
+        so each of them counts the time that they shared.
     """
 
     completions: list[Completion]

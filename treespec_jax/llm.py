@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,9 +40,10 @@ from treespec_jax.engine.stats import total
 from treespec_jax.errors import UserError
 from treespec_jax.models.memory import use_huge_pages
 from treespec_jax.sharding import make_mesh
-from treespec_jax.texts import Reader, Stream
+from treespec_jax.texts import AsyncStream, Reader, Stream
+from treespec_jax.worker import AsyncBell, Bell, Call, Worker
 
-__all__ = ["LLM", "Completion", "Generation", "Stream"]
+__all__ = ["LLM", "AsyncStream", "Completion", "Generation", "Stream"]
 
 Model = Description | LoadedModel
 Draft = Model | DrafterDescription | LoadedDrafter
@@ -56,6 +58,12 @@ class LLM:
 
     With speculation the emitted tokens are those of plain decoding at equal seed; only
     the speed differs.
+
+    Any thread and any task of asyncio may use it, also at the same time: one thread
+    runs the engine (`worker`), and the requests of all callers share its batch. A
+    caller that is interrupted or cancelled takes its own requests along and nobody
+    else's. Where the engine fails (no memory, a program that does not compile), those
+    whose requests it was working on get the error, and the others go on.
 
     Args:
       model: path or name of a checkpoint (see `checkpoints.load`), a description of
@@ -76,7 +84,8 @@ class LLM:
       tokenizer: of the target, or None.
       dtype: name of the weights' dtype.
       drafter: see `drafting.protocol`.
-      engine: that runs the requests.
+      engine: that runs the requests. While calls may be under way, use it within
+        `exclusive` only.
       notes: what of the checkpoints was left out, and what to know of the
         vocabularies of target and drafter, a line each.
       recycle_table: file that `save_recycle_table` writes; None: it has to be named.
@@ -148,6 +157,7 @@ class LLM:
             self._check_drafter(target, draft)
         if table is not None:
             self.engine.begin_with(functools.partial(_with_table, self.drafter, table))
+        self._worker = Worker(self.engine)
 
     def _check_drafter(self, target: LoadedModel, draft: LoadedDrafter) -> None:
         """Tries a drafter on text that the target writes; see `drafting.wiring`."""
@@ -182,9 +192,35 @@ class LLM:
         """Forgets all texts, and what they taught the drafter, as if it were new.
 
         Raises:
-          ValueError: a request waits or runs.
+          ValueError: a request of any thread waits or runs.
         """
-        self.engine.reset()
+        self._worker.run(Engine.reset)
+
+    def exclusive(self) -> contextlib.AbstractContextManager[Engine]:
+        """Lends the engine to the current thread, while the calls of others wait.
+
+        Example:
+          with llm.exclusive() as engine:
+              engine.compile()
+
+        Raises:
+          ValueError: a request of any thread waits or runs.
+        """
+        return self._worker.exclusive()
+
+    def close(self) -> None:
+        """Ends all calls, whose callers get a UserError, and the engine's thread.
+
+        A `with LLM(...) as llm:` does it at its end. It need not be called: the thread
+        ends with the last reference to the LLM, too, and with the program.
+        """
+        self._worker.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def generate(
         self,
@@ -206,12 +242,16 @@ class LLM:
           UserError: an empty prompt, one longer than max_len, or text without a
             tokenizer.
         """
-        prompts = as_prompts(prompts)
-        params = each_params(params, len(prompts), "prompts")
-        return self._serve(
-            [self._reader(p, s) for p, s in zip(prompts, params, strict=True)],
-            max_steps,
-        )
+        return self._serve(self._readers(prompts, params), max_steps)
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        max_steps: int | None = None,
+    ) -> Generation:
+        """Does what `generate` does, for a task of asyncio; may be cancelled."""
+        return await self._serve_async(self._readers(prompts, params), max_steps)
 
     def chat(
         self,
@@ -232,53 +272,56 @@ class LLM:
           UserError: no chat template, malformed messages, messages that the template
             refuses, or that have no room in max_len.
         """
-        conversations = check_conversations(messages)
-        params = each_params(params, len(conversations), "conversations")
-        return self._serve(
-            [
-                self._chat_reader(c, s, variables)
-                for c, s in zip(conversations, params, strict=True)
-            ],
-            max_steps,
-        )
+        readers = self._chat_readers(messages, params, variables)
+        return self._serve(readers, max_steps)
+
+    async def achat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        max_steps: int | None = None,
+    ) -> Generation:
+        """Does what `chat` does, for a task of asyncio; may be cancelled."""
+        readers = self._chat_readers(messages, params, variables)
+        return await self._serve_async(readers, max_steps)
 
     def _serve(self, readers: list[Reader], max_steps: int | None) -> Generation:
-        if max_steps is not None:
-            max_steps = as_int("max_steps", max_steps, 1)
-        engine = self.engine
-        before = engine.prefill_seconds, engine.decode_seconds
+        call = Call(readers, Bell(), _steps(max_steps))
         try:
-            for reader in readers:
-                engine.submit(reader.request)
-            while engine.busy:
-                engine.advance(max_steps)
-                for reader in readers:
-                    reader.read(engine)
-        finally:
-            # Nothing of an interrupted call may stay in the slots.
-            for reader in readers:
-                if reader.request.finish_reason is None:
-                    engine.cancel(reader.request)
-        for reader in readers:
-            reader.read(engine)
-        completions = [reader.completion() for reader in readers]
-        return Generation(
-            completions,
-            total(
-                [c.stats for c in completions],
-                engine.prefill_seconds - before[0],
-                engine.decode_seconds - before[1],
-            ),
-        )
+            self._worker.submit(call)
+            call.wait()
+        except BaseException:
+            # Nothing of an interrupted call stays in the slots.
+            call.cancel()
+            raise
+        return _generation(call)
+
+    async def _serve_async(self, readers, max_steps) -> Generation:
+        call = Call(readers, AsyncBell(), _steps(max_steps))
+        try:
+            self._worker.submit(call)
+            await call.wait_async()
+        except BaseException:
+            call.cancel()
+            raise
+        return _generation(call)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continues one prompt and yields its text as it comes.
 
         Pieces never split a character, and nothing is yielded that may still turn out
-        to belong to a stop text.
+        to belong to a stop text. The text goes on whether or not they are taken, until
+        the stream is closed or dropped.
         """
+        return Stream(self._worker, self._reader(as_prompt(prompt), as_params(params)))
+
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncStream:
+        """Does what `stream` does, for `async for` in a task of asyncio."""
         reader = self._reader(as_prompt(prompt), as_params(params))
-        return Stream(self.engine, reader)
+        return AsyncStream(self._worker, reader)
 
     def stream_chat(
         self,
@@ -287,9 +330,22 @@ class LLM:
         variables: Mapping[str, Any] | None = None,
     ) -> Stream:
         """Answers one conversation as `chat` does, and yields the text as it comes."""
-        messages = check_messages(messages)
-        reader = self._chat_reader(messages, as_params(params), variables)
-        return Stream(self.engine, reader)
+        reader = self._chat_reader(
+            check_messages(messages), as_params(params), variables
+        )
+        return Stream(self._worker, reader)
+
+    def astream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> AsyncStream:
+        """Does what `stream_chat` does, for `async for` in a task of asyncio."""
+        reader = self._chat_reader(
+            check_messages(messages), as_params(params), variables
+        )
+        return AsyncStream(self._worker, reader)
 
     def save_recycle_table(self, path: str | Path | None = None) -> Path:
         """Writes what all requests taught methods "recycle" and "auto" to a file.
@@ -307,8 +363,8 @@ class LLM:
           UserError: there is nothing of that kind to write, no path, or nowhere to
             write; a file that was there stays as it was.
         """
-        found = recycle.table_of(self.drafter, self.engine.draft_state)
-        if found is None:
+        table = self._worker.run(functools.partial(_table, self.drafter))
+        if table is None:
             raise UserError(
                 "the drafter recycles nothing that outlives a request; take method "
                 "'recycle' or 'auto'"
@@ -317,8 +373,21 @@ class LLM:
         if path is None:
             raise UserError("no file was named for the recycle table; give its path")
         file = TableFile(path, self)
-        file.write(Table(np.asarray(found.best[0]), np.asarray(found.logits[0])))
+        file.write(table)
         return file.path
+
+    def _readers(self, prompts, params) -> list[Reader]:
+        prompts = as_prompts(prompts)
+        params = each_params(params, len(prompts), "prompts")
+        return [self._reader(p, s) for p, s in zip(prompts, params, strict=True)]
+
+    def _chat_readers(self, messages, params, variables) -> list[Reader]:
+        conversations = check_conversations(messages)
+        params = each_params(params, len(conversations), "conversations")
+        return [
+            self._chat_reader(c, s, variables)
+            for c, s in zip(conversations, params, strict=True)
+        ]
 
     def _reader(self, prompt: str | list[int], params: SamplingParams) -> Reader:
         # A token that begins every text is enough of a prompt.
@@ -347,6 +416,24 @@ class LLM:
         request = Request(prompt=ids, params=params)
         self.engine.check(request)
         return Reader(prompt, request, self.tokenizer, context)
+
+
+def _steps(max_steps: int | None) -> int | None:
+    return None if max_steps is None else as_int("max_steps", max_steps, 1)
+
+
+def _generation(call: Call) -> Generation:
+    """What a call gave, once it has ended; raises what failed."""
+    call.check()
+    completions = [reader.completion() for reader in call.readers]
+    times = call.prefill_seconds, call.decode_seconds
+    return Generation(completions, total([c.stats for c in completions], *times))
+
+
+def _table(drafter: Drafter, engine: Engine) -> Table | None:
+    """What all requests taught, in copies: the next dispatch takes the arrays."""
+    found = recycle.table_of(drafter, engine.draft_state)
+    return found and Table(np.array(found.best[0]), np.array(found.logits[0]))
 
 
 def _with_table(drafter: Drafter, table: Table, state: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.completions import Completion, Messages, Prompt
@@ -12,6 +12,7 @@ from treespec_jax.engine.request import Request
 from treespec_jax.stops import StoppedText
 from treespec_jax.tracing import build
 from treespec_jax.tracing.trace import Step
+from treespec_jax.worker import AsyncBell, Bell, Call, Worker
 
 
 class Reader:
@@ -97,41 +98,105 @@ class Reader:
         )
 
 
-class Stream(Iterator[str]):
-    """Pieces of one text.
+class _Pieces:
+    """What streams of threads and of tasks share.
 
     Attributes:
       completion: the finished text, once the pieces have run out; else None.
     """
 
-    def __init__(self, engine: Engine, reader: Reader):
+    def __init__(self, worker: Worker, reader: Reader, bell: Bell | AsyncBell):
         self.completion: Completion | None = None
-        self._engine = engine
         self._reader = reader
-        self._engine.submit(reader.request)
-
-    def __next__(self) -> str:
-        while self.completion is None:
-            if self._reader.request.finish_reason is None:
-                # One step a dispatch: each piece is shown as soon as it is known.
-                self._engine.advance(max_steps=1)
-            self._reader.read(self._engine)
-            piece = self._reader.take()
-            if self._reader.request.finish_reason is not None:
-                self.completion = self._reader.completion()
-            if piece:
-                return piece
-        raise StopIteration
+        self._worker = worker
+        # One step a dispatch: each piece is shown as soon as it is known.
+        self._call = Call([reader], bell, max_steps=1, streaming=True)
+        worker.submit(self._call)
 
     def take_steps(self) -> list[Step]:
         """Recorded steps behind the pieces so far that were not taken yet."""
-        return self._reader.take_steps()
+        with self._call.lock:
+            return self._reader.take_steps()
 
-    def close(self) -> None:
-        """Gives the text up and frees its slot."""
-        if self.completion is None:
-            self._engine.cancel(self._reader.request)
-            self.completion = self._reader.completion()
+    def _take(self) -> str:
+        """The text that came, if any; raises what ended the call, behind it."""
+        # Asked first: what comes in between is taken the next time.
+        ended = self._call.ended
+        with self._call.lock:
+            piece = self._reader.take()
+        if ended and not (piece and self._call.error):
+            self._finish()
+            self._call.check()
+        return piece
+
+    def _finish(self) -> None:
+        self.completion = self._reader.completion()
 
     def __del__(self):
-        self.close()
+        # At any point of any thread: nothing may wait here.
+        if hasattr(self, "_call"):
+            self._call.cancel()
+
+
+class Stream(_Pieces, Iterator[str]):
+    """Pieces of one text, which goes on while they are read.
+
+    An interrupt (Control-C) while a piece is waited for gives the text up; after
+    `close`, `completion` has what there was of it.
+    """
+
+    def __init__(self, worker: Worker, reader: Reader):
+        super().__init__(worker, reader, Bell())
+
+    def __next__(self) -> str:
+        while self.completion is None:
+            if piece := self._take():
+                return piece
+            if self.completion is None:
+                try:
+                    self._call.wait()
+                except BaseException:
+                    self._call.cancel()
+                    raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """Gives the text up, and waits until its slot is free."""
+        self._call.cancel()
+        if self.completion is None and not self._worker.inside:
+            while not self._call.ended:
+                self._call.wait()
+            self._finish()
+
+
+class AsyncStream(_Pieces, AsyncIterator[str]):
+    """Pieces of one text for a task of asyncio; see `Stream`.
+
+    A task that is cancelled while it waits for a piece gives the text up.
+
+    Raises:
+      RuntimeError: no event loop runs.
+    """
+
+    def __init__(self, worker: Worker, reader: Reader):
+        super().__init__(worker, reader, AsyncBell())
+
+    async def __anext__(self) -> str:
+        while self.completion is None:
+            if piece := self._take():
+                return piece
+            if self.completion is None:
+                try:
+                    await self._call.wait_async()
+                except BaseException:
+                    self._call.cancel()
+                    raise
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Gives the text up, and waits until its slot is free."""
+        self._call.cancel()
+        if self.completion is None:
+            while not self._call.ended:
+                await self._call.wait_async()
+            self._finish()

@@ -24,7 +24,7 @@ class Request:
       stats: counts and times.
       records: of every step's tree, if the engine records them.
       steps: what each step did.
-      submitted: when it was submitted, by `time.perf_counter`.
+      submitted: when it was submitted, by `time.perf_counter`; 0 before.
       arrivals: seconds since then and tokens of every time that tokens reached the
         host.
     """

@@ -80,7 +80,7 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queues a request, whose prompt has room for a new token."""
         request.stats.prompt_tokens = len(request.prompt)
-        request.submitted = time.perf_counter()
+        request.submitted = request.submitted or time.perf_counter()
         self._waiting.append((next(self._arrivals), request))
 
     def cancel(self, request: Request, finish_reason: str = "stop") -> None:
