@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints.support import train_sentencepiece
-from tests.engine.scripted import follow, scripted, write
+from tests.engine.scripted import follow, scripted
 from treespec_jax.checkpoints.tokenizers import load_tokenizer
 from treespec_jax.config import SamplingParams
 from treespec_jax.errors import UserError
@@ -22,32 +22,18 @@ PARAMS = SamplingParams(max_tokens=40)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("llm")))
+def target(scripted_target):
+    return scripted_target
 
 
 @pytest.fixture(scope="module")
-def script(tokenizer):
-    return write(tokenizer)
+def draft(scripted_draft):
+    return scripted_draft
 
 
 @pytest.fixture(scope="module")
-def target(tokenizer, script):
-    return scripted(tokenizer, follow([script.prompt_ids[-1], *script.ids]))
-
-
-@pytest.fixture(scope="module")
-def draft(tokenizer, script):
-    """Right but for three tokens, so that accepted paths end here and there."""
-    successors = follow([script.prompt_ids[-1], *script.ids])
-    for at in (2, 7, 11):
-        successors[script.ids[at]] = script.ids[0]
-    return scripted(tokenizer, successors)
-
-
-@pytest.fixture(scope="module")
-def llm(target, draft):
-    return LLM(target, speculative={"model": draft, "tree": "regular:2x1x1"}, **SIZES)
+def llm(scripted_llm):
+    return scripted_llm
 
 
 @pytest.fixture(scope="module")
