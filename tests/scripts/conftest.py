@@ -123,6 +123,22 @@ def run_script(capsys, monkeypatch, compilation_cache):
 
 
 @pytest.fixture
+def generate(run_script, files):
+    """Runs the script on the tiny pair, with a small chain and few tokens."""
+
+    def run(*args: str, tree: str = "chain:2"):
+        given = [f"--target={files.target}", f"--draft={files.draft}"]
+        given += ["--max_len=64", "--ignore_eos"]
+        if tree:
+            given.append(f"--tree={tree}")
+        result = run_script("generate.py", *given, *args)
+        assert result.code == 0, result.err
+        return result
+
+    return run
+
+
+@pytest.fixture
 def refuses(run_script):
     """Asserts one clear line and exit code 2."""
 
