@@ -131,11 +131,11 @@ def writes(monkeypatch):
     return write
 
 
-def stop(source, output, writes, at, dtype=None):
+def stop(source, output, writes, at, dtype=None, **more):
     """A conversion that meets a full disk after `at` groups."""
     writes.fail_at = at
     with pytest.raises(UserError, match="No space left on device; the same command"):
-        convert(describe(source), output, dtype)
+        convert(describe(source), output, dtype, **more)
     writes.fail_at = None
     writes.seen.clear()
 
@@ -167,9 +167,9 @@ def test_an_earlier_output_stays_until_the_new_one_is_whole(
 ):
     output = tmp_path / "out"
     convert(describe(source), output, "bfloat16")
-    stop(source, output, writes, len(writes.seen) + 3)
+    stop(source, output, writes, len(writes.seen) + 3, overwrite=True)
     assert load(output).dtype.name == "bfloat16"
-    convert(describe(source), output)
+    convert(describe(source), output, overwrite=True)
     whole(source, output)
 
 

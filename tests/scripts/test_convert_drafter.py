@@ -7,11 +7,11 @@ import numpy as np
 from treespec_jax.checkpoints import describe, drafters, load
 
 
-def medusa_file(folder, config):
+def medusa_file(folder, config, seed=0):
     """Random heads, as they are published."""
     from safetensors.numpy import save_file
 
-    rng, D = np.random.default_rng(0), config.embed_dim
+    rng, D = np.random.default_rng(seed), config.embed_dim
     tensors = {
         "0.0.linear.weight": rng.normal(size=(D, D)),
         "0.0.linear.bias": rng.normal(size=D),
@@ -41,3 +41,20 @@ def test_input_that_is_no_drafter(files, refuses, tmp_path):
     flags = [f"--input={files.draft}", f"--output={tmp_path / 'out'}"]
     flags.append(f"--target={files.target}")
     refuses("holds no drafter of methods eagle", "convert_checkpoint.py", *flags)
+
+
+def test_another_drafter_is_not_replaced(files, run_script, refuses, tmp_path):
+    """One of the same shape for the same target."""
+    config = describe(files.target).config
+    for name in ("one", "other"):
+        medusa_file(tmp_path / name, config, seed=len(name))
+    flags = [f"--target={files.target}", f"--output={tmp_path / 'out'}"]
+    for _ in range(2):
+        done = run_script(
+            "convert_checkpoint.py", f"--input={tmp_path / 'one'}", *flags
+        )
+        assert done.code == 0, done.err
+    other = f"--input={tmp_path / 'other'}"
+    refuses("already holds a model (of one", "convert_checkpoint.py", other, *flags)
+    same = [f"--input={tmp_path / 'out'}", *flags]
+    refuses("would be replaced by --output", "convert_checkpoint.py", *same)

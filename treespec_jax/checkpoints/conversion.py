@@ -27,7 +27,9 @@ from treespec_jax.checkpoints.formats.native import PARAMS, check_files
 from treespec_jax.checkpoints.placement import Parameters
 from treespec_jax.checkpoints.saving import (
     Group,
+    check_apart,
     check_output,
+    check_replaced,
     finish,
     grouped,
     write_group,
@@ -63,6 +65,7 @@ def convert(
     dtype: Any = None,
     *,
     restart: bool = False,
+    overwrite: bool = False,
     progress: Callable[[Sequence[Group]], Iterable[Group]] = iter,
 ) -> Converted:
     """Writes a checkpoint as a native folder, or goes on where the last run stopped.
@@ -71,19 +74,29 @@ def convert(
 
     Args:
       about: the checkpoint, as `describe` gave it.
-      output: the folder to make; an earlier native folder is replaced at the end.
+      output: the folder to make; an earlier native folder of the same model is
+        replaced at the end.
       dtype: float32, bfloat16 or float16; None: as stored.
       restart: start over, whatever an earlier run left.
+      overwrite: replace a folder of another model too.
       progress: wraps the list of groups, to show a bar.
 
     Raises:
       UserError: the checkpoint is damaged or not what its configuration says (then
-        nothing is left behind), the output cannot be written or is being written by
-        another process (then what is there stays, for the next run).
+        nothing is left behind), the output is the input, holds another model, cannot
+        be written or is being written by another process (then what is there stays,
+        for the next run).
     """
     path = Path(output).expanduser().absolute()
     check_output(path)
+    check_apart(output, input=about.path)
     parameters = Parameters(about, dtype)
+    origin = {"source": about.name, "inputs": inputs_of(parameters.source.files())}
+    same = origin | {
+        "dtype": parameters.dtype.name,
+        "model": dataclasses.asdict(about.config),
+    }
+    check_replaced(path, same, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     groups = grouped(parameters.items)
     with writing(path, _HINT), _locked(partial) as file:
@@ -103,7 +116,7 @@ def convert(
         files = {
             name: sums for g in groups for name, sums in journal.done[g.name].items()
         }
-        finish(partial, path, about, about.name, parameters.dtype, files)
+        finish(partial, path, about, origin, parameters.dtype, files)
         (path / _JOURNAL).unlink()
     count = sum(group.nbytes for group in groups) // parameters.dtype.itemsize
     return Converted(parameters.dtype, count, resumed)
@@ -191,6 +204,11 @@ def _fingerprint(about: Description, parameters: Parameters) -> dict[str, Any]:
         "files": [_stamp(file) for file in parameters.source.files()],
     }
     return json.loads(json.dumps(fingerprint))
+
+
+def inputs_of(files: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and CRC-32 of the head of each file: a copy has the same."""
+    return [[name, size, crc] for name, size, _, crc in map(_stamp, files)]
 
 
 def _stamp(file: Path) -> list[Any]:

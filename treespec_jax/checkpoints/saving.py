@@ -70,7 +70,8 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
                     for item in group.items
                 }
                 files |= write_group(partial, group.name, arrays)
-            finish(partial, path, loaded, loaded.source, wanted, files)
+            origin = {"source": loaded.source}
+            finish(partial, path, loaded, origin, wanted, files)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -152,7 +153,7 @@ def finish(
     partial: Path,
     path: Path,
     model: LoadedModel | Description,
-    source: str,
+    origin: Mapping[str, Any],
     dtype: np.dtype,
     files: Mapping[str, Any],
 ) -> None:
@@ -162,7 +163,8 @@ def finish(
       partial: the folder, whose parameters are written.
       path: the final name; an earlier folder there is replaced.
       model: its configuration and tokenizer are added.
-      source: name of the file or folder that the model came from.
+      origin: "source", the name of the file or folder that the model came from, and
+        what else tells that from others.
       dtype: of the parameters.
       files: sizes and checksums of the parameters' files, by name.
     """
@@ -172,7 +174,7 @@ def finish(
     about = {
         "format": FORMAT,
         "version": VERSION,
-        "source": source,
+        **origin,
         "dtype": dtype.name,
         "model": dataclasses.asdict(model.config),
         "tokenizer": tokenizer
@@ -227,6 +229,48 @@ def check_output(path: str | Path, written: str = FORMAT) -> None:
         )
     if path.exists():
         raise UserError(f"output {path} is a file; choose a folder")
+
+
+def check_replaced(path: str | Path, about: Mapping[str, Any], overwrite: bool) -> None:
+    """Checks that a folder to be replaced holds the same model, if there is one.
+
+    Args:
+      path: of a folder that `check_output` allows.
+      about: what the metadata of the same model would hold, by key; empty: no model
+        is the same.
+      overwrite: allows any model to be replaced.
+
+    Raises:
+      UserError: another model is there; names its source.
+    """
+    file = Path(path).expanduser() / METADATA
+    if overwrite or not file.is_file():
+        return
+    there = read_json(file)
+    # As JSON holds it: tuples are lists there.
+    wanted = json.loads(json.dumps(about))
+    if not wanted or any(there.get(key) != value for key, value in wanted.items()):
+        what = there.get("source") or there.get("method") or "unknown"
+        raise UserError(
+            f"output {path} already holds a model (of {what}, {there.get('dtype')}); "
+            "--overwrite replaces it, or choose another folder"
+        )
+
+
+def check_apart(output: str | Path, **inputs: str | Path | None) -> None:
+    """Checks that none of the inputs is, or lies in, the folder to be replaced.
+
+    Raises:
+      UserError: names the input.
+    """
+    folder = Path(output).expanduser().resolve()
+    for name, path in inputs.items():
+        found = Path(path).expanduser().resolve() if path else None
+        if found and found.exists() and (found == folder or folder in found.parents):
+            raise UserError(
+                f"--{name}={path} would be replaced by --output={output}; choose "
+                "another folder"
+            )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ tokenizer:
 
   convert_checkpoint --input=stories260K.bin --tokenizer=tok512.bin --output=stories
 
-After a kill, an interrupt or a full disk the same command goes on where it stopped.
+After a kill, an interrupt or a full disk the same command goes on where it stopped. A
+folder that holds another model is replaced with --overwrite only.
 
 An EAGLE or Medusa drafter is converted for its target:
 
@@ -32,6 +33,7 @@ def define() -> None:
         "tokenizer", None, "tokenizer file; default: the one found with the input"
     )
     DEFINE_string("target", None, "of an EAGLE or Medusa drafter, its target")
+    DEFINE_bool("overwrite", False, "replace another model in the output folder")
     DEFINE_bool("restart", False, "start over instead of going on where a run stopped")
 
 
@@ -41,7 +43,7 @@ def main(given) -> None:
     import tqdm
 
     from treespec_jax import checkpoints
-    from treespec_jax.checkpoints import drafters, names
+    from treespec_jax.checkpoints import drafters, names, saving
 
     path = names.here(given.input)
     if given.target or (path is not None and drafters.method_of(path)):
@@ -60,7 +62,8 @@ def main(given) -> None:
     about = checkpoints.describe(given.input, given.tokenizer)
     for note in about.notes:
         print(f"note: {note}", file=sys.stderr)
-    options = {"restart": given.restart, "progress": bar}
+    saving.check_apart(output, input=path, tokenizer=given.tokenizer)
+    options = {"restart": given.restart, "overwrite": given.overwrite, "progress": bar}
     done = checkpoints.convert(about, output, given.dtype, **options)
     if done.resumed:
         print(f"{done.resumed:,} bytes were there from an earlier run", file=sys.stderr)
@@ -77,18 +80,23 @@ def convert_drafter(given) -> None:
       UserError: no target is named, or the input is no drafter for it.
     """
     from treespec_jax import checkpoints
-    from treespec_jax.checkpoints import drafters
+    from treespec_jax.checkpoints import conversion, drafters, names, saving
 
     if not given.target:
         raise UserError(
             f"--input={given.input} holds a drafter; name its target with --target"
         )
-    drafters.check_output(given.output)
+    output, source = given.output, names.here(given.input)
+    drafters.check_output(output)
+    saving.check_apart(output, input=source, target=names.here(given.target))
     about = checkpoints.describe(given.target, given.tokenizer)
     found = drafters.describe_drafter(given.input, about)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     dtype = given.dtype or found.dtype
+    inputs = conversion.inputs_of(found.open().source.files())
+    origin = {"source": found.name or source.name, "inputs": inputs}
+    saving.check_replaced(output, {**origin, "dtype": dtype}, given.overwrite)
     loaded = drafters.load_drafter(found, checkpoints.load(about, dtype))
-    drafters.save(loaded.model, given.output, target=about, dtype=dtype)
-    print(f"wrote {given.output}: method {found.method}, {dtype}")
+    drafters.save(loaded.model, output, target=about, dtype=dtype, origin=origin)
+    print(f"wrote {output}: method {found.method}, {dtype}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-from absl.flags import DEFINE_integer, DEFINE_string
+from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_string
 
 _SIZES = {
     "vocab_size": "rows of the embedding",
@@ -34,6 +34,7 @@ def define() -> None:
         "tokenizer", None, "tokenizer file; default: the one found with the input"
     )
     words = "take all sizes from this model (list_models names them)"
+    DEFINE_bool("overwrite", False, "replace a model in the output folder")
     DEFINE_string("like", None, words)
     DEFINE_integer("seed", 0, "of the random weights", lower_bound=0)
     for name, what in _SIZES.items():
@@ -44,7 +45,7 @@ def main(given) -> None:
     # Weights are changed on the host.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from treespec_jax import checkpoints
-    from treespec_jax.checkpoints import widening
+    from treespec_jax.checkpoints import names, saving, widening
     from treespec_jax.models import presets
     from treespec_jax.models.transformer import parameter_count
 
@@ -53,6 +54,8 @@ def main(given) -> None:
         size = given[name].value
         sizes[name] = getattr(like, name, None) if size is None else size
     checkpoints.check_output(given.output)
+    saving.check_apart(given.output, input=names.here(given.input))
+    saving.check_replaced(given.output, {}, given.overwrite)
     about = checkpoints.describe(given.input, given.tokenizer)
     for note in about.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def save(
     *,
     target: str | Path | Target,
     dtype: Any = "bfloat16",
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a drafter that `load_drafter` reads back.
 
@@ -36,6 +38,7 @@ def save(
       path: the folder to make; its parents are made too.
       target: which it drafts for, or the path or name of its checkpoint.
       dtype: float32, bfloat16 or float16, of the parameters.
+      origin: what the metadata says of where the drafter comes from, by key.
 
     Raises:
       UserError: `path` holds something else, or cannot be written; a parameter holds
@@ -71,7 +74,8 @@ def save(
                 if config.reduced and number == 0:
                     arrays[TOKEN_IDS] = np.asarray(model.token_ids[...], np.int32)
                 files |= saving.write_group(partial, group.name, arrays)
-            saving.put_in_place(partial, path, _about(model, target, wanted, files))
+            about = _about(model, target, wanted, files) | dict(origin or {})
+            saving.put_in_place(partial, path, about)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
