@@ -5,13 +5,10 @@ from __future__ import annotations
 from treespec_jax import commands  # First: it notes when the program started.
 
 # isort: split
-import ast
+# What takes long to import is imported where an interrupt is heeded.
 import contextlib
-import difflib
 import importlib
-import importlib.metadata
 import importlib.util
-import inspect
 import io
 import os
 import re
@@ -20,9 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags
-
 from pallas_kernels import machine
+from treespec_jax import interrupts
 from treespec_jax.errors import UserError
 
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
@@ -32,16 +28,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The console command `treespec`: runs `argv`, else the process's command line."""
     program, *rest = sys.argv if argv is None else argv
     if not rest or rest[0] in _HELP:
-        width = max(map(len, commands.COMMANDS))
-        print("usage: treespec COMMAND [--flag=value …]; COMMAND --help lists flags")
-        for name in commands.COMMANDS:
-            # The module is not imported: that takes time.
-            source = Path(commands.__file__).with_name(f"{name}.py").read_text("utf-8")
-            description = ast.get_docstring(ast.parse(source)).partition("\n")[0]
-            print(f"  {name:{width}}  {description}")
+        _list_commands()
         sys.exit(0)
     name, *rest = rest
     if name not in commands.COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(name, commands.COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see treespec --help"
         fail(f"unknown command {name!r}; {hint}")
@@ -52,7 +44,13 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one of `commands.COMMANDS` as `run` does."""
     argv = list(sys.argv if argv is None else argv)
     _prepare_streams()
-    with _one_line_errors():
+    with _one_line_errors(), interrupts.ends_at_once():
+        import inspect
+
+        from absl import flags
+
+        # Some modules import jax, which looks at its variables then.
+        skip_absent_tpu()
         module = importlib.import_module(f"{commands.__name__}.{name}")
         module.define()
         if any(argument in _HELP for argument in argv[1:]):
@@ -62,6 +60,18 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> NoReturn:
             sys.exit(0)
     allowed = len(getattr(module, "ARGUMENTS", ()))
     run(lambda rest: module.main(flags.FLAGS, *rest[1:]), argv, allowed)
+
+
+def _list_commands() -> None:
+    import ast
+
+    width = max(map(len, commands.COMMANDS))
+    print("usage: treespec COMMAND [--flag=value …]; COMMAND --help lists flags")
+    for name in commands.COMMANDS:
+        # The module is not imported: that takes time.
+        source = Path(commands.__file__).with_name(f"{name}.py").read_text("utf-8")
+        description = ast.get_docstring(ast.parse(source)).partition("\n")[0]
+        print(f"  {name:{width}}  {description}")
 
 
 def run(
@@ -87,8 +97,9 @@ def run(
     """
     _prepare_streams()
     with _one_line_errors():
-        skip_absent_tpu()
-        code = main(_parse(list(sys.argv if argv is None else argv), arguments))
+        with interrupts.ends_at_once():
+            rest = _parse(list(sys.argv if argv is None else argv), arguments)
+        code = main(rest)
         sys.stdout.flush()
         sys.exit(code)
 
@@ -102,7 +113,9 @@ def skip_absent_tpu() -> None:
     chosen, libtpu = os.environ.get("JAX_PLATFORMS"), importlib.util.find_spec("libtpu")
     if chosen or not libtpu or machine.has_tpu():
         return
-    plugins = {p.name for p in importlib.metadata.entry_points(group="jax_plugins")}
+    from importlib import metadata
+
+    plugins = {p.name for p in metadata.entry_points(group="jax_plugins")}
     cuda = any("cuda" in name for name in plugins)
     if cuda and machine.has_nvidia():
         os.environ["JAX_PLATFORMS"] = "cuda,cpu"
@@ -137,7 +150,29 @@ def _one_line_errors() -> Iterator[None]:
         fail(f"{error.strerror}; check the disk, and where the output goes")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interrupts.EXIT_CODE)
+    except Exception:
+        if reason := _no_device():
+            fail(reason)
+        raise
+
+
+def _no_device() -> str | None:
+    """What is wrong with JAX_PLATFORMS, where jax finds no device of that kind."""
+    chosen, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
+    if not chosen or jax is None:
+        return None
+    try:
+        jax.devices()
+    # jax fails an assertion where the first of its platforms is known and not there.
+    except (AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split(" (set JAX_PLATFORMS")[0].split())
+        reason = f" ({reason:.200})" if reason else ""
+        return (
+            f"JAX_PLATFORMS={chosen} names no device of this machine{reason}; take "
+            "JAX_PLATFORMS=cpu, or leave the variable away"
+        )
+    return None
 
 
 def _prepare_streams() -> None:
@@ -157,6 +192,8 @@ def _prepare_streams() -> None:
 
 def _parse(argv: list[str], arguments: int) -> list[str]:
     """Parses flags; the rest. Raises UserError for anything wrong with them."""
+    from absl import flags
+
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:

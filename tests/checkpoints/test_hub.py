@@ -239,7 +239,7 @@ def test_what_cannot_be_had_is_one_line(server, capfd):
         "org/both": {"main": {**bare, "a.gguf": b"x"}},
         "org/data": {"main": {"README.md": b"x"}},
     }
-    assert "no model of the hub" in refusal("org/gone")
+    assert "no repository of the Hugging Face Hub" in refusal("org/gone")
     assert "no revision 'v9'" in refusal("org/tiny@v9")
     assert "org/gated is gated" in refusal("org/gated")
     assert "holds no *.safetensors" in refusal("org/bin")

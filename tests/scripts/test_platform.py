@@ -96,3 +96,33 @@ def test_generate_starts_on_the_cpu_without_a_word(files, compilation_cache):
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["versions"]["backend"] == "cpu"
+
+
+def test_libtpu_is_left_alone_before_a_command_is_imported(monkeypatch, run_script):
+    """Some commands import jax, which reads its variables then."""
+    seen = []
+    monkeypatch.setattr(cli, "skip_absent_tpu", lambda: seen.append("chosen"))
+    find = cli.importlib.import_module
+
+    def imported(name):
+        seen.append(name)
+        return find(name)
+
+    monkeypatch.setattr(cli.importlib, "import_module", imported)
+    assert run_script("list_models.py", "--help").code == 0
+    assert seen[:2] == ["chosen", "treespec_jax.commands.list_models"]
+
+
+@pytest.mark.skipif(machine.has_tpu() or machine.has_nvidia(), reason="has a device")
+@pytest.mark.parametrize("named", ["cuda", "nonsense"])
+def test_a_device_that_is_not_there_is_one_line(files, named):
+    args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--max_tokens=1"]
+    result = subprocess.run(
+        [sys.executable, SCRIPTS / "generate.py", *args, "--compilation_cache="],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": named},
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: JAX_PLATFORMS={named} names no device")
+    assert result.stderr.count("\n") == 1

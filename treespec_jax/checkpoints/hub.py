@@ -201,8 +201,9 @@ class HubName:
             ) from None
         except errors.RepositoryNotFoundError:
             raise UserError(
-                f"{self} is no file or folder, and no model of the hub that you may "
-                "read; check the name, or log in (hf auth login) if it is private"
+                f"{self} is no file or folder, and no repository of the Hugging Face "
+                "Hub that you may read; check the name, or log in (hf auth login) if "
+                "it is private"
             ) from None
         except errors.RevisionNotFoundError:
             raise UserError(
@@ -237,7 +238,8 @@ class HubName:
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set"
         return (
-            f"{self} is no file or folder; {why}, and the hub's cache "
-            f"{constants.HF_HUB_CACHE} does not hold all of it; connect once to "
-            "download it"
+            f"no file or folder is called {self}, so it is taken for a repository of "
+            f"the Hugging Face Hub: {why}, and the hub's cache "
+            f"{constants.HF_HUB_CACHE} does not hold all of it; check the path, or "
+            "connect once to download it"
         )

@@ -122,4 +122,6 @@ def _find(name: str | Path, what: str) -> Path | Model | hub.HubName:
         return repository
     near = difflib.get_close_matches(str(name).lower(), CATALOGUE, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "check the path"
+    if not near and "/" not in str(name):
+        hint += "; the Hugging Face Hub's names are org/name"
     raise UserError(f"no {what} at {name}; {hint}")

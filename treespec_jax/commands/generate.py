@@ -170,16 +170,15 @@ def _completions(job: Job, llm, params):
     """Prompts, completions, statistics, and when a lone text's first token came."""
     from treespec_jax.measurement import rounds
 
-    def stream(prompt: Prompt):
-        return _stream(job, llm, prompt, params)
-
     if not job.prompts:
-        answered, completions = dialogue.hold(lambda said: stream(said)[0], job.opening)
+        answered, completions = dialogue.hold(
+            lambda said, talks: _stream(job, llm, said, params, talks)[0], job.opening
+        )
         parts = [c.stats for c in completions]
         seconds = [sum(getattr(s, name) for s in parts) for name in _SECONDS]
         return answered, completions, total(parts, *seconds), None
     if len(job.prompts) == 1:
-        completion, first = stream(job.prompts[0])
+        completion, first = _stream(job, llm, job.prompts[0], params)
         return job.prompts, [completion], completion.stats, first
     generation, seconds = rounds.decode(llm, job.prompts, params, job.options)
     for completion in generation if job.shown else ():
@@ -192,8 +191,19 @@ def _completions(job: Job, llm, params):
     return job.prompts, list(generation), stats, None
 
 
-def _stream(job: Job, llm, prompt: Prompt, params):
-    """Runs one prompt; shows its text if asked to. Returns it and when it began."""
+def _stream(job: Job, llm, prompt: Prompt, params, talks: bool = False):
+    """Runs one prompt; shows its text if asked to.
+
+    Args:
+      job: how.
+      llm: an `LLM`.
+      prompt: to run.
+      params: how to sample.
+      talks: an interrupt ends the text, not the program.
+
+    Returns:
+      The completion (None: interrupted before its text began), and when that began.
+    """
     shown, trees = job.shown, job.pictures.trees
     if isinstance(prompt, str):
         pieces = llm.stream(prompt, params)
@@ -214,6 +224,12 @@ def _stream(job: Job, llm, prompt: Prompt, params):
             show(pieces.take_steps())
             start = prompt if isinstance(prompt, str) else ""
             print(start + pieces.completion.text, end="")
+    except KeyboardInterrupt:
+        pieces.close()
+        if not talks:
+            raise
+        if not pieces.completion.text:
+            return None, None
     finally:
         # An interrupted text ends its line too.
         if shown:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from treespec_jax import interrupts
 from treespec_jax.checkpoints.files import cache_folder
 
 
@@ -18,7 +19,10 @@ def set_up(compilation_cache: str | None = None) -> None:
     """
     # Loading a cached program on a CPU logs its list of machine features as errors.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import jax
+    with interrupts.ends_at_once():
+        import jax
+
+        from treespec_jax import llm  # noqa: F401  What takes long, all in here.
 
     if compilation_cache == "":
         jax.config.update("jax_enable_compilation_cache", False)
