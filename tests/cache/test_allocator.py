@@ -60,3 +60,69 @@ def test_no_page_has_two_owners(moves):
         assert len(set(pages)) == len(pages)
         assert set(pages) <= set(range(1, 8))
         assert allocator.free + len(pages) == 7
+
+
+def test_a_named_page_is_found_until_it_is_handed_out():
+    allocator = PageAllocator(3)
+    first, second = allocator.take(2)
+    allocator.name(first, "a")
+    allocator.name(second, "b")
+    allocator.name(second, "c")
+    assert allocator.find("a") == first and allocator.find("c") is None
+    allocator.give_back([first, second])
+    assert allocator.free == 3
+    # The nameless page goes first, then the end of what was given back last.
+    third, *_ = allocator.take(1)
+    assert third not in (first, second) and not allocator.evictions
+    assert allocator.take(1) == [second] and allocator.find("b") is None
+    allocator.share([first])
+    assert allocator.holders(first) == 1 and allocator.take(1) == []
+    allocator.give_back([first, second])
+    assert allocator.take(2) == [second, first] and allocator.evictions == 2
+
+
+def test_the_first_page_of_a_name_has_it():
+    allocator = PageAllocator(2)
+    first, second = allocator.take(2)
+    allocator.name(first, "a")
+    allocator.name(second, "a")
+    allocator.give_back([second])
+    allocator.give_back([first])
+    assert allocator.find("a") == first
+    with pytest.raises(ValueError, match="not handed out"):
+        allocator.name(second, "b")
+    with pytest.raises(ValueError, match="not handed out"):
+        allocator.share([second])
+    allocator.forget_names()
+    assert allocator.find("a") is None and sorted(allocator.take(2)) == [1, 2]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=60))
+def test_counts_are_right_after_every_operation(moves):
+    """Takes, shares, names and returns against lists of holders."""
+    allocator, held, names = PageAllocator(5), [], {}
+    for kind, number in moves:
+        pick = held[number % len(held)] if held else None
+        if kind == 0:
+            before = {page: allocator.holders(page) for page in range(1, 6)}
+            for page in allocator.take(1 + number % 2):
+                assert not before[page]
+                names = {n: p for n, p in names.items() if p != page}
+                held.append(page)
+        elif kind == 1 and pick:
+            allocator.share([pick])
+            held.append(pick)
+        elif kind == 2 and pick:
+            allocator.name(pick, number)
+            if number not in names and pick not in names.values():
+                names[number] = pick
+        elif kind == 3 and pick:
+            allocator.give_back([pick])
+            held.remove(pick)
+        elif kind == 4 and number in names:
+            allocator.share([names[number]])
+            held.append(names[number])
+        assert allocator.free == 5 - len(set(held))
+        assert all(allocator.holders(p) == held.count(p) for p in range(1, 6))
+        assert all(allocator.find(n) == names.get(n) for n in range(10))

@@ -159,6 +159,21 @@ def test_the_scatter_equals_row_writes(monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int8], ids=["rows", "scales"])
+def test_pages_are_copied_over_others_and_nothing_else_is(dtype):
+    layers = make()[0]
+    if dtype == np.int8:
+        layers = tuple((x.astype(dtype), x[..., 0]) for x in layers)
+    copies = paging.PageCopies(
+        np.array([1, 5, 7, 2], np.int32), np.array([3, 4, 8, 6], np.int32), np.int32(3)
+    )
+    copied = jax.jit(paging.copy)(Pages(layers), copies)
+    want = jax.tree.map(np.array, Pages(layers))
+    for leaf in jax.tree.leaves(want):
+        leaf[[3, 4, 8]] = leaf[[1, 5, 7]]
+    jax.tree.map(np.testing.assert_array_equal, copied, want)
+
+
 def test_pages_start_empty():
     pages = paging.empty_pages(TINY, paging.CacheLayout(3, PAGE, "bfloat16"))
     assert len(pages) == TINY.num_layers

@@ -1,13 +1,15 @@
 """The paged cache on the device: per layer [P, K, 2, page, W], rows of W >= H numbers.
 
-`commit` is the only writer in the program. Page 0 belongs to nobody: rows that must
-not be kept are written there, so that every write is unconditional and in place.
+`commit` is the only writer of rows in the program; `copy` copies whole pages. Page 0
+belongs to nobody: rows that must not be kept are written there, so that every write is
+unconditional and in place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,22 @@ class CacheLayout:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PageCopies:
+    """Pages to copy; none is the source of one and the destination of another.
+
+    Attributes:
+      sources: int32 [N], the first `count` of them real.
+      destinations: int32 [N].
+      count: int32 [].
+    """
+
+    sources: jax.Array
+    destinations: jax.Array
+    count: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Destination:
     """Where rows are written: after each slot's prefix.
 
@@ -74,6 +92,27 @@ def empty_pages(config: ModelConfig, layout: CacheLayout) -> Pages:
 
     layers = tuple(layer() for _ in range(config.num_layers))
     return Pages(layers, layout.placement.of_heads(heads))
+
+
+def copy(pages: Any, copies: PageCopies) -> Any:
+    """Copies pages over others, in place.
+
+    Args:
+      pages: any pytree of arrays [P, ...], donated or carried.
+      copies: which.
+    """
+
+    def copy_one(i, pages):
+        source, destination = copies.sources[i], copies.destinations[i]
+
+        def move(x):
+            page = lax.dynamic_index_in_dim(x, source, keepdims=True)
+            return lax.dynamic_update_index_in_dim(x, page, destination, 0)
+
+        return jax.tree.map(move, pages)
+
+    with jax.named_scope("copy_pages"):
+        return lax.fori_loop(0, copies.count, copy_one, pages)
 
 
 def commit(
