@@ -353,6 +353,8 @@ class EngineConfig:
         keeps them rounded, with a scale per row and head: lossy, in a half of
         bfloat16's memory.
       record: keep what became of every drafted tree (`Completion.records`).
+      prefix_cache: texts that begin alike share the pages of their common beginning,
+        also with texts that ended while nobody needed their pages.
     """
 
     max_batch: int = 8
@@ -364,6 +366,7 @@ class EngineConfig:
     lanes: int | None = None
     cache_dtype: str = "float32"
     record: bool = False
+    prefix_cache: bool = True
 
     CACHE_DTYPES: ClassVar = ("float32", "bfloat16", "float16", "int8")
 
@@ -387,6 +390,7 @@ class EngineConfig:
                 f"{self.cache_dtype!r}"
             )
         check_bool("record", self.record)
+        check_bool("prefix_cache", self.prefix_cache)
         chunks = check_ints("prefill_chunks", self.prefill_chunks, 1)
         if not chunks or list(chunks) != sorted(set(chunks)):
             raise UserError(

@@ -47,7 +47,8 @@ def successors(tokens, real, newest) -> Successors:
     """As of a target that names the numbers after a token."""
     best = (tokens[:, :, None] + np.arange(1, 8)) % TINY.vocab_size
     logits = np.broadcast_to(-np.arange(7, dtype=np.float32), best.shape)
-    return Successors(tokens, real, best.astype(np.int32), logits, newest)
+    path = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return Successors(tokens, real, best.astype(np.int32), logits, newest, path)
 
 
 def chunk(slot: int, text, start: int, end: int) -> Committed:

@@ -154,6 +154,7 @@ class Stream:
             self._texts[slot] += following
             self._commit(arrays, slot, tokens, following, start)
             arrays["newest"][slot] = path[-1]
+            arrays["path"][slot, : len(path)] = path
             steps.append(host.Step(slot, start, tokens, following, said[path[-1]]))
             self.seen.accepted += len(path) - 1
         self.state = self._by_step(self.state, None, arrays)
@@ -167,6 +168,7 @@ class Stream:
         following = text[start + 1 : end + 1] or [text[end]]
         self._commit(arrays, 0, text[start:end], following, start)
         arrays["newest"][0] = max(count - 1, 0)
+        arrays["path"][0] = np.arange(CHUNK)
         self.state = self._by_chunk(self.state, np.int32(slot), arrays)
         model.chunk(slot, text, start, end, list(said.values()))
 
@@ -190,6 +192,7 @@ class Stream:
             "best": order.astype(np.int32),
             "logits": -np.sort(-logits, axis=2),
             "newest": np.zeros(rows[:1], np.int32),
+            "path": np.zeros(columns, np.int32),
         }
 
     def _say(self, arrays, index, tokens, real, slot=None) -> dict[int, host.Row]:
@@ -212,15 +215,14 @@ class Stream:
         arrays["count"][index] = len(tokens)
 
     def _ingest(self, state, slot, arrays):
-        rows, real, best, logits, newest = (
-            arrays[name] for name in ("rows", "real", "best", "logits", "newest")
-        )
+        names = "rows", "real", "best", "logits", "newest", "path"
+        successors = Successors(*(arrays[name] for name in names))
         names = "tokens", "following", "root", "start", "count"
         committed = Committed(
             slot=slot,
             features=(),
-            page_table=jnp.zeros((len(rows), 1), jnp.int32),
-            successors=Successors(rows, real, best, logits, newest),
+            page_table=jnp.zeros((len(arrays["root"]), 1), jnp.int32),
+            successors=successors,
             **{name: arrays[name] for name in names},
         )
         return self.drafter.ingest(state, committed)

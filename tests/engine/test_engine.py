@@ -159,11 +159,11 @@ def test_out_of_pages_the_youngest_waits_and_goes_on_later(plain, fast):
 
 
 @pytest.mark.slow
-def test_a_long_prompt_takes_turns_with_decoding(fast, first, prompt):
+def test_a_long_prompt_takes_turns_with_decoding(plain, fast, first, prompt):
     """While its chunks are prefilled, a text that runs goes on; both are as alone."""
     long = np.random.default_rng(3).integers(3, 97, 100).tolist()
     params = dataclasses.replace(SAMPLED, max_tokens=8)
-    want = one(fast, long, params)
+    want = one(plain, long, params)
     running = Request(list(prompt), SAMPLED)
     fast.submit(running)
     fast.advance()

@@ -103,7 +103,10 @@ class AutoWithModel(SourceDrafter):
         super().__init__(parts, model.tau)
         self.sources = (*self.sources, *model.sources)
         self.needs = dataclasses.replace(
-            self.needs, feature_layers=model.needs.feature_layers
+            self.needs,
+            feature_layers=model.needs.feature_layers,
+            in_pages=True,
+            next_tokens=model.needs.next_tokens,
         )
         self._model = model
         self.module = model.module
@@ -122,6 +125,14 @@ class AutoWithModel(SourceDrafter):
         sources = super().copy_slot(state.sources, source, destination)
         model = self._model.copy_slot(state.model, source, destination)
         return AutoState(sources, model)
+
+    def copy_pages(self, state: AutoState, copies) -> AutoState:
+        sources = super().copy_pages(state.sources, copies)
+        return AutoState(sources, self._model.copy_pages(state.model, copies))
+
+    def resume(self, state: AutoState, committed) -> AutoState:
+        sources = super().resume(state.sources, committed)
+        return AutoState(sources, self._model.resume(state.model, committed))
 
     def propose(self, state: AutoState, shape, context: DraftContext):
         sources, root, expand = self.look(state.sources, shape, context)

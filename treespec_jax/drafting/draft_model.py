@@ -59,7 +59,7 @@ class DraftModel:
       tau: temperature of the estimate that a child is right.
     """
 
-    needs = Needs()
+    needs = Needs(in_pages=True)
     sources = ("draft model",)
     Options = NoOptions
     # Positions by which its rows trail the tokens that they read.
@@ -119,6 +119,13 @@ class DraftModel:
         slots = dataclasses.replace(state, pages=None)
         copied = jax.tree.map(lambda x: x.at[destination].set(x[source]), slots)
         return dataclasses.replace(copied, pages=state.pages)
+
+    def copy_pages(self, state: DraftModelState, copies):
+        return dataclasses.replace(state, pages=paging.copy(state.pages, copies))
+
+    def resume(self, state: DraftModelState, committed: Committed):
+        # Its rows are in the same pages as the target's; the next chunk sets the rest.
+        return state
 
     def propose(self, state: DraftModelState, shape, context: DraftContext):
         logits_VB, expand, finish = self.begin(state, context)

@@ -50,7 +50,11 @@ class Eagle(DraftModel):
 
     def __init__(self, model: EagleModel, tau: float):
         super().__init__(model, tau)
-        self.needs = Needs(feature_layers=model.config.feature_layers)
+        self.needs = Needs(
+            feature_layers=model.config.feature_layers,
+            in_pages=True,
+            next_tokens=self.lag,
+        )
 
     def init(self, sizes: Sizes) -> EagleState:
         layer = self.module.config.layer

@@ -127,6 +127,13 @@ class LastLogits:
             found=state.found.copy_slot(source, destination),
         )
 
+    def copy_pages(self, state: LastLogitsState, copies) -> LastLogitsState:
+        return state
+
+    def resume(self, state: LastLogitsState, committed: Committed) -> LastLogitsState:
+        # The candidates come from the newest row, which is not in the cache yet.
+        return state
+
     def look(self, state: LastLogitsState, outlook: Outlook) -> LastLogitsState:
         if outlook.depth == 0:
             return state

@@ -82,6 +82,13 @@ class Medusa:
     def copy_slot(self, state: MedusaState, source, destination) -> MedusaState:
         return jax.tree.map(lambda x: x.at[destination].set(x[source]), state)
 
+    def copy_pages(self, state: MedusaState, copies) -> MedusaState:
+        return state
+
+    def resume(self, state: MedusaState, committed: Committed) -> MedusaState:
+        # The heads read the newest row, which is not in the cache yet.
+        return state
+
     def propose(self, state: MedusaState, shape, context: DraftContext):
         logits_KVB = self._logits(state, context)
         heads = self.module.config.heads

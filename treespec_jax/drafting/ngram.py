@@ -85,6 +85,12 @@ class Matching:
     def copy_slot(self, state: MatchingState, source, destination) -> MatchingState:
         return MatchingState(state.found.copy_slot(source, destination), state.rates)
 
+    def copy_pages(self, state: MatchingState, copies) -> MatchingState:
+        return state
+
+    def resume(self, state: MatchingState, committed: Committed) -> MatchingState:
+        return state
+
     def look(self, state: MatchingState, outlook: Outlook) -> MatchingState:
         if outlook.depth == 0:
             return state

@@ -34,6 +34,12 @@ class NoDrafter:
     def copy_slot(self, state, source, destination):
         return state
 
+    def copy_pages(self, state, copies):
+        return state
+
+    def resume(self, state, committed):
+        return state
+
     def propose(self, state, shape, context):
         if shape != ROOT_ONLY:
             raise ValueError(f"no drafter can propose {shape}")

@@ -17,6 +17,8 @@ that has no model and repeats the root:
       def init(self, sizes): return ()
       def ingest(self, state, committed): return state
       def copy_slot(self, state, source, destination): return state
+      def copy_pages(self, state, copies): return state
+      def resume(self, state, committed): return state
 
       def propose(self, state, shape, context):
           V, B = context.vocab, context.root.shape[0]
@@ -40,7 +42,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 from flax import nnx
 
-from treespec_jax.cache.pages import CacheLayout
+from treespec_jax.cache.pages import CacheLayout, PageCopies
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling.penalties import Penalties
 from treespec_jax.sampling.policy import Sampling
@@ -65,11 +67,15 @@ class Needs:
         then be able to hold (`Sizes.max_len`).
       successors: K, best tokens after every row that the target computes
         (`Committed.successors`); 0 for none.
+      in_pages: whether it keeps something for every row in the target's pages.
+      next_tokens: tokens after a row that this depends on.
     """
 
     feature_layers: tuple[int, ...] = ()
     history: bool = False
     successors: int = 0
+    in_pages: bool = False
+    next_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Sizes:
       layout: of a cache, whose page table is the target's.
       vocab: V, of the target.
       window: C + 1 at least, tokens that `ingest` takes in at once but for prompts.
+      resumes: whether a text may begin with pages that are in the cache already.
     """
 
     batch: int
@@ -91,6 +98,7 @@ class Sizes:
     layout: CacheLayout
     vocab: int
     window: int
+    resumes: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +115,7 @@ class Successors:
       logits: float32 [n, T, K], the target's for those, before penalties.
       newest: int32 [n], the row whose logits decided `Committed.root`; of a prompt, the
         row before it.
+      path: int32 [n, C], the rows of `Committed.tokens`.
     """
 
     tokens: jax.Array
@@ -114,6 +123,7 @@ class Successors:
     best: jax.Array
     logits: jax.Array
     newest: jax.Array
+    path: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,4 +279,15 @@ class Drafter(Protocol):
         """The state with one slot's part (int32 []) copied over another's.
 
         Pages are not copied: both slots' page tables name them.
+        """
+
+    def copy_pages(self, state: Any, copies: PageCopies) -> Any:
+        """The state with pages copied, of all that it keeps by page."""
+
+    def resume(self, state: Any, committed: Committed) -> Any:
+        """Takes in the beginning of a text that is in the caches already.
+
+        What the state keeps by page is there; features and successors are not given. At
+        least one token of the text follows, by `ingest`. The state after both must
+        draft as if all had been ingested.
         """

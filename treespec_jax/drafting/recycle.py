@@ -8,6 +8,9 @@ that the target gave it then.
 
 With two rows for one token in a step, the last one in the order of slots and nodes
 wins, so that the table depends on the texts alone.
+
+What the target named after committed tokens is kept in the pages of their text, too. A
+prompt that finds its beginning in the cache teaches the table from there.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treespec_jax.cache import pages as paging
+from treespec_jax.cache.allocator import TRASH_PAGE
 from treespec_jax.checks import check_int
 from treespec_jax.drafting.protocol import (
     Committed,
@@ -61,6 +66,62 @@ class RecycleOptions:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SuccessorPages:
+    """Successors of the tokens in the cache, by its page table.
+
+    Attributes:
+      best: int32 [P, page, K].
+      logits: float32 [P, page, K].
+    """
+
+    best: jax.Array
+    logits: jax.Array
+
+    @classmethod
+    def empty(cls, sizes: Sizes, count: int) -> SuccessorPages:
+        """Of nothing, with `count` successors a token."""
+        shape = sizes.layout.num_pages, sizes.layout.page_size, count
+        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+    def write(self, committed: Committed) -> SuccessorPages:
+        """With those of committed tokens."""
+        found, K = committed.successors, self.best.shape[2]
+        corner = self._corner(committed)
+        path_nC1 = found.path[:, :, None]
+        best, logits = (
+            jnp.take_along_axis(x[:, :, :K], path_nC1, axis=1)
+            for x in (found.best, found.logits)
+        )
+        return SuccessorPages(
+            self.best.at[corner].set(best), self.logits.at[corner].set(logits)
+        )
+
+    def read(self, committed: Committed) -> Successors:
+        """Of tokens that were committed before."""
+        corner = self._corner(committed)
+        column_C = jnp.arange(committed.tokens.shape[1])
+        return Successors(
+            tokens=committed.tokens,
+            real=column_C < committed.count[:, None],
+            best=self.best[corner],
+            logits=self.logits[corner],
+            newest=jnp.maximum(committed.count - 1, 0),
+            path=jnp.broadcast_to(column_C, committed.tokens.shape),
+        )
+
+    def _corner(self, committed: Committed):
+        """Page and row [n, C] of each token; the trash page's for those not real."""
+        page, table = self.best.shape[1], committed.page_table
+        column_C = jnp.arange(committed.tokens.shape[1])
+        position_nC = committed.start[:, None] + column_C
+        number_nC = jnp.minimum(position_nC // page, table.shape[1] - 1)
+        page_nC = jnp.take_along_axis(table, number_nC, axis=1)
+        real_nC = column_C < committed.count[:, None]
+        return jnp.where(real_nC, page_nC, TRASH_PAGE), position_nC % page
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RecycleState:
     """The tables and what they are worth.
 
@@ -68,11 +129,14 @@ class RecycleState:
       best: int32 [tables, V, K], one table, or one a slot.
       logits: float32 [tables, V, K], -inf where nothing is known.
       rates: of guesses by rank and bin.
+      pages: what to teach them from once more; None if no prompt finds its beginning in
+        the cache.
     """
 
     best: jax.Array
     logits: jax.Array
     rates: Rates
+    pages: SuccessorPages | None
 
 
 class Recycling:
@@ -89,7 +153,7 @@ class Recycling:
     def __init__(self, successors: int, scope: str):
         self.successors = successors
         self.scope = scope
-        self.needs = Needs(successors=successors)
+        self.needs = Needs(successors=successors, in_pages=True)
 
     def init(self, sizes: Sizes) -> RecycleState:
         tables = sizes.batch if self.scope == "request" else 1
@@ -103,6 +167,7 @@ class Recycling:
             best=jnp.zeros(shape, jnp.int32),
             logits=jnp.full(shape, -jnp.inf, jnp.float32),
             rates=Rates.start(prior.reshape(-1)),
+            pages=SuccessorPages.empty(sizes, count) if sizes.resumes else None,
         )
 
     def copy_slot(self, state: RecycleState, source, destination):
@@ -112,6 +177,14 @@ class Recycling:
             x.at[destination].set(x[source]) for x in (state.best, state.logits)
         )
         return dataclasses.replace(state, best=best, logits=logits)
+
+    def copy_pages(self, state: RecycleState, copies) -> RecycleState:
+        return dataclasses.replace(state, pages=paging.copy(state.pages, copies))
+
+    def resume(self, state: RecycleState, committed: Committed) -> RecycleState:
+        slot_1 = committed.slot[None]
+        state = self._forget(state, committed.slot, committed.start[0] == 0)
+        return self._learn(state, slot_1, state.pages.read(committed))
 
     def look(self, state, outlook):
         return state
@@ -129,6 +202,9 @@ class Recycling:
             state = self._forget(state, slots_n[0], committed.start[0] == 0)
         else:
             state = self._observe(state, slots_n, committed)
+        if state.pages is not None:
+            pages = state.pages.write(committed)
+            state = dataclasses.replace(state, pages=pages)
         return self._learn(state, slots_n, committed.successors)
 
     def _rows(self, state, slots_n, tokens_nW):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from treespec_jax.cache.pages import PageCopies
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.matches import Texts
 from treespec_jax.drafting.protocol import (
@@ -88,6 +89,12 @@ class Source(Protocol):
     def copy_slot(self, state: Any, source: jax.Array, destination: jax.Array) -> Any:
         """See `Drafter.copy_slot`."""
 
+    def copy_pages(self, state: Any, copies: PageCopies) -> Any:
+        """See `Drafter.copy_pages`."""
+
+    def resume(self, state: Any, committed: Committed) -> Any:
+        """See `Drafter.resume`."""
+
     def look(self, state: Any, outlook: Outlook) -> Any:
         """The state once it has looked at where each slot stands."""
 
@@ -139,6 +146,7 @@ class SourceDrafter:
         self.needs = Needs(
             history=any(part.needs.history for part in parts),
             successors=max(part.needs.successors for part in parts),
+            in_pages=any(part.needs.in_pages for part in parts),
         )
 
     def with_module(self, module):
@@ -162,6 +170,17 @@ class SourceDrafter:
         pairs = zip(self.parts, state.parts, strict=True)
         parts = (part.copy_slot(s, source, destination) for part, s in pairs)
         return SourcesState(texts, tuple(parts))
+
+    def copy_pages(self, state: SourcesState, copies) -> SourcesState:
+        pairs = zip(self.parts, state.parts, strict=True)
+        parts = tuple(part.copy_pages(known, copies) for part, known in pairs)
+        return dataclasses.replace(state, parts=parts)
+
+    def resume(self, state: SourcesState, committed: Committed) -> SourcesState:
+        texts = state.texts and state.texts.ingest(committed)
+        pairs = zip(self.parts, state.parts, strict=True)
+        parts = tuple(part.resume(known, committed) for part, known in pairs)
+        return SourcesState(texts, parts)
 
     def propose(self, state: SourcesState, shape, context: DraftContext):
         state, root, expand = self.look(state, shape, context)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from treespec_jax import limits
-from treespec_jax.config import EngineConfig
+from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine import rehearsal
 from treespec_jax.engine.chooser import Choice, Chooser
 from treespec_jax.engine.executor import Executor, fetch
-from treespec_jax.engine.plan import Plan
+from treespec_jax.engine.plan import DraftCache, Plan
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Scheduler
 from treespec_jax.engine.state import Outbox
@@ -71,7 +71,15 @@ class Engine:
         self.config = config
         self.speculation = speculation
         self.prefill_seconds = self.decode_seconds = 0.0
-        self._scheduler = Scheduler(config, eos_ids, speculation.depth + 1)
+        needs = speculation.drafter.needs
+        window = rehearsal.window(speculation, config.steps_per_dispatch)
+        drafted = DraftCache(
+            trails=window if needs.in_pages else 0,
+            next_tokens=needs.next_tokens,
+            in_pages=needs.in_pages,
+            hears_all=needs.history or needs.successors > 0,
+        )
+        self._scheduler = Scheduler(config, eos_ids, speculation.depth + 1, drafted)
         self._executor = Executor(
             target, speculation, config, self._scheduler.num_pages
         )
@@ -152,6 +160,26 @@ class Engine:
         """Ends a request where it stands and frees its slot."""
         self._scheduler.cancel(request, finish_reason)
 
+    def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
+        """A second request that goes on from where one stands, in a slot of its own.
+
+        It shares the full pages of the first, and its drafter knows as much. Nothing is
+        computed.
+
+        Args:
+          request: that decodes.
+          params: of the new one; None: the same, so that it repeats its twin.
+
+        Raises:
+          UserError: no slot or too few pages are free, or the request does not decode.
+        """
+        self.drain()
+        fork, plan = self._scheduler.fork(request, params or request.params)
+        with self._recovery():
+            self._concerned = [destination for _, destination in plan.slots]
+            self._executor.fork(plan)
+        return fork
+
     def reset(self) -> None:
         """Forgets all texts, and what the drafter has learnt of them.
 
@@ -222,6 +250,7 @@ class Engine:
             raise
 
     def _begin(self) -> None:
+        self._scheduler.forget_prefixes()
         self._executor.reset()
         if self._prepare is not None:
             self.draft_state = self._prepare(self.draft_state)
@@ -299,13 +328,19 @@ class Engine:
             for chunk in chunks:
                 self._concerned = (chunk.slot,)
                 began = time.perf_counter()
-                self._executor.prefill(chunk)
-                if int(chunk.start[0]) == 0:
+                if chunk.cached:
+                    self._executor.resume(chunk)
+                else:
+                    self._executor.prefill(chunk)
+                if chunk.begins:
                     self._chooser.begin_text()
                 seconds = time.perf_counter() - began
                 self._scheduler.fed(chunk, seconds)
                 self.prefill_seconds += seconds
             if self._scheduler.ready:
                 break
+            # Some wait for what others have just put into the cache.
+            self._concerned = ()
+            refused += self._scheduler.admit()
         self._concerned = None
         return refused

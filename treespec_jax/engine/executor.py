@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax.cache import pages as paging
+from treespec_jax.cache.pages import PageCopies
 from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Sizes
-from treespec_jax.engine import placement, rehearsal
+from treespec_jax.engine import placement, rehearsal, sharing
 from treespec_jax.engine import step as stepping
-from treespec_jax.engine.plan import ChunkPlan, Plan
+from treespec_jax.engine.plan import ChunkPlan, ForkPlan, Plan
+from treespec_jax.engine.sharing import SlotCopies
 from treespec_jax.engine.state import Control, DecodeState, Outbox
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
@@ -29,6 +31,8 @@ from treespec_jax.trees.shapes import TreeShape
 
 # Numbers in a row of a TPU's vector registers.
 TPU_LANES = 128
+# Pages that one call copies at most.
+_PAGE_COPIES = 64
 
 
 class Executor:
@@ -78,6 +82,8 @@ class Executor:
             self._fresh_state = jax.jit(self._begin)
             self.reset()
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
+        self._resume = jax.jit(self._traced_resume, donate_argnums=1)
+        self._fork = jax.jit(self._traced_fork, donate_argnums=1)
         self._dispatches: dict[TreeShape, Callable] = {}
 
     def reset(self) -> None:
@@ -105,6 +111,17 @@ class Executor:
         """Puts a chunk of a text into the caches, and waits until it is there."""
         self._state = self._prefill(self._leaves, self._state, *_chunk(chunk))
         jax.block_until_ready(self._state.root)
+
+    def resume(self, chunk: ChunkPlan) -> None:
+        """Tells the drafter of a chunk that is in the caches already."""
+        self._state = self._resume(self._leaves, self._state, *_chunk(chunk))
+
+    def fork(self, plan: ForkPlan) -> None:
+        """Copies slots, and the pages that they do not share."""
+        slots = SlotCopies(*_copies(plan.slots, self.config.max_batch))
+        for pages in _batched(plan.pages, _PAGE_COPIES):
+            copies = PageCopies(*_copies(pages, _PAGE_COPIES))
+            self._state = self._fork(self._leaves, self._state, slots, copies)
 
     def dispatch(self, plan: Plan, shape: TreeShape, rehearse: bool = False) -> Outbox:
         """Starts a dispatch; its outbox is still on the device."""
@@ -173,6 +190,7 @@ class Executor:
             max_len=self.config.max_len,
             depth=speculation.depth,
             window=rehearsal.window(speculation, self.config.steps_per_dispatch),
+            resumes=self.config.prefix_cache,
             layout=self._layout,
             vocab=target.config.vocab_size,
         )
@@ -188,6 +206,18 @@ class Executor:
     def _traced_prefill(self, leaves, state, *args) -> DecodeState:
         self.compilations["prefill"] += 1
         state = stepping.prefill(*self._bind(leaves), state, *args)
+        return placement.pin(state, self._placement.mesh)
+
+    def _traced_resume(self, leaves, state, *args) -> DecodeState:
+        self.compilations["resume"] += 1
+        _, speculation = self._bind(leaves)
+        state = sharing.resume(speculation, state, *args)
+        return placement.pin(state, self._placement.mesh)
+
+    def _traced_fork(self, leaves, state, *args) -> DecodeState:
+        self.compilations["fork"] += 1
+        _, speculation = self._bind(leaves)
+        state = sharing.fork(speculation, state, *args)
         return placement.pin(state, self._placement.mesh)
 
     def _traced_dispatch(self, shape: TreeShape) -> Callable:
@@ -210,6 +240,22 @@ def _chunk(chunk: ChunkPlan) -> tuple:
     """Arguments of a prefill behind the state."""
     rows = Chunk(chunk.tokens, chunk.start, chunk.count, chunk.page_table)
     return np.int32(chunk.slot), rows, (chunk.following, chunk.root)
+
+
+def _batched(
+    pairs: Sequence[tuple[int, int]], size: int
+) -> Iterator[Sequence[tuple[int, int]]]:
+    """Runs of at most `size` pairs; an empty one if there are none."""
+    for first in range(0, max(len(pairs), 1), size):
+        yield pairs[first : first + size]
+
+
+def _copies(pairs: Sequence[tuple[int, int]], size: int) -> tuple:
+    """Sources [size], destinations [size] and count of copies."""
+    rows = np.zeros((2, size), np.int32)
+    if pairs:
+        rows[:, : len(pairs)] = np.transpose(pairs)
+    return *rows, np.int32(len(pairs))
 
 
 def _control(plan: Plan, rehearse: bool = False) -> Control:

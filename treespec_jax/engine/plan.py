@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from treespec_jax.cache.prefixes import HeldPages
 from treespec_jax.engine.request import Request
 
 
@@ -23,6 +24,9 @@ class ChunkPlan:
       start: int32 [1], absolute position of the first.
       count: int32 [1], may be 0.
       page_table: int32 [1, max_pages].
+      begins: whether it is the first of its text.
+      cached: whether its rows are in the caches already, so that only the drafter has
+        to be told.
     """
 
     slot: int
@@ -32,6 +36,41 @@ class ChunkPlan:
     start: np.ndarray
     count: np.ndarray
     page_table: np.ndarray
+    begins: bool = False
+    cached: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkPlan:
+    """Slots that are to stand where others do.
+
+    Attributes:
+      slots: source and destination of each.
+      pages: source and destination of pages to copy.
+    """
+
+    slots: list[tuple[int, int]]
+    pages: list[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftCache:
+    """What a drafter keeps by page, for whoever shares pages.
+
+    Attributes:
+      trails: rows by which it may be behind the target after a step.
+      next_tokens: see `drafting.protocol.Needs`.
+      in_pages: whether it keeps anything there at all.
+      hears_all: whether it has to be told of tokens that are in the caches already.
+    """
+
+    trails: int = 0
+    next_tokens: int = 0
+    in_pages: bool = False
+    hears_all: bool = False
+
+
+NOTHING_DRAFTED = DraftCache()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +107,11 @@ class Slot:
       order: arrivals before it; the youngest has the largest.
       text: tokens to prefill, the newest included, which is not prefilled.
       chunks: what of it is not prefilled yet, see `prefill_plan`.
-      pages: of the slot.
+      held: pages of the slot.
+      digests: of the pages that its text fills.
+      cached: tokens of the text that were in the caches before.
       length: tokens in the cache, as far as results are in.
+      complete: tokens that are in the caches of all models for good.
       limit: tokens that it will hold in the end.
       planned: tokens that dispatches under way may add at most.
       started: when its decoding began.
@@ -79,11 +121,19 @@ class Slot:
     order: int
     text: list[int]
     chunks: collections.deque[tuple[int, int, int]]
-    pages: list[int]
+    held: HeldPages
+    digests: list[bytes]
+    cached: int
     length: int
     limit: int
+    complete: int = 0
     planned: int = 0
     started: float = 0.0
+
+    @property
+    def pages(self) -> list[int]:
+        """Pages of the slot, in order."""
+        return self.held.pages
 
     @property
     def ready(self) -> bool:

@@ -172,6 +172,9 @@ class Watching(NoDrafter):
                 best=seen.best,
                 logits=seen.logits,
                 newest=jnp.maximum(count_B - 1, 0),
+                path=jnp.broadcast_to(
+                    jnp.arange(emitted_BS.shape[1]), emitted_BS.shape
+                ),
             )
         committed = Committed(
             slot=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 from treespec_jax.config import SamplingParams
@@ -39,6 +40,10 @@ class Request:
     steps: list[StepRecord] = dataclasses.field(default_factory=list)
     submitted: float = 0.0
     arrivals: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+
+    def forked(self, params: SamplingParams) -> Request:
+        """A request of the same text so far, with settings of its own."""
+        return dataclasses.replace(copy.deepcopy(self), params=params)
 
     def cut(self, tokens: int) -> None:
         """Ends the text after `tokens` tokens, as if no more had been emitted."""

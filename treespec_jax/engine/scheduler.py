@@ -10,15 +10,17 @@ Contract:
 - Lengths are absolute: a slot runs while it holds fewer than `limits` tokens and its
   text has not ended. The device knows both, so that a dispatch can be planned before
   the results of the last one are in (`ahead`).
-- Pages are reference-counted and belong to a slot from `admit` to its release. A slot
-  that finds no page makes the youngest request wait again: its pages are freed, and its
-  tokens are computed anew once there is room. Only a request that could not run alone
-  ends with "length".
+- Pages are reference-counted and belong to a slot from `admit` to its release. A text
+  that begins like another one shares its full pages, even those of texts that ended,
+  until they are handed out again. A slot that finds no page makes the youngest request
+  wait again: its pages are freed, and its tokens are computed anew once there is room.
+  Only a request that could not run alone ends with "length".
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,11 +29,21 @@ from typing import Any
 import numpy as np
 
 from treespec_jax.cache.allocator import TRASH_PAGE, PageAllocator
-from treespec_jax.config import EngineConfig
+from treespec_jax.cache.prefixes import HeldPages, Prefixes
+from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine.filing import enter
-from treespec_jax.engine.plan import ChunkPlan, Plan, Slot, prefill_plan
+from treespec_jax.engine.plan import (
+    NOTHING_DRAFTED,
+    ChunkPlan,
+    DraftCache,
+    ForkPlan,
+    Plan,
+    Slot,
+    prefill_plan,
+)
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.slots import SlotSettings
+from treespec_jax.errors import UserError
 
 
 class Scheduler:
@@ -41,15 +53,30 @@ class Scheduler:
       config: fixed sizes.
       eos_ids: tokens that end a text, unless a request ignores them.
       width: C + 1, tokens that a step may emit.
+      drafted: what the drafter keeps by page.
+
+    Attributes:
+      allocator: of the pages.
+      prefixes: that finds those of equal texts.
     """
 
-    def __init__(self, config: EngineConfig, eos_ids: Sequence[int], width: int):
+    def __init__(
+        self,
+        config: EngineConfig,
+        eos_ids: Sequence[int],
+        width: int,
+        drafted: DraftCache = NOTHING_DRAFTED,
+    ):
         self.config = config
+        self._drafted = drafted
         self._width = width
         self._eos_ids = tuple(eos_ids)
         self._pages_per_slot = -(-config.max_len // config.page_size)
         num_pages = config.num_pages or config.max_batch * self._pages_per_slot
-        self._allocator = PageAllocator(num_pages)
+        self.allocator = PageAllocator(num_pages)
+        self.prefixes = Prefixes(
+            self.allocator, config.page_size, drafted.next_tokens, config.prefix_cache
+        )
         self._slots: list[Slot | None] = [None] * config.max_batch
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._arrivals = itertools.count()
@@ -70,12 +97,12 @@ class Scheduler:
     @property
     def num_pages(self) -> int:
         """Pages in all."""
-        return self._allocator.num_pages
+        return self.allocator.num_pages
 
     @property
     def free_pages(self) -> int:
         """Pages that belong to no request."""
-        return self._allocator.free
+        return self.allocator.free
 
     def submit(self, request: Request) -> None:
         """Queues a request, whose prompt has room for a new token."""
@@ -111,25 +138,79 @@ class Scheduler:
             while self._slots[index] is None and self._waiting:
                 order, request = self._waiting[0]
                 text = [*request.prompt, *request.tokens]
-                needed = self._pages_for(len(text))
-                if needed > self._allocator.num_pages:
-                    self._waiting.popleft()
-                    request.finish_reason = "length"
-                    refused.append(request)
-                    continue
+                # The newest rows are computed in any case: the drafter needs them.
+                digests = self.prefixes.digests(text, len(text) - 2)
+                found = self.prefixes.find(digests)
+                needed = self._pages_for(len(text)) - len(found.pages)
+                needed += sum(not self.allocator.holders(p) for p in found.pages)
                 # A request that had to wait again leaves the others a page each, or it
                 # would soon have to wait once more.
                 running = self._occupied()
                 spare = len(running) if request.tokens else 0
-                if running and needed + spare > self._allocator.free:
+                never = self._pages_for(len(text)) > self.allocator.num_pages
+                if never or (not running and needed > self.allocator.free):
+                    self._waiting.popleft()
+                    request.finish_reason = "length"
+                    refused.append(request)
+                    continue
+                if running and needed + spare > self.allocator.free:
+                    return refused
+                if self._soon_there(digests[len(found.pages) :]):
                     return refused
                 try:
-                    self._insert(index, order, request, text)
+                    slot = self._slot(order, request, text, digests)
+                    self._begin(index, slot, found)
                 except Exception:
                     self.cancel(request, "error")
                     raise
                 self._waiting.popleft()
         return refused
+
+    def fork(
+        self, request: Request, params: SamplingParams
+    ) -> tuple[Request, ForkPlan]:
+        """A request that goes on from where another one stands, and what to copy.
+
+        It shares the full pages and gets pages of its own for the rows that may still
+        be written.
+
+        Args:
+          request: that decodes; no dispatch is under way.
+          params: of the new one.
+
+        Raises:
+          UserError: no slot or too few pages are free, or `request` does not decode.
+        """
+        running = self._occupied()
+        source = next((i for i in running if running[i].request is request), None)
+        if source is None or not running[source].ready:
+            raise UserError("only a request that decodes can be forked")
+        free = [i for i in range(self.config.max_batch) if i not in running]
+        if not free:
+            raise UserError(
+                f"all {self.config.max_batch} slots are taken; raise max_batch"
+            )
+        old, (destination, *_) = running[source], free
+        shared = old.complete // self.config.page_size
+        needed = self._pages_for(old.length)
+        if needed - shared > self.allocator.free:
+            raise UserError(
+                f"a fork needs {needed - shared} pages, {self.allocator.free} are "
+                "free; raise num_pages"
+            )
+        new = dataclasses.replace(
+            old,
+            request=request.forked(params),
+            order=next(self._arrivals),
+            chunks=collections.deque(),
+            held=HeldPages(),
+            complete=shared * self.config.page_size,
+        )
+        new.limit = self._limit(new.request)
+        self._insert(destination, new, old.pages[:shared], needed)
+        new.held.digests = old.held.digests[:shared]
+        copied = zip(old.pages[shared:], new.pages[shared:], strict=False)
+        return new.request, ForkPlan([(source, destination)], list(copied))
 
     def chunks(self) -> list[ChunkPlan]:
         """The next piece of every text that is not in the cache yet."""
@@ -144,6 +225,9 @@ class Scheduler:
         slot = self._slots[chunk.slot]
         slot.chunks.popleft()
         slot.request.stats.prefill_seconds += seconds
+        rows = int(chunk.start[0] + chunk.count[0])
+        # Rows that depend on the next token are written anew once that is decided.
+        self._complete(slot, rows - self._drafted.next_tokens)
         slot.started = time.perf_counter()
 
     def plan(self, max_steps: int | None = None) -> tuple[Plan | None, list[Request]]:
@@ -194,7 +278,7 @@ class Scheduler:
             max(0, self._pages_for(self._reach(slot, steps)) - len(slot.pages))
             for slot in running.values()
         )
-        if missing > self._allocator.free:
+        if missing > self.allocator.free:
             return None
         self._reserve(steps)
         return self._planned(steps)
@@ -224,6 +308,10 @@ class Scheduler:
         for slot in plan.slots.values():
             slot.planned -= int(plan.max_steps) * self._width
 
+    def forget_prefixes(self) -> None:
+        """The caches are emptied: no page can be found any more."""
+        self.allocator.forget_names()
+
     def _occupied(self) -> dict[int, Slot]:
         return {i: slot for i, slot in enumerate(self._slots) if slot is not None}
 
@@ -237,34 +325,81 @@ class Scheduler:
     def _reach(self, slot: Slot, steps: int) -> int:
         return min(slot.limit, slot.bound + steps * self._width)
 
-    def _insert(
-        self, index: int, order: int, request: Request, text: list[int]
-    ) -> None:
-        prompt = len(request.prompt)
-        limit = min(request.params.max_tokens, self.config.max_len - prompt)
-        slot = Slot(
+    def _soon_there(self, digests: Sequence[bytes]) -> bool:
+        """Whether another slot is about to fill the first of these pages."""
+        filling = (slot for slot in self._occupied().values() if not slot.ready)
+        return any(digests[0] in slot.digests for slot in filling) if digests else False
+
+    def _slot(
+        self, order: int, request: Request, text: list[int], digests: list[bytes]
+    ) -> Slot:
+        """A slot that holds nothing yet."""
+        return Slot(
             request,
             order,
             text,
-            collections.deque(prefill_plan(len(text) - 1, self.config.prefill_chunks)),
-            pages=[],
+            chunks=collections.deque(),
+            held=HeldPages(),
+            digests=digests,
+            cached=0,
             length=len(text) - 1,
-            limit=prompt - 1 + limit,
+            limit=self._limit(request),
         )
+
+    def _limit(self, request: Request) -> int:
+        """Tokens that a request will hold in the cache in the end."""
+        prompt = len(request.prompt)
+        emitted = min(request.params.max_tokens, self.config.max_len - prompt)
+        return prompt - 1 + emitted
+
+    def _insert(
+        self, index: int, slot: Slot, shared: Sequence[int], pages: int
+    ) -> None:
+        """Gives a slot its pages, of which it shares the first."""
         # From here on `_release` gives back all that the slot holds.
         self._slots[index] = slot
         try:
-            self._settings.insert(index, request.params)
-            self._hold(index, slot, self._pages_for(len(text)))
+            self._settings.insert(index, slot.request.params)
+            self._share(index, slot, shared)
+            self._hold(index, slot, pages)
         except BaseException:
             self._release(index)
             raise
+        slot.request.stats.shared_pages += len(shared)
+
+    def _begin(self, index: int, slot: Slot, found: HeldPages) -> None:
+        """A text enters a slot; the pages found hold the beginning of it."""
+        self._insert(index, slot, found.pages, self._pages_for(len(slot.text)))
+        slot.held.digests = found.digests
+        slot.request.stats.prefix_hits += bool(found.pages)
+        sizes = self.config.prefill_chunks
+        cached = len(found.pages) * self.config.page_size
+        slot.cached = slot.complete = cached
+        if cached and self._drafted.hears_all:
+            slot.chunks += prefill_plan(cached, sizes[-1:])
+        for start, size, count in prefill_plan(len(slot.text) - 1 - cached, sizes):
+            slot.chunks.append((cached + start, size, count))
+
+    def _share(self, index: int, slot: Slot, pages: Sequence[int]) -> None:
+        """A new slot holds pages of others, too."""
+        for page in pages:
+            self.allocator.share([page])
+            slot.pages.append(page)
+        self._page_table[index, : len(pages)] = pages
 
     def _hold(self, index: int, slot: Slot, pages: int) -> None:
         """Takes pages for a slot until it holds so many, or none is free."""
-        first = len(slot.pages)
-        taken = self._allocator.take(pages - first, slot.pages)
+        first, evicted = len(slot.pages), self.allocator.evictions
+        taken = self.allocator.take(max(0, pages - first), slot.pages)
         self._page_table[index, first : first + len(taken)] = taken
+        slot.request.stats.evictions += self.allocator.evictions - evicted
+
+    def _complete(self, slot: Slot, rows: int) -> None:
+        """So many rows of a slot are in all caches: its full pages get their names."""
+        slot.complete = max(slot.complete, rows)
+        if slot.complete // self.config.page_size > len(slot.held.digests):
+            text = [*slot.request.prompt, *slot.request.tokens]
+            self.prefixes.name(slot.held, text, slot.complete)
 
     def _chunk(self, index: int, slot: Slot) -> ChunkPlan:
         start, size, count = slot.chunks[0]
@@ -279,6 +414,8 @@ class Scheduler:
             start=np.array([start], np.int32),
             count=np.array([count], np.int32),
             page_table=self._page_table[index : index + 1].copy(),
+            begins=start == (0 if self._drafted.hears_all else slot.cached),
+            cached=start < slot.cached,
         )
 
     def _reserve(self, steps: int) -> bool:
@@ -336,6 +473,7 @@ class Scheduler:
         request = slot.request
         arrived = enter(request, outbox, index, nodes)
         slot.length += arrived
+        self._complete(slot, slot.length - self._drafted.trails)
         now = time.perf_counter()
         request.stats.decode_seconds += now - slot.started
         slot.started = now
@@ -356,7 +494,7 @@ class Scheduler:
         self._waiting.appendleft((slot.order, slot.request))
 
     def _release(self, index: int) -> None:
-        self._allocator.give_back(self._slots[index].pages)
+        self.allocator.give_back(self._slots[index].pages)
         self._page_table[index] = TRASH_PAGE
         self._settings.clear(index)
         self._slots[index] = None

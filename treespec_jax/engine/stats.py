@@ -32,6 +32,9 @@ class Stats:
       source_counts: accepted nodes that came from each.
       restarts: times that a request lost its pages to older ones and was computed
         anew later.
+      prefix_hits: times that the beginning of a text was found in the cache.
+      shared_pages: pages that were found so, and did not have to be computed.
+      evictions: pages of texts that had ended that were lost to make room.
       prefill_seconds: wall time of prefill.
       decode_seconds: wall time of decoding; requests of a batch overlap, so a sum over
         requests is not the wall time of the batch.
@@ -51,6 +54,9 @@ class Stats:
     sources: tuple[str, ...] = ()
     source_counts: list[int] = dataclasses.field(default_factory=list)
     restarts: int = 0
+    prefix_hits: int = 0
+    shared_pages: int = 0
+    evictions: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -157,6 +163,9 @@ class Stats:
                     "acceptance_by_rank",
                     "accepted_by_source",
                     "restarts",
+                    "prefix_hits",
+                    "shared_pages",
+                    "evictions",
                     "prefill_seconds",
                     "decode_seconds",
                     "tokens_per_second",
@@ -183,6 +192,9 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
         sources=parts[0].sources if parts else (),
         source_counts=_summed(p.source_counts for p in parts),
         restarts=sum(p.restarts for p in parts),
+        prefix_hits=sum(p.prefix_hits for p in parts),
+        shared_pages=sum(p.shared_pages for p in parts),
+        evictions=sum(p.evictions for p in parts),
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
     )

@@ -275,6 +275,7 @@ def commit(
                 tree.valid & turn.active[:, None],
                 jnp.take_along_axis(verdict.path, last_B1, axis=1)[:, 0],
                 speculation.drafter.needs.successors,
+                verdict.path,
             ),
         )
         draft = speculation.drafter.ingest(proposed.draft, committed)
@@ -320,6 +321,7 @@ def successors_of(
     real: jax.Array,
     newest: jax.Array,
     count: int,
+    path: jax.Array,
 ) -> Successors | None:
     """The `count` likeliest tokens after each of R = n·T rows; None if count is 0.
 
@@ -329,6 +331,7 @@ def successors_of(
       real: of the rows.
       newest: of the root.
       count: K, at most V are looked at.
+      path: of the committed rows.
     """
     if not count:
         return None
@@ -336,7 +339,7 @@ def successors_of(
         logits_RK, best_RK = select.top_k(logits_VR, min(count, logits_VR.shape[0]))
         shape = *tokens.shape, -1
         best, logits = best_RK.reshape(shape), logits_RK.reshape(shape)
-        return Successors(tokens, real, best, logits, newest)
+        return Successors(tokens, real, best, logits, newest, path)
 
 
 def _ranks(tree: TokenTree, path_BC):
@@ -466,6 +469,7 @@ def prefill(
                 columns_T < chunk.count[:, None],
                 jnp.maximum(chunk.count - 1, 0),
                 drafter.needs.successors,
+                columns_T[None],
             )
         committed = Committed(
             slot=slot,
