@@ -68,6 +68,12 @@ class Switched:
     def copy_slot(self, state, source, destination):
         return state[0], self._part.copy_slot(state[1], source, destination)
 
+    def copy_pages(self, state, copies):
+        return state[0], self._part.copy_pages(state[1], copies)
+
+    def resume(self, state, committed):
+        return state[0], self._part.resume(state[1], committed)
+
     def look(self, state, outlook):
         return state[0], self._part.look(state[1], outlook)
 

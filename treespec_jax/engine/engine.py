@@ -112,12 +112,14 @@ class Engine:
         """The drafter's state, as all dispatches under way will leave it.
 
         Another one of the same arrays' shapes and places may be set. The next dispatch
-        takes it away from whoever still holds it.
+        takes it away from whoever still holds it. No later text begins with cached
+        pages of earlier ones then: a drafter keeps its share of them in its state.
         """
         return self._executor.draft_state
 
     @draft_state.setter
     def draft_state(self, state: Any) -> None:
+        self._scheduler.forget_prefixes()
         self._executor.draft_state = state
 
     def begin_with(self, prepare: Callable[[Any], Any]) -> None:
