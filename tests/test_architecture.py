@@ -28,7 +28,7 @@ FLOORS = (
     ("completions", "stops"),
     ("texts", "arguments"),
     ("llm",),
-    ("exploration", "tuning", "training"),
+    ("exploration", "branch", "tuning", "training"),
     ("measurement",),
     ("commands",),
     ("cli",),
@@ -37,6 +37,7 @@ FLOORS = (
 FORBIDDEN = {
     "pallas_kernels": ("treespec_jax",),
     "treespec_jax.engine.scheduler": ("jax",),
+    "treespec_jax.engine.branching": ("jax",),
     "treespec_jax.engine": ("treespec_jax.checkpoints",),
     "treespec_jax.drafting": ("treespec_jax.acceptance",),
     "treespec_jax.models": ("treespec_jax.drafting",),

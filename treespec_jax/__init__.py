@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 
 _PUBLIC = {
+    "Branch": "treespec_jax.branch",
     "LLM": "treespec_jax.llm",
     "SamplingParams": "treespec_jax.config",
     "UserError": "treespec_jax.errors",

@@ -389,9 +389,17 @@ class LLM:
             for c, s in zip(conversations, params, strict=True)
         ]
 
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt; ids are taken as they are.
+
+        Raises:
+          UserError: a text, and the checkpoint has no tokenizer.
+        """
+        return self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+
     def _reader(self, prompt: str | list[int], params: SamplingParams) -> Reader:
         # A token that begins every text is enough of a prompt.
-        ids = self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self.encode(prompt)
         return self._checked(prompt, ids, params, ids)
 
     def _chat_reader(self, messages, params, variables) -> Reader:

@@ -9,14 +9,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from treespec_jax import limits
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine import rehearsal
+from treespec_jax.engine.branching import CachedTexts
 from treespec_jax.engine.chooser import Choice, Chooser
 from treespec_jax.engine.executor import Executor, fetch
 from treespec_jax.engine.plan import DraftCache, Plan
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Scheduler
+from treespec_jax.engine.slots import SlotSettings
 from treespec_jax.engine.state import Outbox
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.speculation import PLAIN, Speculation
@@ -52,6 +56,7 @@ class Engine:
       eos_ids: tokens that end a text, unless a request ignores them.
 
     Attributes:
+      texts: cached texts that callers advance themselves.
       prefill_seconds: wall time spent in prefill.
       decode_seconds: wall time spent in decoding.
 
@@ -82,6 +87,13 @@ class Engine:
         self._scheduler = Scheduler(config, eos_ids, speculation.depth + 1, drafted)
         self._executor = Executor(
             target, speculation, config, self._scheduler.num_pages
+        )
+        self.texts = CachedTexts(
+            config,
+            self._scheduler.allocator,
+            self._scheduler.prefixes,
+            drafted.in_pages,
+            self._executor,
         )
         every = rehearsal.every(speculation.drafter)
         self._chooser = Chooser(speculation.shapes, every)
@@ -162,6 +174,24 @@ class Engine:
         """Ends a request where it stands and frees its slot."""
         self._scheduler.cancel(request, finish_reason)
 
+    def choose(
+        self, tokens: Sequence[int], prompt: int, logits: np.ndarray, params
+    ) -> int:
+        """The token that plain decoding emits after a text.
+
+        Args:
+          tokens: of the text, of which the first `prompt` are the prompt.
+          prompt: tokens of it.
+          logits: float32 [V], the target's after the text.
+          params: `SamplingParams`.
+        """
+        settings = SlotSettings(1, self.config.max_len + 1, ())
+        settings.insert(0, params)
+        text = None
+        if params.penalised:
+            text = settings.text({0: (tokens[:prompt], tokens[prompt:])})
+        return self._executor.choose(logits, len(tokens), settings.sampling(), text)
+
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
         """A second request that goes on from where one stands, in a slot of its own.
 
@@ -186,10 +216,12 @@ class Engine:
         """Forgets all texts, and what the drafter has learnt of them.
 
         Raises:
-          ValueError: a request waits or runs.
+          ValueError: a request waits or runs, or a branch is open.
         """
         if self.busy:
             raise ValueError("requests are under way; end them first")
+        if self.texts.count:
+            raise ValueError(f"{self.texts.count} branches are open; prune them first")
         # A dispatch may have been started ahead of a text that then ended.
         self.drain()
         self._begin()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,11 +19,12 @@ from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Sizes
 from treespec_jax.engine import placement, rehearsal, sharing
 from treespec_jax.engine import step as stepping
-from treespec_jax.engine.plan import ChunkPlan, ForkPlan, Plan
-from treespec_jax.engine.sharing import SlotCopies
+from treespec_jax.engine.plan import ChunkPlan, ExtendPlan, ForkPlan, Plan
+from treespec_jax.engine.sharing import Additions, SlotCopies
 from treespec_jax.engine.state import Control, DecodeState, Outbox
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.models.views import Pages
 from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.sampling.policy import Sampling
 from treespec_jax.speculation import Speculation
@@ -84,6 +85,11 @@ class Executor:
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
         self._resume = jax.jit(self._traced_resume, donate_argnums=1)
         self._fork = jax.jit(self._traced_fork, donate_argnums=1)
+        self._copy_pages = jax.jit(self._traced_copy, donate_argnums=0)
+        self._extend = jax.jit(
+            self._traced_extend, donate_argnums=1, static_argnames="scored"
+        )
+        self._choose = jax.jit(sharing.choose)
         self._dispatches: dict[TreeShape, Callable] = {}
 
     def reset(self) -> None:
@@ -122,6 +128,53 @@ class Executor:
         for pages in _batched(plan.pages, _PAGE_COPIES):
             copies = PageCopies(*_copies(pages, _PAGE_COPIES))
             self._state = self._fork(self._leaves, self._state, slots, copies)
+
+    def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Copies pages of the target over others: source and destination each."""
+        for pairs in _batched(pages, _PAGE_COPIES):
+            copies = PageCopies(*_copies(pairs, _PAGE_COPIES))
+            self._set_pages(self._copy_pages(self._state.pages, copies))
+
+    def extend(self, plan: ExtendPlan) -> tuple[np.ndarray, np.ndarray | None]:
+        """Adds tokens to cached texts.
+
+        Returns:
+          float32 logits [W, V] after the last token of each, and log p [W, T - 1] of
+          the tokens but the first; None if they were not wanted.
+        """
+        added = Additions(plan.tokens, plan.starts, plan.counts, plan.page_table)
+        pages, done = self._extend(
+            self._target.leaves, self._state.pages, added, scored=plan.scored
+        )
+        self._set_pages(pages)
+        done = jax.device_get(done)
+        return done.logits, done.log_probs
+
+    def choose(
+        self,
+        logits: np.ndarray,
+        position: int,
+        sampling: Mapping[str, np.ndarray],
+        text: Mapping[str, np.ndarray] | None,
+    ) -> int:
+        """The token that plain decoding emits.
+
+        Args:
+          logits: float32 [V], before it.
+          position: absolute.
+          sampling: fields of `Sampling`, of one text.
+          text: fields of `TextSoFar`, likewise; None without penalties.
+        """
+        token = self._choose(
+            logits[None],
+            np.array([position], np.int32),
+            Sampling(**sampling),
+            TextSoFar(**text) if text is not None else None,
+        )
+        return int(token)
+
+    def _set_pages(self, pages: Pages) -> None:
+        self._state = dataclasses.replace(self._state, pages=pages)
 
     def dispatch(self, plan: Plan, shape: TreeShape, rehearse: bool = False) -> Outbox:
         """Starts a dispatch; its outbox is still on the device."""
@@ -219,6 +272,16 @@ class Executor:
         _, speculation = self._bind(leaves)
         state = sharing.fork(speculation, state, *args)
         return placement.pin(state, self._placement.mesh)
+
+    def _traced_copy(self, pages, copies) -> Pages:
+        self.compilations["copy"] += 1
+        return placement.pin(paging.copy(pages, copies), self._placement.mesh)
+
+    def _traced_extend(self, leaves, pages, additions, scored):
+        self.compilations["extend"] += 1
+        target = self._target.bind(leaves)
+        done = sharing.extend(target, pages, additions, scored)
+        return placement.pin(done, self._placement.mesh)
 
     def _traced_dispatch(self, shape: TreeShape) -> Callable:
         def run(leaves, state, control):

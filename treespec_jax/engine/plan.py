@@ -54,6 +54,25 @@ class ForkPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExtendPlan:
+    """Tokens to run through the target after some cached texts, W of them.
+
+    Attributes:
+      tokens: int32 [W, T], the first `counts` of each row real.
+      starts: int32 [W], absolute positions of the first ones.
+      counts: int32 [W]; 0 for an idle row.
+      page_table: int32 [W, max_pages].
+      scored: whether log probabilities of the tokens are wanted.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    page_table: np.ndarray
+    scored: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class DraftCache:
     """What a drafter keeps by page, for whoever shares pages.
 
