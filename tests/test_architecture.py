@@ -25,7 +25,7 @@ FLOORS = (
     ("speculation",),
     ("engine",),
     ("tracing", "worker"),
-    ("completions", "stops"),
+    ("completions", "progress", "stops"),
     ("texts", "arguments"),
     ("llm",),
     ("exploration", "branch", "tuning", "training"),

@@ -78,14 +78,17 @@ def each_params(given: Any, count: int, what: str) -> list[SamplingParams]:
     """Sampling parameters for each of `count` prompts.
 
     Args:
-      given: one for all, as `as_params` takes it, or one for each.
+      given: one for each, as they are; or one for all, as `as_params` takes it: the
+        first prompt's, whose seed the others go on from (`SamplingParams.for_text`), so
+        that equal prompts get texts of their own.
       what: the prompts, for messages.
 
     Raises:
       UserError: another number of them; and as `as_params`.
     """
     if given is None or isinstance(given, (Mapping, SamplingParams)):
-        return [as_params(given)] * count
+        params = as_params(given)
+        return [params.for_text(index) for index in range(count)]
     params = [as_params(one) for one in _listed(given, "params must be SamplingParams")]
     if len(params) != count:
         raise UserError(

@@ -160,7 +160,7 @@ def as_int(name: str, value: Any, least: int, bits: int = 31) -> int:
         with contextlib.suppress(TypeError):
             number = operator.index(value)
     check_int(name, number, least)
-    if number >> bits:
+    if number >= 1 << bits:
         raise UserError(f"{name} must be below 2**{bits}, got {shown(number)}")
     return number
 

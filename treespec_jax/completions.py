@@ -23,11 +23,14 @@ class Completion:
 
     Attributes:
       prompt: as given; for a chat the messages.
+      prompt_token_ids: its tokens, as the model read them.
       text: what follows the prompt; "" without a tokenizer.
       token_ids: emitted tokens, the end-of-text token included if there was one.
       finish_reason: "stop" (end-of-text token or stop text) or "length" (max_tokens,
         max_len, or more pages than there are).
       logprobs: natural log p of each token under the target, if asked for.
+      seed: of its noise, a fresh one where none was asked for; given again, it gives
+        the text again.
       stats: of this request.
       records: of its trees, if the engine records them.
       arrivals: seconds since it was submitted and tokens of every time that tokens
@@ -36,16 +39,26 @@ class Completion:
     """
 
     prompt: Prompt | Messages
+    prompt_token_ids: list[int]
     text: str
     token_ids: list[int]
     finish_reason: str
     logprobs: list[float] | None
+    seed: int
     stats: Stats
     records: list[TreeRecord] = dataclasses.field(default_factory=list)
     arrivals: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     make_trace: Callable[[], Trace] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From the submission to the first token on the host; None: there is none.
+
+        With several steps per dispatch the first one arrives with others.
+        """
+        return self.arrivals[0][0] if self.arrivals else None
 
     @functools.cached_property
     def trace(self) -> Trace:

@@ -29,7 +29,7 @@ from treespec_jax.checkpoints.drafters import (
 )
 from treespec_jax.checkpoints.recycle_table import Table, TableFile
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
-from treespec_jax.checks import as_int, from_mapping
+from treespec_jax.checks import as_bool, as_int, from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import recycle, wiring
@@ -39,6 +39,7 @@ from treespec_jax.engine.request import Request
 from treespec_jax.engine.stats import total
 from treespec_jax.errors import UserError
 from treespec_jax.models.memory import use_huge_pages
+from treespec_jax.progress import Progress
 from treespec_jax.sharding import make_mesh
 from treespec_jax.texts import AsyncStream, Reader, Stream
 from treespec_jax.worker import AsyncBell, Bell, Call, Worker
@@ -71,6 +72,8 @@ class LLM:
       speculative: `SpeculativeConfig` or its fields (method, model, tree, rule, …);
         None is plain decoding. What is left open goes with the model: the drafter that
         the catalogue has for it, or else "auto", which needs no drafter.
+      tokenizer: path or name of one to use instead of the checkpoint's own, of a draft
+        model too.
       dtype: of weights and activations ("float32", "bfloat16"); None: float32 on a
         CPU, where it is the quick one, else the checkpoint's own.
       mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
@@ -101,6 +104,7 @@ class LLM:
         model: str | Path | Model,
         *,
         speculative: SpeculativeConfig | Mapping[str, Any] | None = FITTING,
+        tokenizer: str | Path | None = None,
         dtype: str | None = None,
         mesh: str | jax.sharding.Mesh | None = None,
         **engine: Any,
@@ -108,12 +112,12 @@ class LLM:
         config = drafters.choose(model, _speculative_config(speculative))
         settings = from_mapping(EngineSettings, engine, "LLM")
         shape = limits.check_speculation(config)
-        target, draft = _described(model), None
+        target, draft = _described(model, tokenizer), None
         if shape.depth:
             limits.check_drafter(config)
             speculation.find(config)
             if config.model is not None:
-                draft = _described_draft(target, config)
+                draft = _described_draft(target, config, tokenizer)
         left_out = [*target.notes, *(draft.notes if draft is not None else ())]
         self.notes = (*left_out, *check_pair(target, draft))
         self.recycle_table: Path | None = None
@@ -227,22 +231,25 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         max_steps: int | None = None,
+        use_tqdm: bool = False,
     ) -> Generation:
         """Continues every prompt.
 
         Args:
           prompts: a text, several texts, or lists of token ids (taken as they are);
             each may be in a dictionary, as vLLM takes it (`arguments.as_prompt`).
-          params: one for all, or one per prompt, or a mapping of its fields; None is
-            greedy with the defaults.
+          params: one per prompt, or one for all, whose seeds then follow from prompt
+            to prompt (`SamplingParams.for_text`); a mapping of its fields is one; None
+            is greedy with the defaults.
           max_steps: steps per dispatch at most; with 1 tokens reach the host as soon
             as they are known (`Completion.arrivals`). None: `steps_per_dispatch`.
+          use_tqdm: show on stderr how many texts are done, and tokens per second.
 
         Raises:
           UserError: an empty prompt, one longer than max_len, or text without a
             tokenizer.
         """
-        return self._serve(self._readers(prompts, params), max_steps)
+        return self._serve(self._readers(prompts, params), max_steps, use_tqdm)
 
     async def agenerate(
         self,
@@ -259,6 +266,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         variables: Mapping[str, Any] | None = None,
         max_steps: int | None = None,
+        use_tqdm: bool = False,
     ) -> Generation:
         """Answers conversations, written out by the checkpoint's chat template.
 
@@ -267,13 +275,14 @@ class LLM:
           params: as for `generate`.
           variables: for the template to see; see `ChatTemplate.render`.
           max_steps: as for `generate`.
+          use_tqdm: as for `generate`.
 
         Raises:
           UserError: no chat template, malformed messages, messages that the template
             refuses, or that have no room in max_len.
         """
         readers = self._chat_readers(messages, params, variables)
-        return self._serve(readers, max_steps)
+        return self._serve(readers, max_steps, use_tqdm)
 
     async def achat(
         self,
@@ -286,11 +295,15 @@ class LLM:
         readers = self._chat_readers(messages, params, variables)
         return await self._serve_async(readers, max_steps)
 
-    def _serve(self, readers: list[Reader], max_steps: int | None) -> Generation:
-        call = Call(readers, Bell(), _steps(max_steps))
+    def _serve(self, readers: list[Reader], max_steps, use_tqdm) -> Generation:
+        shown = as_bool("use_tqdm", use_tqdm)
+        call = Call(readers, Bell(), _steps(max_steps), streaming=shown)
         try:
             self._worker.submit(call)
-            call.wait()
+            with Progress([reader.request for reader in readers], shown) as progress:
+                while not call.ended:
+                    call.wait()
+                    progress.show()
         except BaseException:
             # Nothing of an interrupted call stays in the slots.
             call.cancel()
@@ -462,16 +475,25 @@ def _speculative_config(given) -> SpeculativeConfig:
     return from_mapping(SpeculativeConfig, values, "speculative")
 
 
-def _described(model: str | Path | Model) -> Model:
+def _described(model: str | Path | Model, tokenizer: str | Path | None = None) -> Model:
+    if not isinstance(tokenizer, str | Path | None):
+        raise UserError(f"tokenizer must be a path or a name, got {tokenizer!r:.60}")
     if isinstance(model, (Description, LoadedModel)):
+        if tokenizer is not None:
+            raise UserError(
+                "a model that is described or loaded has its tokenizer; give its path, "
+                "or pass the tokenizer to checkpoints.load instead"
+            )
         return model
     if not isinstance(model, (str, Path)):
         raise UserError(f"model must be a path or a loaded model, got {model!r}")
-    return describe(model)
+    return describe(model, tokenizer)
 
 
-def _described_draft(target: Model, config: SpeculativeConfig) -> Draft:
-    draft = drafters.describe_draft(target, config)
+def _described_draft(
+    target: Model, config: SpeculativeConfig, tokenizer: str | Path | None
+) -> Draft:
+    draft = drafters.describe_draft(target, config, tokenizer)
     if isinstance(draft, (DrafterDescription, LoadedDrafter)):
         return draft
     return _described(draft)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from typing import ClassVar
 
 from treespec_jax.checks import (
@@ -15,6 +16,8 @@ from treespec_jax.checks import (
     check_texts,
 )
 
+SEED_BITS = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -23,11 +26,15 @@ class SamplingParams:
     Attributes:
       max_tokens: tokens to emit at most, >= 1.
       temperature: 0 is greedy.
-      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_k: keep the k likeliest tokens; 0 keeps all, and so does -1, which is kept
+        as 0.
       top_p: keep the fewest likeliest tokens that have this probability together, in
         (0, 1].
       min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
-      seed: of the request's noise; equal seeds give equal text (32 bits).
+      seed: of the request's noise; equal seeds give equal text (32 bits). Settings
+        given for several prompts are those of the first: the seeds of the others
+        follow (`for_text`). None, or -1, is a fresh one for every text, which its
+        completion reports.
       stop: texts that end the output (they are not part of it); one that contains the
         spelling of a control token is found where that token is emitted. None: none.
       stop_token_ids: tokens that end the output; their text is not part of it. None:
@@ -50,7 +57,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -62,7 +69,7 @@ class SamplingParams:
 
     MAX_LOGIT_BIAS: ClassVar = 64
     # Least value, and bits of what holds it.
-    _INTS: ClassVar = (("max_tokens", 1, 31), ("top_k", 0, 31), ("seed", 0, 32))
+    _INTS: ClassVar = (("max_tokens", 1, 31), ("top_k", -1, 31))
     # Least and greatest value, and whether the least one itself is refused.
     _FLOATS: ClassVar = {
         "temperature": (0, math.inf, False),
@@ -78,6 +85,9 @@ class SamplingParams:
             name: as_int(name, getattr(self, name), least, bits)
             for name, least, bits in self._INTS
         }
+        checked["top_k"] = max(checked["top_k"], 0)
+        seed = -1 if self.seed is None else as_int("seed", self.seed, -1, SEED_BITS)
+        checked["seed"] = None if seed < 0 else seed
         for name in ("ignore_eos", "logprobs"):
             checked[name] = as_bool(name, getattr(self, name))
         for name, (low, high, open_low) in self._FLOATS.items():
@@ -89,6 +99,16 @@ class SamplingParams:
         checked["logit_bias"] = as_bias(self.logit_bias, self.MAX_LOGIT_BIAS)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def for_text(self, index: int = 0) -> SamplingParams:
+        """Those of one of several texts: the seed and `index`, modulo 2**32.
+
+        A fresh seed, from the system's entropy, where there is none.
+        """
+        if self.seed is None:
+            return dataclasses.replace(self, seed=secrets.randbits(SEED_BITS))
+        seed = (self.seed + index) % (1 << SEED_BITS)
+        return self if seed == self.seed else dataclasses.replace(self, seed=seed)
 
     @property
     def penalised(self) -> bool:

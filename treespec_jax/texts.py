@@ -87,10 +87,12 @@ class Reader:
             make_trace = functools.partial(build.trace_of, request, *parts)
         return Completion(
             prompt=self.prompt,
+            prompt_token_ids=request.prompt,
             text=text,
             token_ids=request.tokens,
             finish_reason=request.finish_reason,
             logprobs=request.logprobs if request.params.logprobs else None,
+            seed=request.params.seed,
             stats=request.stats,
             records=request.records,
             arrivals=request.arrivals,

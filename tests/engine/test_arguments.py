@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treespec_jax.arguments import as_params, as_prompt, as_prompts, each_params
+from treespec_jax.commands.settings import build as settings_of
 from treespec_jax.config import EngineConfig, EngineSettings, SamplingParams
+from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
 
 
@@ -77,8 +79,32 @@ def test_params():
     usual = SamplingParams()
     assert as_params(None) == as_params({}) == as_params(usual) == usual
     assert as_params({"top_k": 3}) == SamplingParams(top_k=3)
-    assert each_params({"top_k": 3}, 2, "prompts") == [SamplingParams(top_k=3)] * 2
     assert each_params([None, {"seed": 1}], 2, "prompts")[1].seed == 1
+
+
+def test_one_for_all_is_the_first_ones():
+    """Seeds follow, modulo 2**32; those of a list are taken as they are."""
+    one = SamplingParams(top_k=3, seed=2**32 - 1)
+    found = each_params(one, 3, "prompts")
+    assert [p.seed for p in found] == [2**32 - 1, 0, 1]
+    assert {dataclasses.replace(p, seed=5) for p in found} == {
+        SamplingParams(top_k=3, seed=5)
+    }
+    assert each_params({"seed": 4}, 2, "prompts")[1].seed == 5
+    assert each_params(None, 2, "prompts")[1] == SamplingParams(seed=1)
+    assert each_params([one] * 2, 2, "prompts") == [one] * 2
+
+
+@pytest.mark.parametrize("seed", [None, -1])
+def test_no_seed_is_a_fresh_one_for_each(seed):
+    params = SamplingParams(seed=seed)
+    assert params.seed is None
+    for some in (params, [params] * 8):
+        seeds = {p.for_text().seed for p in each_params(some, 8, "prompts")}
+        assert len(seeds) == 8 and all(0 <= s < 2**32 for s in seeds)
+    request = Request([1], params)
+    assert request.params.seed is not None
+    assert settings_of({"sampling": {"seed": seed}}).sampling.seed is not None
 
 
 @pytest.mark.parametrize(
@@ -103,6 +129,8 @@ def test_params_that_are_none(given, message):
     [
         ({"ignore_eos": "false"}, "ignore_eos must be true or false, got 'false'"),
         ({"ignore_eos": 0}, "ignore_eos must be true or false, got 0"),
+        ({"top_k": -2}, "top_k must be a whole number >= -1, got -2"),
+        ({"seed": -2}, "seed must be a whole number >= -1, got -2"),
         ({"logprobs": 5}, "logprobs must be true or false, got 5"),
         ({"temperature": "0.5"}, "temperature must be a number, got '0.5'"),
         ({"temperature": b"1"}, "temperature must be a number, got b'1'"),
@@ -125,7 +153,8 @@ def test_params_that_are_none(given, message):
         ({"max_tokens": 2**31}, "max_tokens must be below 2..31, got 2147483648"),
         ({"max_tokens": 8.0}, "max_tokens must be a whole number >= 1, got 8.0"),
         ({"top_k": 2**31}, "top_k must be below 2..31"),
-        ({"seed": None}, "seed must be a whole number >= 0, got None"),
+        ({"seed": 2**32}, "seed must be below 2..32"),
+        ({"seed": "1"}, "seed must be a whole number >= -1, got '1'"),
     ],
 )
 def test_values_that_are_none(values, message):
@@ -202,8 +231,9 @@ def test_any_value_is_what_it_says_or_refused(name, value):
     except UserError as error:
         assert "\n" not in str(error)
         return
+    special = {"top_k": {-1: 0}, "seed": {-1: None}}.get(name, {})
     if isinstance(value, (int, float, bool)) and name != "stop_token_ids":
-        assert found == value
+        assert found == special.get(value, value)
 
 
 @settings(max_examples=300, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.checkpoints.support import train_sentencepiece
 from tests.engine.scripted import follow, scripted
+from treespec_jax.checkpoints import catalogue
 from treespec_jax.checkpoints.tokenizers import load_tokenizer
 from treespec_jax.config import SamplingParams
 from treespec_jax.errors import UserError
@@ -68,6 +70,7 @@ def test_the_script_is_said_with_and_without_speculation(llm, plain, script):
         assert completion.text == script.text
         assert completion.finish_reason == "stop"
         assert completion.prompt == script.prompt and completion.logprobs is None
+        assert completion.prompt_token_ids == script.prompt_ids
     assert llm.generate(script.prompt, PARAMS).stats.tokens_per_step > 1.5
 
 
@@ -99,6 +102,7 @@ def test_arrivals_tell_when_tokens_reached_the_host(llm, script, max_steps):
         seconds, counts = zip(*completion.arrivals, strict=True)
         assert sum(counts) == len(script.ids) and min(counts) >= 1
         assert seconds[0] > 0 and list(seconds) == sorted(seconds)
+        assert completion.first_token_seconds == seconds[0]
         steps = SIZES["steps_per_dispatch"]
         if max_steps is None:
             assert len(counts) == -(-completion.stats.steps // steps)
@@ -126,6 +130,27 @@ def test_each_prompt_has_its_own_params(llm, plain, script):
     ):
         assert ours.token_ids == theirs.token_ids and ours.text == theirs.text
     assert result.stats.tokens == 3 + 5 + 45 + 30
+
+
+@pytest.mark.slow
+def test_equal_prompts_get_texts_of_their_own(llm, script, capsys):
+    """Each by the seed that its completion names; a bar counts them on stderr."""
+    params = SamplingParams(max_tokens=12, temperature=1.5, ignore_eos=True, seed=8)
+    result = llm.generate([script.prompt] * 3, params, use_tqdm=True)
+    assert [c.seed for c in result] == [8, 9, 10]
+    assert len({tuple(c.token_ids) for c in result}) == 3
+    shown = capsys.readouterr()
+    assert "3/3" in shown.err and "tok/s" in shown.err and not shown.out
+    for seed in (9, None):
+        one = dataclasses.replace(params, seed=seed)
+        (first,) = llm.generate(script.prompt, one)
+        if seed == 9:
+            assert first.token_ids == result[1].token_ids
+        again = dataclasses.replace(params, seed=first.seed)
+        assert llm.generate(script.prompt, again)[0].token_ids == first.token_ids
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="use_tqdm must be true or false, got 3"):
+        llm.generate(script.prompt, params, use_tqdm=3)
 
 
 def stops(script):
@@ -290,12 +315,12 @@ def test_bad_prompts_are_refused(llm, prompts, params, message):
         ({"temperature": float("nan")}, "temperature .* got nan"),
         ({"temperature": float("inf")}, "temperature .* got inf"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"top_p": 0.0}, r"top_p .* in \(0, 1\], got 0.0"),
         ({"top_p": 1.01}, "top_p"),
         ({"min_p": -0.5}, "min_p"),
         ({"seed": 2**32}, "seed must be below"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
         ({"stop": ("a", "")}, "stop must hold non-empty texts"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -336,6 +361,15 @@ def test_bad_models_are_refused():
         LLM("no/such/path")
     with pytest.raises(UserError, match="must be a path or a loaded model, got 7"):
         LLM(7)
+    with pytest.raises(UserError, match="tokenizer must be a path or a name, got 7"):
+        LLM("no/such/path", tokenizer=7)
+    with pytest.raises(UserError, match="no tokenizer at no/such/path"):
+        LLM(catalogue.DEFAULT, tokenizer="no/such/path")
+
+
+def test_a_loaded_model_has_its_tokenizer(target):
+    with pytest.raises(UserError, match="loaded has its tokenizer; give its path"):
+        LLM(target, tokenizer="no/such/path")
 
 
 def test_a_pair_needs_one_vocabulary(target, tokenizer, tmp_path_factory):

@@ -337,7 +337,9 @@ def build(
         tree[name] = _checked(cls, tree[name], name)
     built = _checked(Experiment, tree, "configuration")
     speculative = drafters.choose(built.target, built.speculative)
-    return dataclasses.replace(built, speculative=speculative)
+    # A fresh seed is drawn here, so that a whole run has it and its report names it.
+    sampling = built.sampling.for_text()
+    return dataclasses.replace(built, speculative=speculative, sampling=sampling)
 
 
 def _checked(cls, values: Mapping[str, Any], what: str):

@@ -218,7 +218,7 @@ class Bench:
 
 def _seeded(job: Job, more: int):
     sampling = job.settings.sampling
-    return dataclasses.replace(sampling, seed=(sampling.seed + more) % 2**32)
+    return sampling.for_text(more)
 
 
 def measure(job: Job) -> Bench:
@@ -240,7 +240,7 @@ def measure(job: Job) -> Bench:
     for number in range(job.rounds if job.settings.sampling.temperature else 1):
         sampling = _seeded(job, number * len(job.ids))
         for index, ids in enumerate(job.ids):
-            one = dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**32)
+            one = sampling.for_text(index)
             run = rounds.run_round({PROBE: llms[PROBE]}, [ids], one, 0)[PROBE]
             records[index % 2].extend(run.records)
             emitted += run.token_ids

@@ -16,7 +16,7 @@ class Request:
 
     Attributes:
       prompt: token ids, at least one.
-      params: what was asked for.
+      params: what was asked for; a seed of None is replaced by a fresh one.
       tokens: ids emitted so far.
       logprobs: log p of each, if asked for.
       finish_reason: None while running; then "stop" (end-of-text token or a stop text),
@@ -40,6 +40,9 @@ class Request:
     steps: list[StepRecord] = dataclasses.field(default_factory=list)
     submitted: float = 0.0
     arrivals: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        self.params = self.params.for_text()
 
     def forked(self, params: SamplingParams) -> Request:
         """A request of the same text so far, with settings of its own."""

@@ -35,8 +35,10 @@ class Run:
 
 def seeded(sampling: SamplingParams, count: int) -> list[SamplingParams]:
     """Settings of so many texts to measure: seeds that follow, and no early end."""
-    seeds = [(sampling.seed + index) % 2**32 for index in range(count)]
-    return [dataclasses.replace(sampling, seed=s, ignore_eos=True) for s in seeds]
+    return [
+        dataclasses.replace(sampling.for_text(index), ignore_eos=True)
+        for index in range(count)
+    ]
 
 
 def decode(llm, prompts, params, options=None):
