@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from treespec_jax.checkpoints.tokenizers import Tokenizer, spellings
 from treespec_jax.checks import check_text, from_mapping, shown
 from treespec_jax.config import SamplingParams
 from treespec_jax.errors import UserError
@@ -96,6 +98,28 @@ def each_params(given: Any, count: int, what: str) -> list[SamplingParams]:
             "or one for each"
         )
     return params
+
+
+def with_token_ids(
+    params: SamplingParams, tokenizer: Tokenizer | None
+) -> SamplingParams:
+    """The same, its bad words as token ids.
+
+    Raises:
+      UserError: a text among them without a tokenizer, or that it has no token for.
+    """
+    words: list[tuple[int, ...]] = []
+    for word in params.bad_words:
+        if not isinstance(word, str):
+            words.append(word)
+        elif tokenizer is None:
+            raise UserError(
+                f"bad_words: {word!r} needs a tokenizer, and the checkpoint has none; "
+                "give its token ids"
+            )
+        else:
+            words += spellings(tokenizer, word)
+    return dataclasses.replace(params, bad_words=tuple(dict.fromkeys(words)))
 
 
 def _of_mapping(prompt: Mapping[str, Any]) -> str | list[int]:

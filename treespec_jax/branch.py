@@ -84,11 +84,7 @@ class Branch:
           llm: whose target it is, and whose pages it takes.
           params: as for `LLM.generate`.
         """
-        params = as_params(params)
-        limits.check_bias(params.logit_bias, llm.config.vocab_size)
-        limits.check_stops(params.stop_token_ids, llm.config.vocab_size)
-        if params.stop and llm.tokenizer is None:
-            raise UserError("stop texts need a tokenizer; the checkpoint has none")
+        params = llm.engine_params(as_params(params))
         return cls(llm, params, llm.engine.texts.create())
 
     def prefill(self, prompt: Prompt) -> Branch:
@@ -123,7 +119,7 @@ class Branch:
     def reseed(self, seed: int) -> None:
         """Samples with another seed from here on."""
         self._open()
-        self.params = dataclasses.replace(self.params, seed=seed)
+        self.params = dataclasses.replace(self.params, seed=seed).for_text()
 
     def produce(self) -> Produced:
         """Samples the next token, and changes nothing.
@@ -281,14 +277,14 @@ class Branch:
     def _stops(self, token: int) -> bool:
         params = self.params
         ends = () if params.ignore_eos else self._llm.config.eos_ids
+        tokens, prompt = self._cached.tokens, self._prompt
         if token in ends or token in params.stop_token_ids:
-            return True
+            return len(tokens) - prompt >= params.min_tokens
         if not params.stop:
             return False
-        tokens = self._cached.tokens
-        text = StoppedText(self._llm.tokenizer, tokens[: self._prompt], params.stop)
-        for emitted in (*tokens[self._prompt :], token):
-            text.push(emitted)
+        text = StoppedText(self._llm.tokenizer, tokens[:prompt], params.stop)
+        for number, emitted in enumerate((*tokens[prompt:], token), 1):
+            text.push(emitted, early=number <= params.min_tokens)
         return text.stopped
 
 

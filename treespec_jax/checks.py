@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from treespec_jax.errors import UserError
@@ -128,6 +128,42 @@ def check_texts(name: str, values: Any) -> tuple[str, ...]:
     for text in texts:
         check_text(name, text)
     return texts
+
+
+def check_words(name: str, values: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Texts, or lists of token ids, none of them empty; one text, or None, is taken.
+
+    Raises:
+      UserError: names what is neither.
+    """
+    if values is None:
+        return ()
+    problem = f"{name} must hold non-empty texts or lists of token ids"
+    words = []
+    for value in _each(values):
+        if isinstance(value, str):
+            words += check_texts(name, value)
+            continue
+        ids = _each(value) if isinstance(value, Iterable) else ()
+        if not ids:
+            raise UserError(f"{problem}, got {shown(value)}")
+        words.append(tuple(as_int(f"{name} token", token, 0) for token in ids))
+    return tuple(words)
+
+
+def check_functions(name: str, values: Any) -> tuple[Callable[..., Any], ...]:
+    """What can be called; one of them alone, or None, is taken too.
+
+    Raises:
+      UserError: names what cannot be called, or not be told from others by hash.
+    """
+    if values is None:
+        return ()
+    functions = (values,) if callable(values) else _each(values)
+    for function in functions:
+        if not callable(function) or not isinstance(function, Hashable):
+            raise UserError(f"{name} must hold functions, got {shown(function)}")
+    return functions
 
 
 def check_text(name: str, text: str) -> None:

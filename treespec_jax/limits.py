@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from treespec_jax.acceptance import compatibility
-from treespec_jax.config import ModelConfig, SpeculativeConfig
+from treespec_jax.config import ModelConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
@@ -136,24 +136,45 @@ def check_tokens(ids: Iterable[int], vocab_size: int) -> None:
             )
 
 
-def check_bias(bias: Iterable[tuple[int, float]], vocab_size: int) -> None:
-    """Raises UserError: a logit bias for a token that the model lacks."""
-    for token, _ in bias:
-        if token >= vocab_size:
+def check_params(
+    params: SamplingParams, vocab_size: int, eos_ids: Iterable[int]
+) -> None:
+    """Raises UserError: tokens that the model lacks, or no token that is always free.
+
+    Args:
+      params: its bad words are token ids.
+      vocab_size: V.
+      eos_ids: tokens that end a text.
+    """
+    words = params.bad_words
+    tokens = {
+        "logit_bias": {token for token, _ in params.logit_bias},
+        "stop_token_ids": set(params.stop_token_ids),
+        "bad_words": {token for word in words for token in word},
+        "allowed_token_ids": set(params.allowed_token_ids or ()),
+    }
+    for name, ids in tokens.items():
+        if ids and max(ids) >= vocab_size:
             raise UserError(
-                f"logit_bias: token id {token} is outside the vocabulary of "
+                f"{name}: token id {max(ids)} is outside the vocabulary of "
                 f"{vocab_size}; leave it out"
             )
-
-
-def check_stops(ids: Iterable[int], vocab_size: int) -> None:
-    """Raises UserError: a token that ends the output and that the model lacks."""
-    for token in ids:
-        if token >= vocab_size:
-            raise UserError(
-                f"stop_token_ids: token id {token} is outside the vocabulary of "
-                f"{vocab_size}; leave it out"
-            )
+    if not (words or params.allowed_token_ids or params.min_tokens):
+        return
+    free = tokens["allowed_token_ids"] or set(range(vocab_size))
+    free = free - {word[-1] for word in words}
+    if params.min_tokens:
+        free -= {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
+    if not free:
+        given = ", ".join(
+            name
+            for name in ("allowed_token_ids", "bad_words", "min_tokens")
+            if getattr(params, name)
+        )
+        raise UserError(
+            f"{given} may forbid every token at once; leave one that ends no bad word "
+            "and no text"
+        )
 
 
 def check_prompt(ids: Sequence[int], max_len: int) -> None:

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from treespec_jax import limits, speculation
-from treespec_jax.arguments import as_params, as_prompt, as_prompts, each_params
+from treespec_jax.arguments import (
+    as_params,
+    as_prompt,
+    as_prompts,
+    each_params,
+    with_token_ids,
+)
 from treespec_jax.checkpoints import (
     Description,
     LoadedModel,
@@ -428,13 +434,22 @@ class LLM:
             )
         return self.tokenizer
 
-    def _checked(self, prompt, ids, params, context) -> Reader:
-        limits.check_tokens(ids, self.config.vocab_size)
-        limits.check_bias(params.logit_bias, self.config.vocab_size)
-        limits.check_stops(params.stop_token_ids, self.config.vocab_size)
+    def engine_params(self, params: SamplingParams) -> SamplingParams:
+        """Settings as the engine takes them: bad words as token ids, and a seed.
+
+        Raises:
+          UserError: tokens that the model lacks, texts without a tokenizer, settings
+            that forbid every token, or a function of logits that fails.
+        """
         if params.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer; the checkpoint has none")
-        request = Request(prompt=ids, params=params)
+        params = with_token_ids(params, self.tokenizer).for_text()
+        self.engine.check_params(params)
+        return params
+
+    def _checked(self, prompt, ids, params, context) -> Reader:
+        limits.check_tokens(ids, self.config.vocab_size)
+        request = Request(prompt=ids, params=self.engine_params(params))
         self.engine.check(request)
         return Reader(prompt, request, self.tokenizer, context)
 

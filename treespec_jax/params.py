@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from treespec_jax.checks import (
     as_bias,
     as_bool,
     as_int,
     check_float,
+    check_functions,
     check_ints,
     check_texts,
+    check_words,
 )
+from treespec_jax.errors import UserError
 
 SEED_BITS = 32
 
@@ -25,6 +29,8 @@ class SamplingParams:
 
     Attributes:
       max_tokens: tokens to emit at most, >= 1.
+      min_tokens: tokens to emit before one that ends the text, or that completes a
+        stop; at most `max_tokens`.
       temperature: 0 is greedy.
       top_k: keep the k likeliest tokens; 0 keeps all, and so does -1, which is kept
         as 0.
@@ -35,13 +41,22 @@ class SamplingParams:
         given for several prompts are those of the first: the seeds of the others
         follow (`for_text`). None, or -1, is a fresh one for every text, which its
         completion reports.
-      stop: texts that end the output (they are not part of it); one that contains the
+      stop: texts that end the output; one that contains the
         spelling of a control token is found where that token is emitted. None: none.
-      stop_token_ids: tokens that end the output; their text is not part of it. None:
-        none.
+      stop_token_ids: tokens that end the output. None: none.
+      include_stop_str_in_output: keep the stop text that ended the output, or the text
+        of the token of `stop_token_ids`; else it is not part of it.
       ignore_eos: go on past the end-of-text token.
       logprobs: also return log p (natural, of the model before penalties, bias,
         temperature and truncation) of every emitted token.
+      bad_words: texts, or lists of token ids, that must not come about: their last
+        token is forbidden where the text, prompt included, ends with the others. A text
+        stands for its tokens, alone and behind a space (`tokenizers.spellings`).
+      allowed_token_ids: the only tokens that may be emitted; None: all.
+      logits_processors: functions that change the logits, in turn, after penalties and
+        bias: of int32 [max_len], the tokens of prompt and output with the newest last
+        and -1 in front of the first, and float32 [V], to [V]. They are compiled with
+        the step (`jax.jit`), once for each function: define one outside of loops.
       repetition_penalty: logits of tokens in the prompt or the output are divided by
         it where positive, multiplied where not; 1 is none (`sampling.penalties`).
       presence_penalty: taken off the logits of tokens that were emitted, in [-2, 2];
@@ -53,6 +68,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 128
+    min_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -60,8 +76,14 @@ class SamplingParams:
     seed: int | None = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: bool = False
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    logits_processors: tuple[Callable[..., Any], ...] = dataclasses.field(
+        default=(), metadata={"python": True}
+    )
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -69,7 +91,11 @@ class SamplingParams:
 
     MAX_LOGIT_BIAS: ClassVar = 64
     # Least value, and bits of what holds it.
-    _INTS: ClassVar = (("max_tokens", 1, 31), ("top_k", -1, 31))
+    _INTS: ClassVar = (
+        ("max_tokens", 1, 31),
+        ("min_tokens", 0, 31),
+        ("top_k", -1, 31),
+    )
     # Least and greatest value, and whether the least one itself is refused.
     _FLOATS: ClassVar = {
         "temperature": (0, math.inf, False),
@@ -88,7 +114,7 @@ class SamplingParams:
         checked["top_k"] = max(checked["top_k"], 0)
         seed = -1 if self.seed is None else as_int("seed", self.seed, -1, SEED_BITS)
         checked["seed"] = None if seed < 0 else seed
-        for name in ("ignore_eos", "logprobs"):
+        for name in ("ignore_eos", "logprobs", "include_stop_str_in_output"):
             checked[name] = as_bool(name, getattr(self, name))
         for name, (low, high, open_low) in self._FLOATS.items():
             check_float(name, getattr(self, name), low, high, open_low)
@@ -96,9 +122,22 @@ class SamplingParams:
         checked["stop"] = check_texts("stop", self.stop)
         ends = check_ints("stop_token_ids", self.stop_token_ids, 0)
         checked["stop_token_ids"] = ends
+        checked["bad_words"] = check_words("bad_words", self.bad_words)
+        if self.allowed_token_ids is not None:
+            allowed = check_ints("allowed_token_ids", self.allowed_token_ids, 0)
+            checked["allowed_token_ids"] = tuple(sorted(set(allowed)))
+        functions = check_functions("logits_processors", self.logits_processors)
+        checked["logits_processors"] = functions
         checked["logit_bias"] = as_bias(self.logit_bias, self.MAX_LOGIT_BIAS)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.min_tokens > self.max_tokens:
+            raise UserError(
+                f"min_tokens={self.min_tokens} is more than "
+                f"max_tokens={self.max_tokens}; lower it"
+            )
+        if self.allowed_token_ids == ():
+            raise UserError("allowed_token_ids is empty; give one at least, or None")
 
     def for_text(self, index: int = 0) -> SamplingParams:
         """Those of one of several texts: the seed and `index`, modulo 2**32.
@@ -111,11 +150,22 @@ class SamplingParams:
         return self if seed == self.seed else dataclasses.replace(self, seed=seed)
 
     @property
-    def penalised(self) -> bool:
-        """Whether the policy looks at the text so far, or has a bias."""
+    def repeats(self) -> bool:
+        """Whether there is a penalty or a bias."""
         return bool(
             self.repetition_penalty != 1
             or self.presence_penalty
             or self.frequency_penalty
             or self.logit_bias
+        )
+
+    @property
+    def penalised(self) -> bool:
+        """Whether logits are changed before temperature and truncation, but for
+        `min_tokens`, which ends with that many."""
+        return bool(
+            self.repeats
+            or self.bad_words
+            or self.allowed_token_ids
+            or self.logits_processors
         )

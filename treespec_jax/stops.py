@@ -18,15 +18,21 @@ class StoppedText:
       tokenizer: of the tokens.
       context: tokens that the text goes on from.
       stops: texts that end it.
+      included: whether the one that is found stays part of the text.
 
     Attributes:
       stopped: whether a stop text was found.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, context: Sequence[int], stops: Sequence[str]
+        self,
+        tokenizer: Tokenizer,
+        context: Sequence[int],
+        stops: Sequence[str],
+        included: bool = False,
     ):
         self.stopped = False
+        self._included = included
         self._ended = False
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, context)
@@ -39,17 +45,17 @@ class StoppedText:
 
     @property
     def text(self) -> str:
-        """Of the tokens so far, up to the first stop text."""
+        """Of the tokens so far, up to the first stop text, or through it."""
         return self._shown.text
 
-    def push(self, token: int) -> None:
-        """Takes the next token."""
-        self._append(self._stream.push([token]))
+    def push(self, token: int, early: bool = False) -> None:
+        """Takes the next token; an early one completes no stop text."""
+        self._append(self._stream.push([token]), early=early)
         spelling = "" if self.stopped else self._spelling(token)
         if spelling:
             self._spelt.stops |= {stop for stop in self._stops if spelling in stop}
             self._spellings.append((len(self._spelt.text), len(spelling)))
-            self._append("", spelling)
+            self._append("", spelling, early)
 
     def end(self) -> None:
         """No more tokens come: marks a character that stayed incomplete."""
@@ -65,13 +71,15 @@ class StoppedText:
         spelt = len(self._spelt.text) - self._spelt.overlap()
         return min(shown, self._without_spellings(spelt))
 
-    def _append(self, piece: str, spelling: str = "") -> None:
-        ends = [self._shown.append(piece), self._spelt.append(piece + spelling)]
-        if ends[1] is not None:
-            ends[1] = self._without_spellings(ends[1])
-        found = [end for end in ends if end is not None]
-        if found:
-            self._shown.text = self._shown.text[: min(found)]
+    def _append(self, piece: str, spelling: str = "", early: bool = False) -> None:
+        found = self._shown.append(piece)
+        spelt = self._spelt.append(piece + spelling)
+        found += [(self._without_spellings(begin), stop) for begin, stop in spelt]
+        if found and not early:
+            # Of those that begin together, the one that was completed first.
+            begin, stop = min(found, key=lambda pair: (pair[0], len(pair[1])))
+            end = stop if self._included else ""
+            self._shown.text = self._shown.text[:begin] + end
             self.stopped = True
 
     def _without_spellings(self, length: int) -> int:
@@ -96,16 +104,13 @@ class _Watched:
         self.text = ""
         self.stops = set(stops)
 
-    def append(self, piece: str) -> int | None:
-        """Adds to the text; returns where the first stop text that ends there begins.
-
-        None: there is none.
-        """
+    def append(self, piece: str) -> list[tuple[int, str]]:
+        """Adds a piece; returns where stop texts begin that end in it, and those."""
         longest = max(map(len, self.stops), default=0)
         begin = max(0, len(self.text) - longest + 1)
         self.text += piece
-        found = [i for s in self.stops if (i := self.text.find(s, begin)) >= 0]
-        return min(found, default=None)
+        found = [(self.text.find(stop, begin), stop) for stop in self.stops]
+        return [(start, stop) for start, stop in found if start >= 0]
 
     def overlap(self) -> int:
         """Length of the longest end of the text that a stop text could begin with."""

@@ -36,7 +36,11 @@ class Reader:
         self.request = request
         params = request.params
         self._end_ids = frozenset(params.stop_token_ids)
-        self._text = StoppedText(tokenizer, context, params.stop) if tokenizer else None
+        self._min_tokens = params.min_tokens
+        self._included = included = params.include_stop_str_in_output
+        self._text: StoppedText | None = None
+        if tokenizer is not None:
+            self._text = StoppedText(tokenizer, context, params.stop, included)
         self._tokenizer, self._context = tokenizer, context
         self._steps = build.StepReader(request, tokenizer, context)
         self._seen = 0
@@ -48,10 +52,11 @@ class Reader:
         while self._seen < len(request.tokens):
             token = request.tokens[self._seen]
             self._seen += 1
-            stopped = token in self._end_ids
-            if text is not None and not stopped:
-                text.push(token)
-                stopped = text.stopped
+            early = self._seen <= self._min_tokens
+            stopped = token in self._end_ids and not early
+            if text is not None and (self._included or not stopped):
+                text.push(token, early)
+                stopped |= text.stopped
             if stopped:
                 self._cut(engine)
                 break

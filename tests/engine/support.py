@@ -33,7 +33,8 @@ def speculate(
 
 
 def build(target, draft, tree, batch=1, page=64, steps=1, **sizes) -> Engine:
-    """An engine under the exact rule."""
+    """An engine under the exact rule; `eos_ids` end its texts."""
+    eos_ids = sizes.pop("eos_ids", ())
     config = EngineConfig(
         max_batch=batch,
         max_len=sizes.pop("max_len", 128),
@@ -42,7 +43,7 @@ def build(target, draft, tree, batch=1, page=64, steps=1, **sizes) -> Engine:
         prefill_chunks=(16,),
         **sizes,
     )
-    return Engine(target, config, speculate(draft, tree))
+    return Engine(target, config, speculate(draft, tree), eos_ids)
 
 
 def serve(engine, requests) -> list[Request]:

@@ -157,10 +157,10 @@ def test_nodes_of_a_tree_are_penalised_by_their_own_path():
         SamplingParams(),
     ]
     texts = {0: ([1, 2, 2], [3, 3, 5]), 1: ([4], []), 2: ([6, 1], [6])}
-    settings = SlotSettings(3, 8, ())
+    settings = SlotSettings(3, 8, (), V)
     for slot, own in enumerate(params):
         settings.insert(slot, own)
-    tables = TextSoFar(**settings.text(texts)).tables(V)
+    tables = TextSoFar.of(settings.text(texts)).tables(V)
     step = jnp.asarray([[7, 3, 0], [4, 8, 8], [5, 5, 5]])
     tables = tables.after(step, jnp.asarray([2, 1, 0]))
     texts[0][1].extend([7, 3])
@@ -188,7 +188,7 @@ def test_nodes_of_a_tree_are_penalised_by_their_own_path():
 
 def test_texts_are_sent_only_while_somebody_has_penalties():
     """A request that has ended leaves nothing of its settings in its slot."""
-    scheduler = Scheduler(EngineConfig(max_batch=2, max_len=8, page_size=8), (), 1)
+    scheduler = Scheduler(EngineConfig(max_batch=2, max_len=8, page_size=8), (), 1, 97)
     asked = Request([1], SamplingParams(presence_penalty=1.0, temperature=0.5))
     other = Request([1], SamplingParams())
     for request in (asked, other):
@@ -197,7 +197,7 @@ def test_texts_are_sent_only_while_somebody_has_penalties():
     for chunk in scheduler.chunks():
         scheduler.fed(chunk, 0.0)
     plan, _ = scheduler.plan()
-    assert plan.text["presence"].tolist() == [1.0, 0.0]
+    assert plan.text["repeats"]["presence"].tolist() == [1.0, 0.0]
     scheduler.cancel(asked)
     plan, _ = scheduler.plan()
     assert plan.text is None and not plan.sampling["temperature"].any()

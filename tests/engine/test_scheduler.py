@@ -126,7 +126,7 @@ def test_every_request_gets_its_tokens(seed, num_pages, ahead):
         prefill_chunks=(4, 8),
     )
     drafted = DraftCache(trails=WIDTH, in_pages=True, hears_all=HEARS_ALL)
-    scheduler = Scheduler(config, (), WIDTH, drafted)
+    scheduler = Scheduler(config, (), WIDTH, 97, drafted)
     device = Device(3, num_pages, seed)
     requests = []
     for _ in range(8):
@@ -180,7 +180,7 @@ def test_every_request_gets_its_tokens(seed, num_pages, ahead):
 
 def test_a_value_that_no_array_holds_takes_no_page():
     """Admission fails, and everything is as before."""
-    scheduler = Scheduler(EngineConfig(max_batch=1, max_len=16, page_size=8), (), 1)
+    scheduler = Scheduler(EngineConfig(max_batch=1, max_len=16, page_size=8), (), 1, 97)
     params = SamplingParams(temperature=0.5)
     # Settings refuse it; what else may go wrong here must lose no page either.
     object.__setattr__(params, "top_k", 2**31)

@@ -50,7 +50,7 @@ def arrays(settings: SlotSettings) -> dict[str, np.ndarray]:
 
 def test_a_cleared_slot_is_as_new():
     """In every array there is; a request that asks for all of them changed each."""
-    settings = SlotSettings(3, 16, ENDS)
+    settings = SlotSettings(3, 16, ENDS, 97)
     new = copy.deepcopy(arrays(settings))
     assert len(new) >= 10
     settings.insert(1, EVERYTHING)
@@ -63,10 +63,10 @@ def test_a_cleared_slot_is_as_new():
 
 
 def test_settings_of_what_runs_leave_the_others_out():
-    settings = SlotSettings(3, 16, ENDS)
+    settings = SlotSettings(3, 16, ENDS, 97)
     settings.insert(0, EVERYTHING)
     settings.insert(2, EVERYTHING)
-    alone = SlotSettings(3, 16, ENDS)
+    alone = SlotSettings(3, 16, ENDS, 97)
     alone.insert(2, EVERYTHING)
     running, before = settings.running([2]), copy.deepcopy(arrays(settings))
     for name, value in arrays(alone).items():
@@ -91,7 +91,7 @@ def values(plan) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("end", ["cancelled", "paused"])
 def test_a_slot_taken_over_keeps_nothing(end):
     """A plan is that of a scheduler in which the predecessor never was."""
-    used, fresh = Scheduler(CONFIG, ENDS, 1), Scheduler(CONFIG, ENDS, 1)
+    used, fresh = Scheduler(CONFIG, ENDS, 1, 97), Scheduler(CONFIG, ENDS, 1, 97)
     first = Request(list(range(30)), EVERYTHING)
     used.submit(first)
     prefill(used)
@@ -118,7 +118,7 @@ def test_a_slot_taken_over_keeps_nothing(end):
 
 def test_a_text_under_prefill_leaves_the_shortcuts_to_the_others():
     """It asks for everything, and a greedy text runs as if it were alone."""
-    both, alone = Scheduler(CONFIG, ENDS, 1), Scheduler(CONFIG, ENDS, 1)
+    both, alone = Scheduler(CONFIG, ENDS, 1, 97), Scheduler(CONFIG, ENDS, 1, 97)
     for scheduler in (both, alone):
         scheduler.submit(Request([1], SamplingParams(max_tokens=4)))
         if scheduler is both:
@@ -217,7 +217,7 @@ def test_memory_that_runs_out_anywhere_loses_no_page(after):
     config = dataclasses.replace(CONFIG, num_pages=5)
     number, calls = 0, 1
     while number < calls:
-        scheduler = Scheduler(config, ENDS, 1)
+        scheduler = Scheduler(config, ENDS, 1, 97)
         with pytest.MonkeyPatch.context() as patched:
             counted = OutOfMemory(patched, number, after)
             requests = submit(scheduler)

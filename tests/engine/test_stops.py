@@ -129,6 +129,39 @@ def test_tokens_that_end_the_output(qwen):
     assert read(qwen, ids, **both).token_ids == ids[:1]
 
 
+def test_the_stop_may_stay(qwen):
+    """Whichever was completed first, as it is spelt; also that of a token."""
+    ids = qwen.encode(f"the cat{END} sat")
+    for stop, shown in [
+        ("cat", "the cat"),
+        (["ca", "cat"], "the ca"),
+        (["e c", "the ca"], "the c"),
+        (END, f"the cat{END}"),
+        (f"t{END} s", f"the cat{END} s"),
+    ]:
+        found = read(qwen, ids, stop=stop, include_stop_str_in_output=True)
+        assert (found.text, found.finish_reason) == (shown, "stop")
+    kept = read(qwen, ids, stop_token_ids=ids[-1:], include_stop_str_in_output=True)
+    assert (kept.text, kept.finish_reason) == (qwen.decode(ids), "stop")
+
+
+def test_a_short_text_does_not_stop(qwen):
+    """A stop text that the first tokens complete is passed over, the next is not."""
+    text = "a cat, a cat, a cat"
+    ids = qwen.encode(text)
+    completed = [
+        n for n in range(1, len(ids) + 1) if qwen.decode(ids[:n])[-3:] == "cat"
+    ]
+    for count in range(len(ids) + 1):
+        found = read(qwen, ids, stop="cat", min_tokens=count)
+        later = sum(n <= count for n in completed)
+        assert found.text == (text if later == 3 else "a cat, " * later + "a ")
+        ends = completed[later] if later < 3 else len(ids)
+        assert len(found.token_ids) == ends
+    ends = read(qwen, ids, stop_token_ids=ids[:1], min_tokens=len(ids))
+    assert ends.finish_reason == "length" and ends.token_ids == ids
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_stops_end_where_a_search_of_the_whole_text_finds_them(qwen, data):

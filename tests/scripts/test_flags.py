@@ -34,7 +34,8 @@ SAMPLES = {
 def sample(setting):
     kind = getattr(setting.kind, "__name__", "")
     kind = str(setting.kind) if kind == "tuple" else kind
-    return SAMPLES["repeatable" if setting.dotted == "sampling.stop" else kind]
+    repeatable = ("sampling.stop", "sampling.bad_words")
+    return SAMPLES["repeatable" if setting.dotted in repeatable else kind]
 
 
 @pytest.fixture

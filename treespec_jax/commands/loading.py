@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from treespec_jax import limits
+from treespec_jax.arguments import with_token_ids
 from treespec_jax.checkpoints import drafters
 from treespec_jax.commands.prompts import Prompt
 from treespec_jax.commands.settings import MODEL, SECTIONS, Experiment
@@ -124,7 +125,9 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
         raise UserError(
             "the target's checkpoint has no tokenizer; name one with --tokenizer=PATH"
         )
-    limits.check_bias(settings.sampling.logit_bias, target.config.vocab_size)
+    about = target.config
+    params = with_token_ids(settings.sampling, target.tokenizer)
+    limits.check_params(params, about.vocab_size, about.eos_ids)
     return target, max_len
 
 

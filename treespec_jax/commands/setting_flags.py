@@ -32,15 +32,20 @@ HELP: dict[str, dict[str, str]] = {
     },
     "sampling": {
         "max_tokens": "tokens to emit per prompt, at most",
+        "min_tokens": "tokens to emit before one that ends the text",
         "temperature": "0 is greedy",
-        "top_k": "keep the k likeliest tokens; 0: all",
+        "top_k": "keep the k likeliest tokens; 0 or -1: all",
         "top_p": "keep the likeliest tokens that have this probability together",
         "min_p": "keep tokens of at least this fraction of the greatest probability",
-        "seed": "of the noise (of the first prompt, where each has its own)",
+        "seed": "of the first prompt's noise, those of the others follow; -1: a fresh "
+        "one, which --json reports",
         "stop": "text that ends the output; repeatable; default: none",
         "stop_token_ids": "tokens that end the output; default: none",
+        "include_stop_str_in_output": "keep the stop text that ended the output",
         "ignore_eos": "go on past the end of text",
         "logprobs": "log p of every token, with --json",
+        "bad_words": "text whose tokens must not come about; repeatable; default: none",
+        "allowed_token_ids": "the only tokens that may be emitted; default: all",
         "repetition_penalty": "> 1 makes tokens of prompt and output less likely",
         "presence_penalty": "taken off the logits of tokens that were emitted",
         "frequency_penalty": "taken off once per time that a token was emitted",
@@ -115,6 +120,8 @@ _NAMES = {
     "speculative.options": "drafter_option",
     "benchmark.chat_options": "chat_option",
 }
+# Settings of several texts, each of which may hold commas.
+_TEXTS = ("sampling.stop", "sampling.bad_words")
 _DEFINE = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -156,8 +163,7 @@ class SettingFlags:
             if setting.default not in (None, "", ()):
                 words += f"; default: {_shown(setting.default)}"
             define = flags.DEFINE_multi_string
-            # The texts of a stop setting may hold commas.
-            if setting.dotted != "sampling.stop" and not _is_mapping(setting.kind):
+            if setting.dotted not in _TEXTS and not _is_mapping(setting.kind):
                 define = _DEFINE[typing.get_origin(setting.kind) or setting.kind]
             define(name_of(setting), None, words)
 
@@ -208,6 +214,8 @@ def _is_mapping(kind: Any) -> bool:
 def _parsed(setting: Setting, value: Any) -> Any:
     """The setting's value of what absl parsed."""
     name, items = name_of(setting), typing.get_args(setting.kind)
+    if setting.dotted in _TEXTS:
+        return tuple(value)
     if _is_mapping(setting.kind):
         pair = _option if typing.get_args(items[0])[0] is str else _bias
         return tuple(pair(name, text) for text in value)

@@ -294,11 +294,15 @@ class Setting:
 
 @functools.cache
 def fields_of(section: str) -> tuple[Setting, ...]:
-    """The settings of a section, "" for those outside any, from its dataclass."""
+    """The settings of a section, "" for those outside any, from its dataclass.
+
+    Not those that only Python can give, functions for example.
+    """
     cls = SECTIONS[section] if section else Experiment
     hints, default = typing.get_type_hints(cls), cls()
+    fields = [f for f in dataclasses.fields(cls) if not f.metadata.get("python")]
     found = []
-    for name in (field.name for field in dataclasses.fields(cls)):
+    for name in (field.name for field in fields):
         kind = hints[name]
         if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
             (kind,) = (t for t in typing.get_args(kind) if t is not types.NoneType)
@@ -362,6 +366,7 @@ def default_config():
         for field in fields_of(section):
             value = field.default
             if value is None:
-                value = config_dict.placeholder(field.kind)
+                kind = typing.get_origin(field.kind) or field.kind
+                value = config_dict.placeholder(kind)
             (config[section] if section else config)[field.name] = value
     return config.lock()

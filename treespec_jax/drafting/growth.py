@@ -81,14 +81,15 @@ def _penalised(penalties, root_logits_VB, expand: Expand):
     """Both under the penalties of the policy, each node by its own path."""
     B = root_logits_VB.shape[1]
     nobody = jnp.zeros((B, 0), jnp.int32)
-    root_logits_VB = penalties.apply(root_logits_VB, nobody, jnp.zeros((B, 1, 0), bool))
+    nowhere = jnp.zeros((B, 1, 0), bool)
+    root_logits_VB = penalties.apply_to_draft(root_logits_VB, nobody, nowhere)
 
     def expand_and_penalise(level: Level, scratch):
         # All nodes of a path were expanded: the mask marks just these.
         tokens_BE, inner = (nobody, None) if scratch is None else scratch
         logits_VR, inner = expand(level, inner)
         tokens_BU = jnp.concatenate([tokens_BE, level.tokens], axis=1)
-        logits_VR = penalties.apply(logits_VR, tokens_BU, level.mask)
+        logits_VR = penalties.apply_to_draft(logits_VR, tokens_BU, level.mask)
         return logits_VR, (tokens_BU, inner)
 
     return root_logits_VB, expand_and_penalise

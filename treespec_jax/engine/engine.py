@@ -23,6 +23,7 @@ from treespec_jax.engine.scheduler import Scheduler
 from treespec_jax.engine.slots import SlotSettings
 from treespec_jax.engine.state import Outbox
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.sampling import constraints
 from treespec_jax.speculation import PLAIN, Speculation
 from treespec_jax.trees.shapes import TreeShape
 
@@ -76,6 +77,7 @@ class Engine:
         self.config = config
         self.speculation = speculation
         self.prefill_seconds = self.decode_seconds = 0.0
+        self._vocab_size, self._eos_ids = target.config.vocab_size, tuple(eos_ids)
         needs = speculation.drafter.needs
         window = rehearsal.window(speculation, config.steps_per_dispatch)
         drafted = DraftCache(
@@ -84,7 +86,9 @@ class Engine:
             in_pages=needs.in_pages,
             hears_all=needs.history or needs.successors > 0,
         )
-        self._scheduler = Scheduler(config, eos_ids, speculation.depth + 1, drafted)
+        self._scheduler = Scheduler(
+            config, eos_ids, speculation.depth + 1, self._vocab_size, drafted
+        )
         self._executor = Executor(
             target, speculation, config, self._scheduler.num_pages
         )
@@ -154,8 +158,23 @@ class Engine:
         return self._executor.program(plan, self.speculation.shape)
 
     def check(self, request: Request) -> None:
-        """Raises UserError: an empty prompt, or one without room for a new token."""
+        """Raises UserError for a request that cannot run.
+
+        An empty prompt, or one without room for a new token; tokens that the model
+        lacks; settings that forbid every token; a function of logits that fails.
+        """
         limits.check_prompt(request.prompt, self.config.max_len)
+        self.check_params(request.params)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises UserError for settings that no request can have, whatever its prompt.
+
+        Args:
+          params: bad words among them are token ids.
+        """
+        limits.check_params(params, self._vocab_size, self._eos_ids)
+        chain, length = params.logits_processors, self.config.max_len
+        constraints.check(chain, length, self._vocab_size)
 
     def submit(self, request: Request) -> None:
         """Queues a request; raises what `check` raises."""
@@ -185,10 +204,11 @@ class Engine:
           logits: float32 [V], the target's after the text.
           params: `SamplingParams`.
         """
-        settings = SlotSettings(1, self.config.max_len + 1, ())
+        sizes = 1, self.config.max_len + 1
+        settings = SlotSettings(*sizes, self._eos_ids, self._vocab_size)
         settings.insert(0, params)
         text = None
-        if params.penalised:
+        if params.penalised or len(tokens) - prompt < params.min_tokens:
             text = settings.text({0: (tokens[:prompt], tokens[prompt:])})
         return self._executor.choose(logits, len(tokens), settings.sampling(), text)
 

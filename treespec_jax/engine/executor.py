@@ -169,7 +169,7 @@ class Executor:
             logits[None],
             np.array([position], np.int32),
             Sampling(**sampling),
-            TextSoFar(**text) if text is not None else None,
+            TextSoFar.of(text) if text is not None else None,
         )
         return int(token)
 
@@ -330,5 +330,5 @@ def _control(plan: Plan, rehearse: bool = False) -> Control:
         want_logprobs=plan.want_logprobs,
         max_steps=plan.max_steps,
         rehearse=np.bool_(rehearse),
-        text=TextSoFar(**plan.text) if plan.text is not None else None,
+        text=TextSoFar.of(plan.text) if plan.text is not None else None,
     )

@@ -44,6 +44,16 @@ class Request:
     def __post_init__(self):
         self.params = self.params.for_text()
 
+    @property
+    def penalised(self) -> bool:
+        """Whether the next token's logits are changed before temperature."""
+        return self.params.penalised or self.early
+
+    @property
+    def early(self) -> bool:
+        """Whether the text is too short to end."""
+        return len(self.tokens) < self.params.min_tokens
+
     def forked(self, params: SamplingParams) -> Request:
         """A request of the same text so far, with settings of its own."""
         return dataclasses.replace(copy.deepcopy(self), params=params)

@@ -53,6 +53,7 @@ class Scheduler:
       config: fixed sizes.
       eos_ids: tokens that end a text, unless a request ignores them.
       width: C + 1, tokens that a step may emit.
+      vocab_size: V.
       drafted: what the drafter keeps by page.
 
     Attributes:
@@ -65,6 +66,7 @@ class Scheduler:
         config: EngineConfig,
         eos_ids: Sequence[int],
         width: int,
+        vocab_size: int,
         drafted: DraftCache = NOTHING_DRAFTED,
     ):
         self.config = config
@@ -82,7 +84,9 @@ class Scheduler:
         self._arrivals = itertools.count()
         table = config.max_batch, self._pages_per_slot
         self._page_table = np.full(table, TRASH_PAGE, np.int32)
-        self._settings = SlotSettings(config.max_batch, config.max_len, eos_ids)
+        self._settings = SlotSettings(
+            config.max_batch, config.max_len, eos_ids, vocab_size
+        )
 
     @property
     def busy(self) -> bool:
@@ -263,7 +267,7 @@ class Scheduler:
         """
         running = self._occupied()
         open_ended = any(
-            not slot.ready or slot.request.params.stop or slot.request.params.penalised
+            not slot.ready or slot.request.params.stop or slot.request.penalised
             for slot in running.values()
         )
         if self._waiting or open_ended:
@@ -446,7 +450,7 @@ class Scheduler:
         for index, slot in ready.items():
             room = len(slot.pages) * self.config.page_size
             limits_B[index] = min(slot.limit, room)
-        penalised = any(slot.request.params.penalised for slot in ready.values())
+        penalised = any(slot.request.penalised for slot in ready.values())
         texts = {
             index: (slot.request.prompt, slot.request.tokens)
             for index, slot in ready.items()

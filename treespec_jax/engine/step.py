@@ -213,7 +213,10 @@ def decide(
             p = policy.distributions(logits_VR, sampling.softened())
             log_p_VBT = p.log_probabilities().reshape(-1, *tree.depth.shape)
             scores = speculation.cascade.scores(tree, log_p_VBT, sampling.greedy)
-            logits_VR = scores.reshape(logits_VR.shape)
+            scores = scores.reshape(logits_VR.shape)
+            if turn.penalties is not None:
+                scores = turn.penalties.keep_forbidden(scores, logits_VR)
+            logits_VR = scores
             sampling = sampling.neutral()
         verdict = speculation.rule.decide(
             tree, logits_VR, sampling, turn.randomness, depth

@@ -2,6 +2,7 @@
 
 from treespec_jax.checkpoints.tokenizers.base import TextStream, Tokenizer
 from treespec_jax.checkpoints.tokenizers.files import find_tokenizer, load_tokenizer
+from treespec_jax.checkpoints.tokenizers.spellings import spellings
 from treespec_jax.checkpoints.tokenizers.vocabulary import (
     check_pair,
     check_rows,
@@ -18,4 +19,5 @@ __all__ = [
     "find_tokenizer",
     "fingerprint",
     "load_tokenizer",
+    "spellings",
 ]
