@@ -185,6 +185,20 @@ def as_bool(name: str, value: Any) -> bool:
     return value
 
 
+def as_count(name: str, value: Any) -> int | None:
+    """How many, None for none: True is 0 of them, False None.
+
+    Raises:
+      UserError: anything but a whole number of at least 0, True, False or None.
+    """
+    if value is None:
+        return None
+    try:
+        return 0 if as_bool(name, value) else None
+    except UserError:
+        return as_int(name, value, 0)
+
+
 def as_int(name: str, value: Any, least: int, bits: int = 31) -> int:
     """A whole number of any type, as numpy has its own.
 

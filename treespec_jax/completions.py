@@ -18,6 +18,24 @@ Prompt = str | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """One token that stands, or might have stood, somewhere in a text.
+
+    Attributes:
+      token_id: of the vocabulary.
+      text: that it stands for by itself; its spelling, if it is a control token, and
+        "" without a tokenizer.
+      logprob: natural log p under the target, before penalties and the like.
+      rank: 1 is the likeliest token there.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Completion:
     """One finished text.
 
@@ -29,6 +47,10 @@ class Completion:
       finish_reason: "stop" (end-of-text token or stop text) or "length" (max_tokens,
         max_len, or more pages than there are).
       logprobs: natural log p of each token under the target, if asked for.
+      top_logprobs: for each token the k likeliest ones in its stead, best first, and
+        behind them the token itself if it is not one of them; None if k is 0.
+      prompt_logprobs: as `logprobs`, of the prompt's tokens; None for the first.
+      prompt_top_logprobs: as `top_logprobs`, likewise.
       seed: of its noise, a fresh one where none was asked for; given again, it gives
         the text again.
       stats: of this request.
@@ -44,6 +66,9 @@ class Completion:
     token_ids: list[int]
     finish_reason: str
     logprobs: list[float] | None
+    top_logprobs: list[list[TokenLogprob]] | None
+    prompt_logprobs: list[float | None] | None
+    prompt_top_logprobs: list[list[TokenLogprob] | None] | None
     seed: int
     stats: Stats
     records: list[TreeRecord] = dataclasses.field(default_factory=list)

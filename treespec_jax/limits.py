@@ -139,13 +139,20 @@ def check_tokens(ids: Iterable[int], vocab_size: int) -> None:
 def check_params(
     params: SamplingParams, vocab_size: int, eos_ids: Iterable[int]
 ) -> None:
-    """Raises UserError: tokens that the model lacks, or no token that is always free.
+    """Raises UserError: tokens that the model lacks, more of them than there are, or no
+    token that is always free.
 
     Args:
       params: its bad words are token ids.
       vocab_size: V.
       eos_ids: tokens that end a text.
     """
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            raise UserError(
+                f"{name}={getattr(params, name)} is more than the {vocab_size} tokens "
+                "of the vocabulary; lower it"
+            )
     words = params.bad_words
     tokens = {
         "logit_bias": {token for token, _ in params.logit_bias},

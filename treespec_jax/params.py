@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from treespec_jax.checks import (
     as_bias,
     as_bool,
+    as_count,
     as_int,
     check_float,
     check_functions,
@@ -47,8 +48,12 @@ class SamplingParams:
       include_stop_str_in_output: keep the stop text that ended the output, or the text
         of the token of `stop_token_ids`; else it is not part of it.
       ignore_eos: go on past the end-of-text token.
-      logprobs: also return log p (natural, of the model before penalties, bias,
-        temperature and truncation) of every emitted token.
+      logprobs: also return log p (natural, of the target, before penalties, bias and
+        all else that is set here) of every emitted token, and of the so many likeliest
+        tokens in its stead. 0, or True, is that of the emitted one alone; None, or
+        False, is none.
+      prompt_logprobs: the same of the prompt's tokens but the first, each after those
+        in front of it.
       bad_words: texts, or lists of token ids, that must not come about: their last
         token is forbidden where the text, prompt included, ends with the others. A text
         stands for its tokens, alone and behind a space (`tokenizers.spellings`).
@@ -78,7 +83,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    logprobs: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processors: tuple[Callable[..., Any], ...] = dataclasses.field(
@@ -114,7 +120,9 @@ class SamplingParams:
         checked["top_k"] = max(checked["top_k"], 0)
         seed = -1 if self.seed is None else as_int("seed", self.seed, -1, SEED_BITS)
         checked["seed"] = None if seed < 0 else seed
-        for name in ("ignore_eos", "logprobs", "include_stop_str_in_output"):
+        for name in ("logprobs", "prompt_logprobs"):
+            checked[name] = as_count(name, getattr(self, name))
+        for name in ("ignore_eos", "include_stop_str_in_output"):
             checked[name] = as_bool(name, getattr(self, name))
         for name, (low, high, open_low) in self._FLOATS.items():
             check_float(name, getattr(self, name), low, high, open_low)

@@ -6,9 +6,9 @@ import functools
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 from treespec_jax.checkpoints.tokenizers import Tokenizer
-from treespec_jax.completions import Completion, Messages, Prompt
+from treespec_jax.completions import Completion, Messages, Prompt, TokenLogprob
 from treespec_jax.engine.engine import Engine
-from treespec_jax.engine.request import Request
+from treespec_jax.engine.request import BestTokens, Request
 from treespec_jax.stops import StoppedText
 from treespec_jax.tracing import build
 from treespec_jax.tracing.trace import Step
@@ -83,8 +83,37 @@ class Reader:
         """Recorded steps not taken yet; none if the engine does not record."""
         return self._steps.read()
 
+    def _tops(
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[float | None],
+        top: Sequence[BestTokens | None],
+    ) -> list[list[TokenLogprob] | None]:
+        """The likeliest tokens at each position, and the one that stands there."""
+        found: list[list[TokenLogprob] | None] = []
+        for token, logprob, best in zip(tokens, logprobs, top, strict=True):
+            if best is None:
+                found.append(None)
+                continue
+            some = list(zip(best.tokens, best.log_probs, strict=True))
+            some = [(t, p, rank) for rank, (t, p) in enumerate(some, 1)]
+            if token not in best.tokens:
+                some.append((token, logprob, best.rank))
+            found.append([TokenLogprob(t, self._shown(t), p, r) for t, p, r in some])
+        return found
+
+    def _shown(self, token: int) -> str:
+        """The text of one token, or the spelling of a control token."""
+        tokenizer = self._tokenizer
+        if tokenizer is None or token >= tokenizer.vocab_size:
+            return ""
+        data = tokenizer.token_bytes(token)
+        return data.decode("utf-8", "replace") if data else tokenizer.piece(token)
+
     def completion(self) -> Completion:
-        request = self.request
+        request, params = self.request, self.request.params
+        # A text that was given up may have no more than a part of them.
+        scored = len(request.prompt_logprobs) == len(request.prompt)
         text = self._text.text if self._text is not None else ""
         make_trace = None
         if len(request.records) == len(request.steps):
@@ -96,7 +125,16 @@ class Reader:
             text=text,
             token_ids=request.tokens,
             finish_reason=request.finish_reason,
-            logprobs=request.logprobs if request.params.logprobs else None,
+            logprobs=None if params.logprobs is None else request.logprobs,
+            top_logprobs=self._tops(request.tokens, request.logprobs, request.top)
+            if params.logprobs
+            else None,
+            prompt_logprobs=request.prompt_logprobs if scored else None,
+            prompt_top_logprobs=self._tops(
+                request.prompt, request.prompt_logprobs, request.prompt_top
+            )
+            if params.prompt_logprobs and scored
+            else None,
             seed=request.params.seed,
             stats=request.stats,
             records=request.records,

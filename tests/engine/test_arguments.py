@@ -131,7 +131,9 @@ def test_params_that_are_none(given, message):
         ({"ignore_eos": 0}, "ignore_eos must be true or false, got 0"),
         ({"top_k": -2}, "top_k must be a whole number >= -1, got -2"),
         ({"seed": -2}, "seed must be a whole number >= -1, got -2"),
-        ({"logprobs": 5}, "logprobs must be true or false, got 5"),
+        ({"logprobs": -1}, "logprobs must be a whole number >= 0, got -1"),
+        ({"logprobs": "5"}, "logprobs must be a whole number >= 0, got '5'"),
+        ({"prompt_logprobs": 1.0}, "prompt_logprobs must be a whole number >= 0"),
         ({"temperature": "0.5"}, "temperature must be a number, got '0.5'"),
         ({"temperature": b"1"}, "temperature must be a number, got b'1'"),
         ({"temperature": True}, "temperature must be a number, got True"),
@@ -232,6 +234,8 @@ def test_any_value_is_what_it_says_or_refused(name, value):
         assert "\n" not in str(error)
         return
     special = {"top_k": {-1: 0}, "seed": {-1: None}}.get(name, {})
+    if name in ("logprobs", "prompt_logprobs") and isinstance(value, bool):
+        special = {True: 0, False: None}
     if isinstance(value, (int, float, bool)) and name != "stop_token_ids":
         assert found == special.get(value, value)
 

@@ -91,6 +91,7 @@ class Device:
             ranks=ranks,
             sources=ranks,
             logprobs=None,
+            top=None,
             trees=None,
         )
         return types.SimpleNamespace(emission=emission, steps=steps)

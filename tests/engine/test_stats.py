@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treespec_jax.config import SamplingParams
-from treespec_jax.engine import step as stepping
-from treespec_jax.engine.request import Request
+from treespec_jax.engine.emission import child_ranks
+from treespec_jax.engine.request import BestTokens, Request
 from treespec_jax.engine.stats import Stats, total
 from treespec_jax.trees.records import StepRecord, TreeRecord
 from treespec_jax.tuning.calibration import accepted_by_rank
@@ -27,7 +27,7 @@ def step_of(ranks) -> StepRecord:
 
 def request_of(steps) -> Request:
     """As the engine files it: every step's accepted ranks, and one token more."""
-    request = Request([1], SamplingParams(logprobs=True))
+    request = Request([1], SamplingParams(logprobs=1))
     request.stats.emitted_counts = [0] * (DEPTH + 2)
     request.stats.sources = ("copy", "guess")
     for ranks in steps:
@@ -38,6 +38,7 @@ def request_of(steps) -> Request:
         for _ in range(len(ranks) + 1):
             request.tokens.append(len(request.tokens))
             request.logprobs.append(-1.0)
+            request.top.append(BestTokens([5], [-1.0], 1))
     return request
 
 
@@ -74,6 +75,7 @@ def test_a_cut_text_is_counted_as_if_no_more_had_come(steps, data):
     assert request.stats == request_of(expected).stats
     assert request.stats.tokens == len(request.tokens) == len(request.logprobs) == count
     assert len(request.records) == request.stats.steps
+    assert len(request.top) == count
     assert request.arrivals == request_of(expected).arrivals
     assert sum(request.stats.rank_counts) == request.stats.accepted
 
@@ -84,7 +86,7 @@ def test_ranks_leave_out_empty_places():
     valid = np.array([[True] * 8, [True, True, False, True, True, True, False, True]])
     path = np.array([[0, 2, 5, 7], [0, 3, 7, 0]])
     tree = types.SimpleNamespace(parents=jnp.asarray(parents), valid=jnp.asarray(valid))
-    ranks = np.asarray(jax.jit(lambda p: stepping._ranks(tree, p))(path))
+    ranks = np.asarray(jax.jit(lambda p: child_ranks(tree, p))(path))
     assert ranks[0].tolist() == [1, 1, 0] and ranks[1, :2].tolist() == [1, 0]
     probability = np.where(valid, -1.0, -np.inf)
     for slot, want in enumerate(([1, 2], [1, 1])):

@@ -35,6 +35,8 @@ def sample(setting):
     kind = getattr(setting.kind, "__name__", "")
     kind = str(setting.kind) if kind == "tuple" else kind
     repeatable = ("sampling.stop", "sampling.bad_words")
+    if setting.dotted in ("sampling.logprobs", "sampling.prompt_logprobs"):
+        return "5", 5
     return SAMPLES["repeatable" if setting.dotted in repeatable else kind]
 
 
@@ -67,6 +69,24 @@ def test_every_field_has_a_flag(own_flags, monkeypatch, section):
     flags.FLAGS(["program", *(f"--{name}={text}" for name, text in given.items())])
     monkeypatch.setattr(settings, "build", lambda config, given: (config, given))
     assert made.experiment() == (None, {s.dotted: sample(s)[1] for s in wanted})
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("--logprobs", True),
+        ("--logprobs=true", True),
+        ("--nologprobs", False),
+        ("--logprobs=0", 0),
+        ("--logprobs=7", 7),
+    ],
+)
+def test_counts_are_switches_too(own_flags, given, found):
+    setting_flags.SettingFlags().define()
+    flags.FLAGS(["program", given])
+    assert flags.FLAGS.logprobs is found or (flags.FLAGS.logprobs, found) == (7, 7)
+    with pytest.raises(flags.IllegalFlagValueError, match="a whole number, true or"):
+        flags.FLAGS(["program", "--logprobs=many"])
 
 
 def test_every_field_is_in_configuration_files_and_json():

@@ -22,12 +22,15 @@ class Chunk:
       start: int32 [1], absolute position of the first.
       count: int32 [1], may be 0.
       page_table: int32 [1, max_pages], the slot's row.
+      top: K, likeliest tokens to tell beside the log p of the prompt's (`engine.step`);
+        None: neither. Another number is another program.
     """
 
     tokens: jax.Array
     start: jax.Array
     count: jax.Array
     page_table: jax.Array
+    top: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 def run_chunk(

@@ -155,7 +155,7 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
             "comparison": comparison,
             "versions": machine.versions(),
         }
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2, default=dataclasses.asdict))
         return
     print(_table(settings, stats, timing))
     for line in tables.reliability({settings.speculative.tree: reliability}):
@@ -310,11 +310,13 @@ def _parts(compared: Compared, target, text, params) -> dict[str, float] | None:
 
 
 def _completion(completion) -> dict[str, Any]:
-    names = ["prompt", "text", "token_ids", "finish_reason"]
+    names = ["prompt", "text", "token_ids", "finish_reason", "seed"]
     values = {name: getattr(completion, name) for name in names}
     values["stats"] = completion.stats.as_dict()
-    if completion.logprobs is not None:
-        values["logprobs"] = completion.logprobs
+    for name in ("", "top_", "prompt_", "prompt_top_"):
+        found = getattr(completion, f"{name}logprobs")
+        if found is not None:
+            values[f"{name}logprobs"] = found
     return values
 
 

@@ -43,7 +43,9 @@ HELP: dict[str, dict[str, str]] = {
         "stop_token_ids": "tokens that end the output; default: none",
         "include_stop_str_in_output": "keep the stop text that ended the output",
         "ignore_eos": "go on past the end of text",
-        "logprobs": "log p of every token, with --json",
+        "logprobs": "log p of every token and of so many likelier ones, with --json; "
+        "true: of the token alone; default: none",
+        "prompt_logprobs": "the same of the prompt's tokens; default: none",
         "bad_words": "text whose tokens must not come about; repeatable; default: none",
         "allowed_token_ids": "the only tokens that may be emitted; default: all",
         "repetition_penalty": "> 1 makes tokens of prompt and output less likely",
@@ -122,6 +124,8 @@ _NAMES = {
 }
 # Settings of several texts, each of which may hold commas.
 _TEXTS = ("sampling.stop", "sampling.bad_words")
+# Settings that say how many, or by true and false whether.
+_COUNTS = ("sampling.logprobs", "sampling.prompt_logprobs")
 _DEFINE = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -162,6 +166,9 @@ class SettingFlags:
             words = HELP[setting.section][setting.name]
             if setting.default not in (None, "", ()):
                 words += f"; default: {_shown(setting.default)}"
+            if setting.dotted in _COUNTS:
+                _define_count(name_of(setting), words)
+                continue
             define = flags.DEFINE_multi_string
             if setting.dotted not in _TEXTS and not _is_mapping(setting.kind):
                 define = _DEFINE[typing.get_origin(setting.kind) or setting.kind]
@@ -187,6 +194,26 @@ class SettingFlags:
             if value is not None:
                 given[setting.dotted] = _parsed(setting, value)
         return settings.build(config, given)
+
+
+class _CountParser(flags.ArgumentParser):
+    """A whole number, or true or false as of a flag without a value."""
+
+    syntactic_help = "a whole number, true or false"
+
+    def parse(self, argument: Any) -> int | bool:
+        text = str(argument).lower()
+        if text in ("true", "false"):
+            return text == "true"
+        if not text.isdecimal():
+            raise ValueError(f"expected {self.syntactic_help}, got {argument!r}")
+        return int(text)
+
+
+def _define_count(name: str, words: str) -> None:
+    """A flag --name=5 that --name alone, and --noname, are too."""
+    parser, serializer = _CountParser(), flags.ArgumentSerializer()
+    flags.DEFINE_flag(flags.Flag(parser, serializer, name, None, words, boolean=True))
 
 
 def name_of(setting: Setting) -> str:

@@ -382,14 +382,15 @@ class Engine:
             for chunk in chunks:
                 self._concerned = (chunk.slot,)
                 began = time.perf_counter()
+                scores = None
                 if chunk.cached:
                     self._executor.resume(chunk)
                 else:
-                    self._executor.prefill(chunk)
+                    scores = self._executor.prefill(chunk)
                 if chunk.begins:
                     self._chooser.begin_text()
                 seconds = time.perf_counter() - began
-                self._scheduler.fed(chunk, seconds)
+                self._scheduler.fed(chunk, seconds, scores)
                 self.prefill_seconds += seconds
             if self._scheduler.ready:
                 break

@@ -113,10 +113,15 @@ class Executor:
             return True
         return False
 
-    def prefill(self, chunk: ChunkPlan) -> None:
-        """Puts a chunk of a text into the caches, and waits until it is there."""
-        self._state = self._prefill(self._leaves, self._state, *_chunk(chunk))
+    def prefill(self, chunk: ChunkPlan) -> Any:
+        """Puts a chunk of a text into the caches, and waits until it is there.
+
+        Returns:
+          `PromptScores` of NumPy arrays, if the chunk asks for them, else None.
+        """
+        self._state, scores = self._prefill(self._leaves, self._state, *_chunk(chunk))
         jax.block_until_ready(self._state.root)
+        return jax.device_get(scores)
 
     def resume(self, chunk: ChunkPlan) -> None:
         """Tells the drafter of a chunk that is in the caches already."""
@@ -256,10 +261,10 @@ class Executor:
         )
         return placement.pin(state, self._placement.mesh)
 
-    def _traced_prefill(self, leaves, state, *args) -> DecodeState:
+    def _traced_prefill(self, leaves, state, *args):
         self.compilations["prefill"] += 1
-        state = stepping.prefill(*self._bind(leaves), state, *args)
-        return placement.pin(state, self._placement.mesh)
+        done = stepping.prefill(*self._bind(leaves), state, *args)
+        return placement.pin(done, self._placement.mesh)
 
     def _traced_resume(self, leaves, state, *args) -> DecodeState:
         self.compilations["resume"] += 1
@@ -301,7 +306,7 @@ def fetch(outbox: Outbox) -> Any:
 
 def _chunk(chunk: ChunkPlan) -> tuple:
     """Arguments of a prefill behind the state."""
-    rows = Chunk(chunk.tokens, chunk.start, chunk.count, chunk.page_table)
+    rows = Chunk(chunk.tokens, chunk.start, chunk.count, chunk.page_table, chunk.top)
     return np.int32(chunk.slot), rows, (chunk.following, chunk.root)
 
 
@@ -330,5 +335,6 @@ def _control(plan: Plan, rehearse: bool = False) -> Control:
         want_logprobs=plan.want_logprobs,
         max_steps=plan.max_steps,
         rehearse=np.bool_(rehearse),
+        top=plan.top,
         text=TextSoFar.of(plan.text) if plan.text is not None else None,
     )

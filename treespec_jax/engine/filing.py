@@ -6,8 +6,42 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax.engine.request import Request
+from treespec_jax.engine.request import BestTokens, Request
 from treespec_jax.trees.records import StepRecord, TreeRecord
+
+
+def best_of(
+    tokens: np.ndarray, log_probs: np.ndarray, ranks: np.ndarray, count: int
+) -> list[BestTokens]:
+    """The `count` likeliest of K tokens at n positions.
+
+    Args:
+      tokens: int32 [n, K].
+      log_probs: float32 [n, K].
+      ranks: int32 [n].
+      count: at most K.
+    """
+    some = tokens[:, :count].tolist(), log_probs[:, :count].tolist(), ranks.tolist()
+    return [BestTokens(*values) for values in zip(*some, strict=True)]
+
+
+def enter_prompt(request: Request, scores: Any, start: int, count: int) -> None:
+    """Enters what the target says of a chunk of a text, as far as that is the prompt.
+
+    Args:
+      request: whose prompt it is.
+      scores: `engine.state.PromptScores` of NumPy arrays.
+      start: position of the chunk's first token.
+      count: tokens of the chunk.
+    """
+    if start == 0:
+        request.prompt_logprobs, request.prompt_top = [None], [None]
+    count = min(count, len(request.prompt) - 1 - start)
+    request.prompt_logprobs += scores.log_probs[0, :count].tolist()
+    if scores.top is not None:
+        top = scores.top
+        some = [x[0, :count] for x in (top.tokens, top.log_probs, top.ranks)]
+        request.prompt_top += best_of(*some, request.params.prompt_logprobs)
 
 
 def enter(request: Request, outbox: Any, index: int, nodes: int) -> int:
@@ -30,8 +64,14 @@ def enter(request: Request, outbox: Any, index: int, nodes: int) -> int:
     steps, arrived = len(counts_S), int(counts_S.sum())
     emitted_SW = np.arange(emission.tokens.shape[-1]) < counts_S[:, None]
     request.tokens += emission.tokens[:steps, index][emitted_SW].tolist()
-    if request.params.logprobs:
+    if request.params.logprobs is not None:
         request.logprobs += emission.logprobs[:steps, index][emitted_SW].tolist()
+    if request.params.logprobs:
+        some = [
+            x[:steps, index][emitted_SW]
+            for x in (emission.top.tokens, emission.top.log_probs, emission.top.ranks)
+        ]
+        request.top += best_of(*some, request.params.logprobs)
     if arrived == steps:
         record = StepRecord(nodes, [], [])
         request.steps += [record] * steps

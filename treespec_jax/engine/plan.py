@@ -27,6 +27,7 @@ class ChunkPlan:
       begins: whether it is the first of its text.
       cached: whether its rows are in the caches already, so that only the drafter has
         to be told.
+      top: K of the prompt's log p, see `cache.prefill.Chunk`.
     """
 
     slot: int
@@ -38,6 +39,7 @@ class ChunkPlan:
     page_table: np.ndarray
     begins: bool = False
     cached: bool = False
+    top: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Plan:
       want_logprobs: bool [B].
       sampling: fields of `sampling.policy.Sampling`.
       text: fields of `sampling.penalties.TextSoFar`; None if nobody has penalties.
+      top: K, see `engine.state.Control`.
       max_steps: int32 [], steps to run at most.
       slots: who runs, by index; for `Scheduler.file`.
     """
@@ -113,6 +116,7 @@ class Plan:
     want_logprobs: np.ndarray
     sampling: Mapping[str, np.ndarray]
     text: Mapping[str, np.ndarray] | None
+    top: int
     max_steps: np.ndarray
     slots: Mapping[int, Slot]
 
@@ -179,3 +183,37 @@ def prefill_plan(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int
         plan.append((start, size, count))
         start += count
     return plan
+
+
+def chunk_of(
+    index: int,
+    slot: Slot,
+    page_table: np.ndarray,
+    drafted: DraftCache,
+    top: int | None,
+) -> ChunkPlan:
+    """The next piece of a slot's text.
+
+    Args:
+      index: of the slot.
+      slot: with a chunk to come.
+      page_table: int32 [1, max_pages], its row.
+      drafted: what the drafter keeps by page.
+      top: see `ChunkPlan`.
+    """
+    start, size, count = slot.chunks[0]
+    tokens, following = np.zeros((2, 1, size), np.int32)
+    tokens[0, :count] = slot.text[start : start + count]
+    following[0, :count] = slot.text[start + 1 : start + count + 1]
+    return ChunkPlan(
+        slot=index,
+        tokens=tokens,
+        following=following,
+        root=np.array([slot.text[start + count]], np.int32),
+        start=np.array([start], np.int32),
+        count=np.array([count], np.int32),
+        page_table=page_table,
+        begins=start == (0 if drafted.hears_all else slot.cached),
+        cached=start < slot.cached,
+        top=top,
+    )

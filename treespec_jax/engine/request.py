@@ -10,6 +10,21 @@ from treespec_jax.engine.stats import Stats
 from treespec_jax.trees.records import StepRecord, TreeRecord
 
 
+@dataclasses.dataclass(frozen=True)
+class BestTokens:
+    """The target's likeliest tokens at one position.
+
+    Attributes:
+      tokens: ids, best first.
+      log_probs: natural, of each.
+      rank: of the token that stands there, 1 is the likeliest.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    rank: int
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """One text in the making.
@@ -19,6 +34,10 @@ class Request:
       params: what was asked for; a seed of None is replaced by a fresh one.
       tokens: ids emitted so far.
       logprobs: log p of each, if asked for.
+      top: the likeliest tokens in the stead of each, if asked for.
+      prompt_logprobs: log p of each token of the prompt, None of the first; empty if
+        not asked for.
+      prompt_top: likewise.
       finish_reason: None while running; then "stop" (end-of-text token or a stop text),
         "length" (max_tokens, max_len, or more pages than there are) or "error" (what
         failed was raised).
@@ -34,6 +53,9 @@ class Request:
     params: SamplingParams
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top: list[BestTokens] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float | None] = dataclasses.field(default_factory=list)
+    prompt_top: list[BestTokens | None] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     stats: Stats = dataclasses.field(default_factory=Stats)
     records: list[TreeRecord] = dataclasses.field(default_factory=list)
@@ -48,6 +70,12 @@ class Request:
     def penalised(self) -> bool:
         """Whether the next token's logits are changed before temperature."""
         return self.params.penalised or self.early
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log p of the prompt is asked for and not known yet."""
+        wanted = self.params.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.prompt)
 
     @property
     def early(self) -> bool:
@@ -75,4 +103,5 @@ class Request:
             excess -= count
         del self.tokens[tokens:]
         del self.logprobs[tokens:]
+        del self.top[tokens:]
         del self.records[len(self.steps) :]

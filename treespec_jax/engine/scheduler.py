@@ -31,7 +31,7 @@ import numpy as np
 from treespec_jax.cache.allocator import TRASH_PAGE, PageAllocator
 from treespec_jax.cache.prefixes import HeldPages, Prefixes
 from treespec_jax.config import EngineConfig, SamplingParams
-from treespec_jax.engine.filing import enter
+from treespec_jax.engine.filing import enter, enter_prompt
 from treespec_jax.engine.plan import (
     NOTHING_DRAFTED,
     ChunkPlan,
@@ -39,6 +39,7 @@ from treespec_jax.engine.plan import (
     ForkPlan,
     Plan,
     Slot,
+    chunk_of,
     prefill_plan,
 )
 from treespec_jax.engine.request import Request
@@ -142,8 +143,10 @@ class Scheduler:
             while self._slots[index] is None and self._waiting:
                 order, request = self._waiting[0]
                 text = [*request.prompt, *request.tokens]
-                # The newest rows are computed in any case: the drafter needs them.
-                digests = self.prefixes.digests(text, len(text) - 2)
+                # The newest rows are computed in any case: the drafter needs them. All
+                # are, where the target has to say what it thinks of the prompt.
+                rows = 0 if request.scoring else len(text) - 2
+                digests = self.prefixes.digests(text, rows)
                 found = self.prefixes.find(digests)
                 needed = self._pages_for(len(text)) - len(found.pages)
                 needed += sum(not self.allocator.holders(p) for p in found.pages)
@@ -224,10 +227,12 @@ class Scheduler:
             if not slot.ready
         ]
 
-    def fed(self, chunk: ChunkPlan, seconds: float) -> None:
-        """A chunk is in the cache; it took so long."""
+    def fed(self, chunk: ChunkPlan, seconds: float, scores: Any = None) -> None:
+        """A chunk is in the cache; it took so long, and may have `PromptScores`."""
         slot = self._slots[chunk.slot]
         slot.chunks.popleft()
+        if scores is not None:
+            enter_prompt(slot.request, scores, int(chunk.start[0]), int(chunk.count[0]))
         slot.request.stats.prefill_seconds += seconds
         rows = int(chunk.start[0] + chunk.count[0])
         # Rows that depend on the next token are written anew once that is decided.
@@ -406,21 +411,9 @@ class Scheduler:
             self.prefixes.name(slot.held, text, slot.complete)
 
     def _chunk(self, index: int, slot: Slot) -> ChunkPlan:
-        start, size, count = slot.chunks[0]
-        tokens, following = np.zeros((2, 1, size), np.int32)
-        tokens[0, :count] = slot.text[start : start + count]
-        following[0, :count] = slot.text[start + 1 : start + count + 1]
-        return ChunkPlan(
-            slot=index,
-            tokens=tokens,
-            following=following,
-            root=np.array([slot.text[start + count]], np.int32),
-            start=np.array([start], np.int32),
-            count=np.array([count], np.int32),
-            page_table=self._page_table[index : index + 1].copy(),
-            begins=start == (0 if self._drafted.hears_all else slot.cached),
-            cached=start < slot.cached,
-        )
+        table = self._page_table[index : index + 1].copy()
+        top = self._settings.prompt_top(slot.request)
+        return chunk_of(index, slot, table, self._drafted, top)
 
     def _reserve(self, steps: int) -> bool:
         """Reserves pages, for the oldest first; whether everybody can go on."""
@@ -466,6 +459,7 @@ class Scheduler:
             want_logprobs=settings.want_logprobs | self.config.record,
             sampling=settings.sampling(),
             text=settings.text(texts) if penalised else None,
+            top=settings.top,
             max_steps=np.array(steps, np.int32),
             slots=ready,
         )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from treespec_jax.config import SamplingParams
+from treespec_jax.engine.request import Request
 
 # Stands for no token: past every vocabulary, so that scatters drop it.
 NO_TOKEN = np.int32(2**31 - 1)
@@ -35,9 +36,9 @@ class SlotSettings:
     """What each slot's request asked for.
 
     A free slot is greedy and asks for nothing, so that it does not keep the others
-    from the shortcuts of a batch in which nobody does. Only the parts of `text`, each
-    of which makes another program, stay until the last request that has any is done:
-    a batch that runs empty compiles nothing anew.
+    from the shortcuts of a batch in which nobody does. Only what makes another program,
+    `top` and the parts of `text`, stays until the last request that asked for such is
+    done: a batch that runs empty compiles nothing anew.
 
     Args:
       batch: B.
@@ -52,6 +53,7 @@ class SlotSettings:
         self._max_len = max_len
         self._vocab_size, self._eos_ids = vocab_size, tuple(eos_ids)
         self._params: dict[int, SamplingParams] = {}
+        self._top = 0
         self._parts: set[str] = set()
         self._words_shape = 0, 0
         self._chains: tuple[tuple[Callable[..., Any], ...], ...] = ()
@@ -76,7 +78,8 @@ class SlotSettings:
             values[slot] = getattr(params, name)
         if not params.ignore_eos and self._eos_ids:
             self._eos[slot] = self._eos_ids
-        self._want_logprobs[slot] = params.logprobs
+        self._want_logprobs[slot] = params.logprobs is not None
+        self._top = max(self._top, self._rounded(params.logprobs or 0))
         self._allowed[slot] = self._allowed_bits(params)
         self._ends[slot] = self._end_bits(params)
         for column, (token, bias) in enumerate(params.logit_bias):
@@ -88,6 +91,8 @@ class SlotSettings:
         self._params.pop(slot, None)
         if not any(p.penalised or p.min_tokens for p in self._params.values()):
             self._parts, self._words_shape, self._chains = set(), (0, 0), ()
+        if not any(p.logprobs for p in self._params.values()):
+            self._top = 0
         self._allowed[slot] = ALL
         self._ends[slot] = 0
         for name, values in self._values.items():
@@ -119,6 +124,21 @@ class SlotSettings:
     def want_logprobs(self) -> np.ndarray:
         """bool [B]."""
         return self._want_logprobs.copy()
+
+    @property
+    def top(self) -> int:
+        """Likeliest tokens that are told beside emitted ones: enough for everybody."""
+        return self._top
+
+    def prompt_top(self, request: Request) -> int | None:
+        """The same of a prompt; None if nothing has to be told of it (any more)."""
+        if not request.scoring:
+            return None
+        return self._rounded(request.params.prompt_logprobs)
+
+    def _rounded(self, count: int) -> int:
+        """The next power of two, or V: so that few programs serve many counts."""
+        return min(_at_least(count, 8), self._vocab_size) if count else 0
 
     def sampling(self) -> dict[str, np.ndarray]:
         """Fields of `sampling.policy.Sampling`."""

@@ -47,6 +47,8 @@ class Control:
       sampling: settings per slot.
       want_logprobs: bool [B].
       max_steps: int32 [], steps to run at most, up to the compiled bound.
+      top: K, tokens whose log p is told beside that of an emitted one; another number
+        is another program.
       rehearse: bool [], whether plain steps begin with a tree that nobody verifies
         (`engine.rehearsal`).
       text: what penalties look at; None, another program, if no request has any.
@@ -60,6 +62,37 @@ class Control:
     max_steps: jax.Array
     rehearse: jax.Array
     text: TextSoFar | None = None
+    top: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopTokens:
+    """The target's likeliest tokens at some positions, before penalties and the like.
+
+    Attributes:
+      tokens: int32 [..., K], best first.
+      log_probs: float32 [..., K], natural.
+      ranks: int32 [...], of the token that stands there: 1 is the likeliest.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    ranks: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptScores:
+    """What the target says of a prefilled chunk [1, T]: of the token after each one.
+
+    Attributes:
+      log_probs: float32 [1, T].
+      top: [1, T]; None if no more is wanted.
+    """
+
+    log_probs: jax.Array
+    top: TopTokens | None
 
 
 @jax.tree_util.register_dataclass
@@ -96,6 +129,7 @@ class Emission:
       logprobs: float32 [B, C + 1], log p of those tokens where asked for.
       ranks: int32 [B, C], which child of its parent each accepted node was.
       sources: int32 [B, C], where each accepted node comes from (`Drafter.sources`).
+      top: of those tokens [B, C + 1]; None if K is 0.
       trees: if they are recorded.
     """
 
@@ -104,6 +138,7 @@ class Emission:
     logprobs: jax.Array
     ranks: jax.Array
     sources: jax.Array
+    top: TopTokens | None
     trees: Trees | None
 
 
@@ -138,8 +173,14 @@ class Outbox:
     rehearsed: jax.Array | None = None
 
     @classmethod
-    def empty(cls, config: EngineConfig, shape: TreeShape) -> Outbox:
-        """Before the first step of a dispatch with trees of that shape."""
+    def empty(cls, config: EngineConfig, shape: TreeShape, top: int = 0) -> Outbox:
+        """Before the first step of a dispatch with trees of that shape.
+
+        Args:
+          config: fixed sizes.
+          shape: of the trees.
+          top: K, see `Control`.
+        """
         lead = config.steps_per_dispatch, config.max_batch
         nodes, width = shape.num_nodes, shape.depth + 1
         trees = Trees(
@@ -150,12 +191,18 @@ class Outbox:
             sources=jnp.zeros((*lead, nodes), jnp.int32),
             target_log_prob=jnp.zeros((*lead, nodes), jnp.float32),
         )
+        top_tokens = TopTokens(
+            tokens=jnp.zeros((*lead, width, top), jnp.int32),
+            log_probs=jnp.zeros((*lead, width, top), jnp.float32),
+            ranks=jnp.zeros((*lead, width), jnp.int32),
+        )
         emission = Emission(
             tokens=jnp.zeros((*lead, width), jnp.int32),
             counts=jnp.zeros(lead, jnp.int32),
             logprobs=jnp.zeros((*lead, width), jnp.float32),
             ranks=jnp.zeros((*lead, width - 1), jnp.int32),
             sources=jnp.zeros((*lead, width - 1), jnp.int32),
+            top=top_tokens if top else None,
             trees=trees if config.record else None,
         )
         return cls(emission, jnp.zeros((), jnp.int32))

@@ -12,19 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treespec_jax.acceptance.protocol import Verdict
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import Chunk, run_chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Committed, DraftContext, Successors
+from treespec_jax.engine.emission import Decided, emission_of, log_probs_of
 from treespec_jax.engine.rehearsal import Watching, tokens_of_step
 from treespec_jax.engine.state import (
     Control,
     DecodeState,
-    Emission,
     Outbox,
+    PromptScores,
     StepResult,
-    Trees,
 )
 from treespec_jax.models.transformer import Forward, Transformer
 from treespec_jax.models.views import CacheView
@@ -77,21 +76,6 @@ class Verified:
     forward: Forward
 
 
-@dataclasses.dataclass(frozen=True)
-class Decided:
-    """What of a tree is kept.
-
-    Attributes:
-      verdict: of the rule.
-      counts: int32 [B], tokens to emit; 0 for an idle slot.
-      ended: bool [B], whether one of them ends the text.
-    """
-
-    verdict: Verdict
-    counts: jax.Array
-    ended: jax.Array
-
-
 def step(
     target: Transformer,
     speculation: Speculation,
@@ -111,24 +95,7 @@ def step(
         speculation.drafter.needs.feature_layers,
     )
     decided = decide(speculation, tree, verified, turn, shape.depth)
-    verdict, sources_BT = decided.verdict, tree.source
-    if sources_BT is None:
-        sources_BT = jnp.zeros_like(tree.parents)
-    emission = Emission(
-        tokens=verdict.emitted,
-        counts=decided.counts,
-        logprobs=_logprobs(verified.logits, verdict, control),
-        ranks=_ranks(tree, verdict.path),
-        sources=jnp.take_along_axis(sources_BT, verdict.path[:, 1:], axis=1),
-        trees=Trees(
-            parents=tree.parents,
-            log_prob=jnp.where(tree.valid, tree.draft_logprob, -jnp.inf),
-            path=verdict.path,
-            tokens=tree.tokens,
-            sources=sources_BT,
-            target_log_prob=_target_log_prob(verified.logits, tree),
-        ),
-    )
+    emission = emission_of(tree, verified.logits, decided, control)
     return StepResult(
         commit(speculation, state, proposed, verified, decided, turn), emission
     )
@@ -291,33 +258,6 @@ def commit(
     )
 
 
-def _logprobs(logits_VR, verdict: Verdict, control: Control):
-    """Log p of the emitted tokens [B, C + 1]; computed only when somebody asked."""
-
-    def compute():
-        slots = verdict.path.shape[0]
-        nodes = logits_VR.shape[1] // slots
-        column_BC = verdict.path + nodes * jnp.arange(slots)[:, None]
-        rows_BCV = logits_VR.T[column_BC]
-        chosen = jnp.take_along_axis(rows_BCV, verdict.emitted[:, :, None], axis=2)
-        return chosen[..., 0] - jax.nn.logsumexp(rows_BCV, axis=-1)
-
-    return lax.cond(
-        jnp.any(control.want_logprobs),
-        compute,
-        lambda: jnp.zeros(verdict.path.shape, jnp.float32),
-    )
-
-
-def _target_log_prob(logits_VR, tree: TokenTree):
-    """Log p of every node's token after its parent [B, T]; 0 for the root."""
-    B, T = tree.tokens.shape
-    column_BT = tree.parents + T * jnp.arange(B)[:, None]
-    total_BT = jax.nn.logsumexp(logits_VR, axis=0)[column_BT]
-    log_BT = logits_VR[tree.tokens, column_BT] - total_BT
-    return jnp.where(jnp.arange(T) > 0, log_BT, 0.0)
-
-
 def successors_of(
     logits_VR: jax.Array,
     tokens: jax.Array,
@@ -343,15 +283,6 @@ def successors_of(
         shape = *tokens.shape, -1
         best, logits = best_RK.reshape(shape), logits_RK.reshape(shape)
         return Successors(tokens, real, best, logits, newest, path)
-
-
-def _ranks(tree: TokenTree, path_BC):
-    """How many siblings stand before each node of a path [B, C], the root left out."""
-    node_T = jnp.arange(tree.parents.shape[1])
-    above_BC1, node_BC1 = path_BC[:, :-1, None], path_BC[:, 1:, None]
-    sibling_BT = tree.valid & (node_T > 0)
-    before_BCT = (tree.parents[:, None] == above_BC1) & (node_T < node_BC1)
-    return jnp.sum(before_BCT & sibling_BT[:, None], axis=2, dtype=jnp.int32)
 
 
 def dispatch(
@@ -404,7 +335,7 @@ def dispatch(
         )
         return result.state, penalties, Outbox(emissions, outbox.steps + 1)
 
-    outbox = Outbox.empty(config, shape)
+    outbox = Outbox.empty(config, shape, control.top)
     state, _, outbox = lax.while_loop(unfinished, body, (state, penalties, outbox))
     if watching is not None:
         state = watching.finish(before, state, outbox.emission, control.page_table)
@@ -447,7 +378,7 @@ def prefill(
     slot: jax.Array,
     chunk: Chunk,
     following: tuple[jax.Array, jax.Array],
-) -> DecodeState:
+) -> tuple[DecodeState, PromptScores | None]:
     """Takes in a chunk of one slot's prompt; leaves the slot ready to step from `root`.
 
     Args:
@@ -458,6 +389,9 @@ def prefill(
       chunk: of its prompt.
       following: int32 [1, T], the token after each of the chunk's, and int32 [1], the
         root: the token after the chunk.
+
+    Returns:
+      The state, and what was asked for of the chunk; None if nothing was.
     """
     drafter, (following_1T, root_1) = speculation.drafter, following
     with jax.named_scope("prefill"):
@@ -465,9 +399,11 @@ def prefill(
             target, state.pages, chunk, drafter.needs.feature_layers
         )
         successors, columns_T = None, jnp.arange(chunk.tokens.shape[1])
+        if drafter.needs.successors or chunk.top is not None:
+            logits_VR = target.logit_columns(forward.hidden)
         if drafter.needs.successors:
             successors = successors_of(
-                target.logit_columns(forward.hidden),
+                logits_VR,
                 chunk.tokens,
                 columns_T < chunk.count[:, None],
                 jnp.maximum(chunk.count - 1, 0),
@@ -486,10 +422,14 @@ def prefill(
             successors=successors,
         )
         draft = drafter.ingest(state.draft, committed)
-    return DecodeState(
+        scores = None
+        if chunk.top is not None:
+            scores = PromptScores(*log_probs_of(logits_VR, following_1T, chunk.top))
+    state = DecodeState(
         pages=pages,
         lengths=state.lengths.at[slot].set((chunk.start + chunk.count)[0]),
         root=state.root.at[slot].set(root_1[0]),
         ended=state.ended.at[slot].set(False),
         draft=draft,
     )
+    return state, scores

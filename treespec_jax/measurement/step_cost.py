@@ -75,13 +75,16 @@ def warm_up(
       every_shape: also what a long run may turn to (`engine.chooser`).
     """
     config = llm.engine.config
-    one = dataclasses.replace(params or SamplingParams(), max_tokens=1, logprobs=False)
+    params = params or SamplingParams()
+    one = dataclasses.replace(
+        params, max_tokens=1, min_tokens=min(params.min_tokens, 1)
+    )
     sizes = {
         size
         for prompt in prompts
         for _, size, _ in prefill_plan(len(prompt) - 1, config.prefill_chunks)
     }
-    if not one.penalised:
+    if not (one.penalised or one.min_tokens or one.logprobs):
         llm.engine.compile(sorted(sizes), every_shape)
     for size in sorted(sizes):
         length = min(size + 1, config.max_len - 1)
