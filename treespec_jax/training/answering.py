@@ -15,6 +15,7 @@ import tqdm
 
 from treespec_jax.checks import check_float, check_int
 from treespec_jax.config import SamplingParams
+from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.plan import prefill_plan
 from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
@@ -146,6 +147,7 @@ def generate(llm, target: str, prompts: Sequence[Prompt], settings: Settings) ->
     Raises:
       UserError: a lossy way of decoding, a prompt that is too long, or a folder that
         cannot be used, see `answers.Writer`.
+      ValueError: the LLM answers somebody else.
     """
     engine = llm.engine
     if engine.speculation.cascade or engine.speculation.rule.name == "typical":
@@ -155,11 +157,12 @@ def generate(llm, target: str, prompts: Sequence[Prompt], settings: Settings) ->
         )
     described = identity(llm, target, settings, prompts)
     check_identity(settings.output, described)
-    run = _Run(llm, prompts, settings)
-    with Writer(
-        settings.output, described, llm.config.vocab_size, settings.shard
-    ) as writer:
-        return run.carry_out(writer)
+    vocab = llm.config.vocab_size
+    with (
+        llm.exclusive() as engine,
+        Writer(settings.output, described, vocab, settings.shard) as writer,
+    ):
+        return _Run(engine, prompts, settings).carry_out(writer)
 
 
 @dataclasses.dataclass
@@ -183,8 +186,8 @@ class _UnderWay:
 class _Run:
     """One process's part of the texts."""
 
-    def __init__(self, llm, prompts: Sequence[Prompt], settings: Settings):
-        self._engine = llm.engine
+    def __init__(self, engine: Engine, prompts: Sequence[Prompt], settings: Settings):
+        self._engine = engine
         self._prompts = prompts
         self._settings = settings
         self._under_way: dict[int, _UnderWay] = {}
