@@ -26,6 +26,7 @@ import contextlib
 import queue
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -124,6 +125,7 @@ class Call:
         # Those of the readers whose requests have not ended.
         self.open = list(self.readers)
         self._tokens = 0
+        self._traceback: types.TracebackType | None = None
         self._bell = bell
 
     def cancel(self) -> None:
@@ -147,7 +149,8 @@ class Call:
     def check(self) -> None:
         """Raises what ended the call, if something failed."""
         if self.error is not None:
-            raise self.error
+            # Several calls may have ended by it: each shows its own way to it.
+            raise self.error.with_traceback(self._traceback)
 
     def begin(self, engine: Engine) -> None:
         """Submits the requests; in the engine's thread, as all that follows."""
@@ -177,7 +180,8 @@ class Call:
         except BaseException as another:
             error = error or another
         self._add_seconds(engine, 1)
-        self.error = error
+        if error is not None:
+            self.error, self._traceback = error, error.__traceback__
         self.ended = True
         self._bell.ring()
 
@@ -282,6 +286,8 @@ class Worker:
         def lend(engine: Engine) -> None:
             if engine.busy:
                 raise ValueError("requests are under way; end them first")
+            # A dispatch may have been started ahead of a text that then ended.
+            engine.drain()
             self._borrowed = back
             job.bell.ring()
             back.wait()

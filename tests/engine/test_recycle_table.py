@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from treespec_jax.checkpoints import LoadedModel
 from treespec_jax.checkpoints.recycle_table import TableFile
 from treespec_jax.config import SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS, recycle
+from treespec_jax.engine.executor import Executor
 from treespec_jax.errors import UserError
 from treespec_jax.llm import LLM
 from treespec_jax.speculation import find
@@ -77,6 +79,25 @@ def test_an_engine_begins_with_what_another_learnt(target, taught, saved):
         np.testing.assert_array_equal(ours, theirs)
     llm.reset()
     assert llm.generate(PROMPTS, PARAMS).stats.steps == cold.stats.steps
+
+
+@pytest.mark.slow
+def test_a_state_that_a_failure_took_begins_with_the_table_again(
+    target, taught, saved, monkeypatch
+):
+    llm = make(target, recycle_table=saved, options={"successors": 4})
+    before = [np.array(x) for x in table_of(llm)]
+
+    def fail(executor, chunk):
+        for leaf in jax.tree.leaves(executor._state):
+            leaf.delete()
+        raise MemoryError("of the device")
+
+    monkeypatch.setattr(Executor, "prefill", fail)
+    with pytest.raises(MemoryError, match="of the device"):
+        llm.generate(PROMPTS, PARAMS)
+    for ours, theirs in zip(table_of(llm), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from treespec_jax.cache.allocator import PageAllocator
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine import engine as engines
 from treespec_jax.engine.executor import Executor
+from treespec_jax.engine.request import Request
 from treespec_jax.engine.slots import SlotSettings
 from treespec_jax.errors import UserError
 from treespec_jax.llm import LLM
@@ -206,6 +207,36 @@ def test_failures_reach_their_callers_and_nobody_else(llm, ask, monkeypatch):
     monkeypatch.undo()
     assert faults.raised > 10
     assert 5 < outcomes.count("failed") < outcomes.count("right")
+
+
+@pytest.mark.parametrize("kind", ["launch", "device", "result"])
+def test_a_failing_dispatch_ends_what_runs_in_it(llm, script, monkeypatch, kind):
+    """Both running texts; the one that waits is answered as if nothing had been."""
+    dispatch = Executor.dispatch
+
+    def failing(*args):
+        if kind == "device":
+            dispatch(*args)
+            for leaf in jax.tree.leaves(args[0]._state):
+                leaf.delete()
+        raise MemoryError(kind)
+
+    params = SamplingParams(max_tokens=40)
+    requests = [Request(list(script.prompt_ids), params) for _ in range(3)]
+    with llm.exclusive() as engine:
+        for request in requests:
+            engine.submit(request)
+        owner, name = (engines, "fetch") if kind == "result" else (Executor, "dispatch")
+        monkeypatch.setattr(owner, name, failing)
+        with pytest.raises(MemoryError, match=kind):
+            engine.advance()
+        monkeypatch.undo()
+        reasons = [request.finish_reason for request in requests]
+        assert reasons == ["error", "error", None] and engine.free_pages == 8
+        while engine.busy:
+            engine.advance()
+    assert requests[2].tokens == script.ids
+    assert requests[2].finish_reason == "stop"
 
 
 def test_one_failing_text_takes_no_other_along(llm, script, monkeypatch):
@@ -417,6 +448,6 @@ def test_a_program_ends_with_calls_under_way():
         [sys.executable, "-c", textwrap.dedent(SCRIPT)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "90\n", "")
