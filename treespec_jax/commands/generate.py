@@ -225,9 +225,9 @@ def _stream(job: Job, llm, prompt: Prompt, params, talks: bool = False):
             start = prompt if isinstance(prompt, str) else ""
             print(start + pieces.completion.text, end="")
     except KeyboardInterrupt:
-        pieces.close()
         if not talks:
             raise
+        pieces.close()
         if not pieces.completion.text:
             return None, None
     finally:
