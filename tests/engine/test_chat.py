@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_stream_is_the_same_answer(llm):
     pieces = list(stream)
     assert "".join(pieces) == stream.completion.text == "the\u00e9 a"
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.slow
+def test_tasks_get_the_same_answers(llm):
+    async def main():
+        stream = llm.astream_chat(HELLO, PARAMS)
+        several = await llm.achat([HELLO, LONGER], PARAMS)
+        return several, [piece async for piece in stream], stream.completion
+
+    several, pieces, completion = asyncio.run(main())
+    assert "".join(pieces) == completion.text == several[0].text == "the\u00e9 a"
+    assert [c.prompt for c in several] == [HELLO, LONGER]
+    assert completion.token_ids == several[0].token_ids
 
 
 @pytest.mark.parametrize(
