@@ -305,8 +305,8 @@ class LLM:
         shown = as_bool("use_tqdm", use_tqdm)
         call = Call(readers, Bell(), _steps(max_steps), streaming=shown)
         try:
-            self._worker.submit(call)
             with Progress([reader.request for reader in readers], shown) as progress:
+                self._worker.submit(call)
                 while not call.ended:
                     call.wait()
                     progress.show()

@@ -37,6 +37,8 @@ class Progress(contextlib.AbstractContextManager):
         return self
 
     def __exit__(self, *raised) -> None:
+        # A call may have ended before anybody waited for it.
+        self.show()
         if self._bar is not None:
             self._bar.close()
 
