@@ -15,8 +15,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # inherit it; with "0" all is compiled as users have it, and so are, in any case, the
 # modules that ask for `optimised_programs`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# No test writes to the user's cache; those that want one name a folder.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
+import jax.monitoring
 import numpy as np
 import pytest
 from flax import nnx
@@ -85,6 +88,20 @@ def ragged_prompts() -> list[list[int]]:
     """Five prompts from one token to several chunks and pages long."""
     rng = np.random.default_rng(0)
     return [rng.integers(3, 97, n).tolist() for n in (1, 5, 17, 40, 3)]
+
+
+@pytest.fixture
+def stages():
+    """Names and seconds of all stages of compiling that jax reports in a test."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event.startswith("/jax/core/compile/"):
+            found.append((event, seconds))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="module")

@@ -462,7 +462,7 @@ def _generation(call: Call) -> Generation:
     """What a call gave, once it has ended; raises what failed."""
     call.check()
     completions = [reader.completion() for reader in call.readers]
-    times = call.prefill_seconds, call.decode_seconds
+    times = call.prefill_seconds, call.decode_seconds, call.compile_seconds
     return Generation(completions, total([c.stats for c in completions], *times))
 
 

@@ -106,6 +106,7 @@ class Call:
       prefill_seconds: that the engine spent in prefill while the call was under way,
         for other calls too.
       decode_seconds: the same of decoding.
+      compile_seconds: the same of compiling, which is part of neither.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Call:
         self.lock = threading.Lock()
         self.ended = self.cancelled = False
         self.error: BaseException | None = None
-        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
         # Those of the readers whose requests have not ended.
         self.open = list(self.readers)
         self._tokens = 0
@@ -188,6 +189,7 @@ class Call:
     def _add_seconds(self, engine: Engine, sign: int) -> None:
         self.prefill_seconds += sign * engine.prefill_seconds
         self.decode_seconds += sign * engine.decode_seconds
+        self.compile_seconds += sign * engine.compile_seconds
 
 
 class _Job:

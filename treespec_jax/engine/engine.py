@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ class _Flight:
       plan: what runs.
       shape: that it grows.
       outbox: on the device.
-      started: time of its launch.
+      started: time of its launch, by the engine's clock.
       timed: whether its time is that of its steps: nothing was compiled meanwhile.
     """
 
@@ -58,8 +57,8 @@ class Engine:
 
     Attributes:
       texts: cached texts that callers advance themselves.
-      prefill_seconds: wall time spent in prefill.
-      decode_seconds: wall time spent in decoding.
+      prefill_seconds: wall time spent in prefill, without compiling.
+      decode_seconds: wall time spent in decoding, without compiling.
 
     Raises:
       UserError: a tree that is deeper than max_len, or a target and a drafter on
@@ -89,8 +88,9 @@ class Engine:
         self._scheduler = Scheduler(
             config, eos_ids, speculation.depth + 1, self._vocab_size, drafted
         )
+        self._clock = self._scheduler.clock
         self._executor = Executor(
-            target, speculation, config, self._scheduler.num_pages
+            target, speculation, config, self._scheduler.num_pages, self._clock
         )
         self.texts = CachedTexts(
             config,
@@ -112,6 +112,11 @@ class Engine:
     def compilations(self) -> collections.Counter[str]:
         """Times that each kind of program was traced and compiled."""
         return self._executor.compilations
+
+    @property
+    def compile_seconds(self) -> float:
+        """Wall time spent on tracing, compiling and reading compiled programs."""
+        return self._clock.compile_seconds
 
     @property
     def busy(self) -> bool:
@@ -247,19 +252,26 @@ class Engine:
         self._begin()
         self._chooser.reset()
 
-    def compile(self, chunks: Sequence[int] = (), every_shape: bool = True) -> None:
+    def compile(
+        self,
+        chunks: Sequence[int] = (),
+        every_shape: bool = True,
+        penalties: bool = False,
+    ) -> None:
         """Compiles programs side by side, which else their first use does in turn.
 
         Args:
           chunks: sizes of prefills, of `EngineConfig.prefill_chunks`.
           every_shape: dispatches of all shapes, not of the first alone.
+          penalties: also the dispatches of requests that have some.
         """
         scheduler, shapes = self._scheduler, self.speculation.shapes
-        self._executor.compile(
-            scheduler.idle_plan(),
-            shapes if every_shape else shapes[:1],
-            [scheduler.idle_chunk(size) for size in chunks],
-        )
+        with self._clock.stopped():
+            self._executor.compile(
+                [scheduler.idle_plan(p) for p in (False, True)[: 1 + penalties]],
+                shapes if every_shape else shapes[:1],
+                [scheduler.idle_chunk(size) for size in chunks],
+            )
         self._chooser.compiled |= every_shape
 
     def advance(
@@ -310,7 +322,7 @@ class Engine:
             self.draft_state = self._prepare(self.draft_state)
 
     def _advance(self, max_steps, shape) -> list[Request]:
-        began, prefilled = time.perf_counter(), self.prefill_seconds
+        began, prefilled = self._clock.now(), self.prefill_seconds
         touched: list[Request] = []
         if not self._flights:
             touched += self._prefill()
@@ -322,7 +334,7 @@ class Engine:
             choice = self._choose(max_steps, shape)
             self._launch(self._scheduler.plan_ahead(choice.max_steps), choice)
             touched += self._land()
-            spent = time.perf_counter() - began
+            spent = self._clock.now() - began
             self.decode_seconds += spent - (self.prefill_seconds - prefilled)
         return touched
 
@@ -345,7 +357,7 @@ class Engine:
     def _launch(self, plan: Plan | None, choice: Choice) -> None:
         if plan is None:
             return
-        started, compiled = time.perf_counter(), self.compilations["dispatch"]
+        started, compiled = self._clock.now(), self.compilations["dispatch"]
         try:
             outbox = self._executor.dispatch(plan, choice.shape, choice.rehearse)
         except BaseException:
@@ -362,7 +374,7 @@ class Engine:
         # An interrupt while this waits loses nothing: the dispatch is still listed.
         done = fetch(flight.outbox)
         self._flights.popleft()
-        now = time.perf_counter()
+        now = self._clock.now()
         seconds = now - max(flight.started, self._landed)
         self._landed = now
         timed = seconds if flight.timed else None
@@ -381,7 +393,7 @@ class Engine:
         while chunks := self._scheduler.chunks():
             for chunk in chunks:
                 self._concerned = (chunk.slot,)
-                began = time.perf_counter()
+                began = self._clock.now()
                 scores = None
                 if chunk.cached:
                     self._executor.resume(chunk)
@@ -389,7 +401,7 @@ class Engine:
                     scores = self._executor.prefill(chunk)
                 if chunk.begins:
                     self._chooser.begin_text()
-                seconds = time.perf_counter() - began
+                seconds = self._clock.now() - began
                 self._scheduler.fed(chunk, seconds, scores)
                 self.prefill_seconds += seconds
             if self._scheduler.ready:

@@ -17,8 +17,9 @@ from treespec_jax.cache.pages import PageCopies
 from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Sizes
-from treespec_jax.engine import placement, rehearsal, sharing
+from treespec_jax.engine import compile_time, placement, rehearsal, sharing
 from treespec_jax.engine import step as stepping
+from treespec_jax.engine.clock import SteadyClock
 from treespec_jax.engine.plan import ChunkPlan, ExtendPlan, ForkPlan, Plan
 from treespec_jax.engine.sharing import Additions, SlotCopies
 from treespec_jax.engine.state import Control, DecodeState, Outbox
@@ -45,6 +46,7 @@ class Executor:
       speculation: see `speculation.Speculation`.
       config: fixed sizes.
       num_pages: pages that slots may own.
+      clock: stands still while a call compiles its program.
 
     Attributes:
       compilations: times that each kind of program was traced and compiled.
@@ -59,8 +61,10 @@ class Executor:
         speculation: Speculation,
         config: EngineConfig,
         num_pages: int,
+        clock: SteadyClock,
     ):
         self.config = config
+        self._clock = clock
         self.compilations: collections.Counter[str] = collections.Counter()
         module = speculation.drafter.module
         self._speculation = speculation
@@ -96,7 +100,8 @@ class Executor:
         """Empties the caches, and all that the drafter has learnt."""
         # Two of them may not fit.
         self._state = None
-        state = self._fresh_state(self._leaves)
+        with compile_time.measured(self._clock):
+            state = self._fresh_state(self._leaves)
         if self._placement.mesh is None:
             state = jax.device_put(state, self._target.leaves[0].sharding)
         self._state = state
@@ -119,26 +124,32 @@ class Executor:
         Returns:
           `PromptScores` of NumPy arrays, if the chunk asks for them, else None.
         """
-        self._state, scores = self._prefill(self._leaves, self._state, *_chunk(chunk))
+        state, args = (self._leaves, self._state), _chunk(chunk)
+        with compile_time.measured(self._clock):
+            self._state, scores = self._prefill(*state, *args)
         jax.block_until_ready(self._state.root)
         return jax.device_get(scores)
 
     def resume(self, chunk: ChunkPlan) -> None:
         """Tells the drafter of a chunk that is in the caches already."""
-        self._state = self._resume(self._leaves, self._state, *_chunk(chunk))
+        state, args = (self._leaves, self._state), _chunk(chunk)
+        with compile_time.measured(self._clock):
+            self._state = self._resume(*state, *args)
 
     def fork(self, plan: ForkPlan) -> None:
         """Copies slots, and the pages that they do not share."""
         slots = SlotCopies(*_copies(plan.slots, self.config.max_batch))
         for pages in _batched(plan.pages, _PAGE_COPIES):
             copies = PageCopies(*_copies(pages, _PAGE_COPIES))
-            self._state = self._fork(self._leaves, self._state, slots, copies)
+            with compile_time.measured(self._clock):
+                self._state = self._fork(self._leaves, self._state, slots, copies)
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         """Copies pages of the target over others: source and destination each."""
         for pairs in _batched(pages, _PAGE_COPIES):
             copies = PageCopies(*_copies(pairs, _PAGE_COPIES))
-            self._set_pages(self._copy_pages(self._state.pages, copies))
+            with compile_time.measured(self._clock):
+                self._set_pages(self._copy_pages(self._state.pages, copies))
 
     def extend(self, plan: ExtendPlan) -> tuple[np.ndarray, np.ndarray | None]:
         """Adds tokens to cached texts.
@@ -148,9 +159,9 @@ class Executor:
           the tokens but the first; None if they were not wanted.
         """
         added = Additions(plan.tokens, plan.starts, plan.counts, plan.page_table)
-        pages, done = self._extend(
-            self._target.leaves, self._state.pages, added, scored=plan.scored
-        )
+        state = self._target.leaves, self._state.pages
+        with compile_time.measured(self._clock):
+            pages, done = self._extend(*state, added, scored=plan.scored)
         self._set_pages(pages)
         done = jax.device_get(done)
         return done.logits, done.log_probs
@@ -170,12 +181,13 @@ class Executor:
           sampling: fields of `Sampling`, of one text.
           text: fields of `TextSoFar`, likewise; None without penalties.
         """
-        token = self._choose(
-            logits[None],
-            np.array([position], np.int32),
-            Sampling(**sampling),
-            TextSoFar.of(text) if text is not None else None,
-        )
+        with compile_time.measured(self._clock):
+            token = self._choose(
+                logits[None],
+                np.array([position], np.int32),
+                Sampling(**sampling),
+                TextSoFar.of(text) if text is not None else None,
+            )
         return int(token)
 
     def _set_pages(self, pages: Pages) -> None:
@@ -184,11 +196,15 @@ class Executor:
     def dispatch(self, plan: Plan, shape: TreeShape, rehearse: bool = False) -> Outbox:
         """Starts a dispatch; its outbox is still on the device."""
         program, control = self._dispatch(shape), _control(plan, rehearse)
-        self._state, outbox = program(self._leaves, self._state, control)
+        with compile_time.measured(self._clock):
+            self._state, outbox = program(self._leaves, self._state, control)
         return outbox
 
     def compile(
-        self, plan: Plan, shapes: Sequence[TreeShape], chunks: Sequence[ChunkPlan]
+        self,
+        plans: Sequence[Plan],
+        shapes: Sequence[TreeShape],
+        chunks: Sequence[ChunkPlan],
     ) -> None:
         """Compiles dispatches of some shapes and prefills of some sizes, and no more.
 
@@ -196,7 +212,11 @@ class Executor:
         largest first.
         """
         state = self._leaves, self._state
-        jobs = [(self._dispatch(shape), (*state, _control(plan))) for shape in shapes]
+        jobs = [
+            (self._dispatch(shape), (*state, _control(plan)))
+            for plan in plans
+            for shape in shapes
+        ]
         jobs += [(self._prefill, (*state, *_chunk(chunk))) for chunk in chunks]
         with ThreadPoolExecutor(max(1, len(jobs))) as pool:
             # Tracing is Python, and goes on while the last ones compile.

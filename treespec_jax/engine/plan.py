@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from treespec_jax.cache.prefixes import HeldPages
+from treespec_jax.engine.clock import Stopwatch
 from treespec_jax.engine.request import Request
 
 
@@ -137,7 +138,7 @@ class Slot:
       complete: tokens that are in the caches of all models for good.
       limit: tokens that it will hold in the end.
       planned: tokens that dispatches under way may add at most.
-      started: when its decoding began.
+      watch: times its decoding.
     """
 
     request: Request
@@ -149,9 +150,9 @@ class Slot:
     cached: int
     length: int
     limit: int
+    watch: Stopwatch
     complete: int = 0
     planned: int = 0
-    started: float = 0.0
 
     @property
     def pages(self) -> list[int]:

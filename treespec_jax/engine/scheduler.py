@@ -31,6 +31,7 @@ import numpy as np
 from treespec_jax.cache.allocator import TRASH_PAGE, PageAllocator
 from treespec_jax.cache.prefixes import HeldPages, Prefixes
 from treespec_jax.config import EngineConfig, SamplingParams
+from treespec_jax.engine.clock import SteadyClock, Stopwatch
 from treespec_jax.engine.filing import enter, enter_prompt
 from treespec_jax.engine.plan import (
     NOTHING_DRAFTED,
@@ -60,6 +61,7 @@ class Scheduler:
     Attributes:
       allocator: of the pages.
       prefixes: that finds those of equal texts.
+      clock: that times are taken by.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Scheduler:
         self.config = config
         self._drafted = drafted
         self._width = width
+        self.clock = SteadyClock()
         self._eos_ids = tuple(eos_ids)
         self._pages_per_slot = -(-config.max_len // config.page_size)
         num_pages = config.num_pages or config.max_batch * self._pages_per_slot
@@ -211,6 +214,7 @@ class Scheduler:
             order=next(self._arrivals),
             chunks=collections.deque(),
             held=HeldPages(),
+            watch=Stopwatch(self.clock),
             complete=shared * self.config.page_size,
         )
         new.limit = self._limit(new.request)
@@ -237,7 +241,7 @@ class Scheduler:
         rows = int(chunk.start[0] + chunk.count[0])
         # Rows that depend on the next token are written anew once that is decided.
         self._complete(slot, rows - self._drafted.next_tokens)
-        slot.started = time.perf_counter()
+        slot.watch.lap(slot.request.stats)
 
     def plan(self, max_steps: int | None = None) -> tuple[Plan | None, list[Request]]:
         """Reserves pages for the next dispatch, once all results are in.
@@ -353,6 +357,7 @@ class Scheduler:
             cached=0,
             length=len(text) - 1,
             limit=self._limit(request),
+            watch=Stopwatch(self.clock),
         )
 
     def _limit(self, request: Request) -> int:
@@ -430,9 +435,15 @@ class Scheduler:
         table = np.full_like(self._page_table[:1], TRASH_PAGE)
         return ChunkPlan(0, tokens, tokens, one, one, one, table)
 
-    def idle_plan(self) -> Plan:
-        """A dispatch in which nobody runs, for the shapes of its arrays."""
-        return self._plan_of({}, self.config.steps_per_dispatch)
+    def idle_plan(self, penalised: bool = False) -> Plan:
+        """A dispatch in which nobody runs, for the shapes of its arrays.
+
+        Args:
+          penalised: as if a request had penalties, which is another program.
+        """
+        plan = self._plan_of({}, self.config.steps_per_dispatch)
+        text = self._settings.text({}) if penalised else None
+        return dataclasses.replace(plan, text=text)
 
     def _planned(self, steps: int) -> Plan | None:
         ready = {i: slot for i, slot in self._occupied().items() if slot.ready}
@@ -472,11 +483,10 @@ class Scheduler:
         arrived = enter(request, outbox, index, nodes)
         slot.length += arrived
         self._complete(slot, slot.length - self._drafted.trails)
-        now = time.perf_counter()
-        request.stats.decode_seconds += now - slot.started
-        slot.started = now
+        request.stats.decode_seconds += slot.watch.lap(request.stats)
         if arrived:
-            request.arrivals.append((now - request.submitted, arrived))
+            seconds = time.perf_counter() - request.submitted
+            request.arrivals.append((seconds, arrived))
         ends = () if request.params.ignore_eos else self._eos_ids
         if request.tokens and request.tokens[-1] in ends:
             request.finish_reason = "stop"

@@ -38,6 +38,8 @@ class Stats:
       prefill_seconds: wall time of prefill.
       decode_seconds: wall time of decoding; requests of a batch overlap, so a sum over
         requests is not the wall time of the batch.
+      compile_seconds: wall time for which the above stood still, while programs were
+        compiled or read from the disk cache; of a request, while it held a slot.
     """
 
     requests: int = 1
@@ -59,6 +61,7 @@ class Stats:
     evictions: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     def record_step(self, step: StepRecord, times: int = 1) -> None:
         """Counts a step, or so many that did the same."""
@@ -116,7 +119,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens per second of decoding."""
+        """Emitted tokens per second of decoding, without compiling."""
         return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
@@ -168,13 +171,19 @@ class Stats:
                     "evictions",
                     "prefill_seconds",
                     "decode_seconds",
+                    "compile_seconds",
                     "tokens_per_second",
                 )
             }
         }
 
 
-def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float):
+def total(
+    parts: Iterable[Stats],
+    prefill_seconds: float,
+    decode_seconds: float,
+    compile_seconds: float = 0.0,
+) -> Stats:
     """Sums the counts of several requests; times are the batch's wall times."""
     parts = list(parts)
     return Stats(
@@ -197,6 +206,7 @@ def total(parts: Iterable[Stats], prefill_seconds: float, decode_seconds: float)
         evictions=sum(p.evictions for p in parts),
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
+        compile_seconds=compile_seconds,
     )
 
 

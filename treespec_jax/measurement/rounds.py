@@ -42,7 +42,7 @@ def seeded(sampling: SamplingParams, count: int) -> list[SamplingParams]:
 
 
 def decode(llm, prompts, params, options=None):
-    """Generates; returns the `Generation` and seconds of all but prefill.
+    """Generates; returns the `Generation` and seconds of all but prefill and compiling.
 
     By the clock on the wall, so that the host's work between dispatches counts.
 
@@ -57,8 +57,8 @@ def decode(llm, prompts, params, options=None):
         generation = llm.chat(prompts, params, options)
     else:
         generation = llm.generate(prompts, params)
-    seconds = time.perf_counter() - began - generation.stats.prefill_seconds
-    return generation, seconds
+    seconds, stats = time.perf_counter() - began, generation.stats
+    return generation, seconds - stats.prefill_seconds - stats.compile_seconds
 
 
 def run_round(
@@ -93,6 +93,7 @@ def _joined(generations, seconds) -> Run:
             [c.stats for c in completions],
             sum(g.stats.prefill_seconds for g in generations),
             sum(seconds),
+            sum(g.stats.compile_seconds for g in generations),
         ),
         wall_steps=sum(max(c.stats.steps for c in g) for g in generations),
         token_ids=[c.token_ids for c in completions],

@@ -62,8 +62,14 @@ def reliability(steps: Sequence[Step]) -> list[dict[str, float]]:
 
 
 def seconds_per_dispatch(trace: Trace) -> list[float]:
-    """Seconds between arrivals; the first counts from the end of the prefill."""
-    before = min(trace.stats["prefill_seconds"], *trace.arrivals[:1], math.inf)
+    """Seconds between arrivals; the first counts from the end of the prefill.
+
+    What is compiled for a text is compiled before its first tokens arrive.
+    """
+    # Older traces count compiling as prefill or decoding.
+    compiling = trace.stats.get("compile_seconds", 0.0)
+    prefilled = trace.stats["prefill_seconds"] + compiling
+    before = min(prefilled, *trace.arrivals[:1], math.inf)
     times = [before, *trace.arrivals]
     return [after - start for start, after in zip(times, times[1:], strict=False)]
 
