@@ -21,7 +21,7 @@ FLOORS = (
     ("models",),
     ("cache", "sampling", "checkpoints"),
     ("drafting", "acceptance"),
-    ("limits",),
+    ("limits", "disk_cache"),
     ("speculation",),
     ("engine",),
     ("tracing", "worker"),

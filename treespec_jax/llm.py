@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax import limits, speculation
+from treespec_jax import disk_cache, limits, speculation
 from treespec_jax.arguments import (
     as_params,
     as_prompt,
@@ -85,6 +85,10 @@ class LLM:
       mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
         or what `sharding.make_mesh` gives; None: one device, or where a loaded model
         lies.
+      compilation_cache: folder where compiled programs are kept for other processes;
+        True or None: `treespec-jax` under the user's cache directory, which None
+        leaves alone if this process has set up or turned off jax's cache; "" or
+        False: none. jax has one such cache for a whole process.
       **engine: fields of `EngineSettings` (max_batch, max_len, page_size, num_pages,
         steps_per_dispatch, prefill_chunks, lanes, cache_dtype, record).
 
@@ -113,6 +117,7 @@ class LLM:
         tokenizer: str | Path | None = None,
         dtype: str | None = None,
         mesh: str | jax.sharding.Mesh | None = None,
+        compilation_cache: str | Path | bool | None = None,
         **engine: Any,
     ):
         config = drafters.choose(model, _speculative_config(speculative))
@@ -137,6 +142,8 @@ class LLM:
         max_len = limits.text_length(settings.max_len, target, draft)
         limits.check_tree(shape.depth, max_len)
 
+        note = disk_cache.use(compilation_cache)
+        self.notes += (note,) if note else ()
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         if isinstance(mesh, str):
@@ -197,6 +204,23 @@ class LLM:
             texts = np.asarray([r.tokens[:shortest] for r in requests], np.int32)
             wiring.check(target.model, draft.model, texts, draft.source)
         self.engine.reset()
+
+    def warm_up(self, penalties: bool = False) -> float:
+        """Compiles all that `generate` and `chat` run, before the first request does.
+
+        Nothing needs it: what is not compiled is compiled when it is first used.
+
+        Calls of other threads wait meanwhile.
+
+        Args:
+          penalties: also what requests with penalties or a logit bias run, which are
+            programs of their own. So are those of other settings that look at the
+            text, which come as they are needed.
+
+        Returns:
+          seconds that it took.
+        """
+        return self._worker.run(functools.partial(_warm_up, penalties=penalties))
 
     def reset(self) -> None:
         """Forgets all texts, and what they taught the drafter, as if it were new.
@@ -452,6 +476,13 @@ class LLM:
         request = Request(prompt=ids, params=self.engine_params(params))
         self.engine.check(request)
         return Reader(prompt, request, self.tokenizer, context)
+
+
+def _warm_up(engine: Engine, penalties: bool) -> float:
+    before = engine.compile_seconds
+    sizes = engine.config.prefill_chunks
+    engine.compile(sizes, penalties=penalties, resuming=True)
+    return engine.compile_seconds - before
 
 
 def _steps(max_steps: int | None) -> int | None:

@@ -76,6 +76,7 @@ def files(tmp_path_factory) -> Files:
 def compilation_cache(tmp_path_factory):
     """One for all runs, so that each program is compiled once."""
     names = (
+        "jax_enable_compilation_cache",
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
         "jax_persistent_cache_min_entry_size_bytes",

@@ -18,6 +18,7 @@ _THINGS = ["apple", "boat", "cat", "drum"]
 def shared_compilations(tmp_path_factory):
     """Every run compiles the same step; the first one pays for all."""
     settings = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.3,
         "jax_persistent_cache_min_entry_size_bytes": 0,

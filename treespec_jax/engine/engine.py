@@ -257,6 +257,7 @@ class Engine:
         chunks: Sequence[int] = (),
         every_shape: bool = True,
         penalties: bool = False,
+        resuming: bool = False,
     ) -> None:
         """Compiles programs side by side, which else their first use does in turn.
 
@@ -264,13 +265,15 @@ class Engine:
           chunks: sizes of prefills, of `EngineConfig.prefill_chunks`.
           every_shape: dispatches of all shapes, not of the first alone.
           penalties: also the dispatches of requests that have some.
+          resuming: also what tells a drafter of cached beginnings, if it has to be.
         """
         scheduler, shapes = self._scheduler, self.speculation.shapes
+        pieces = [scheduler.idle_chunk(size) for size in chunks]
         with self._clock.stopped():
             self._executor.compile(
                 [scheduler.idle_plan(p) for p in (False, True)[: 1 + penalties]],
                 shapes if every_shape else shapes[:1],
-                [scheduler.idle_chunk(size) for size in chunks],
+                pieces + (scheduler.idle_resumptions() if resuming else []),
             )
         self._chooser.compiled |= every_shape
 

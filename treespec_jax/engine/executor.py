@@ -217,7 +217,10 @@ class Executor:
             for plan in plans
             for shape in shapes
         ]
-        jobs += [(self._prefill, (*state, *_chunk(chunk))) for chunk in chunks]
+        jobs += [
+            (self._resume if c.cached else self._prefill, (*state, *_chunk(c)))
+            for c in chunks
+        ]
         with ThreadPoolExecutor(max(1, len(jobs))) as pool:
             # Tracing is Python, and goes on while the last ones compile.
             under_way = [

@@ -435,6 +435,13 @@ class Scheduler:
         table = np.full_like(self._page_table[:1], TRASH_PAGE)
         return ChunkPlan(0, tokens, tokens, one, one, one, table)
 
+    def idle_resumptions(self) -> list[ChunkPlan]:
+        """The same of what is in the caches already, if the drafter has to be told."""
+        if not (self.config.prefix_cache and self._drafted.hears_all):
+            return []
+        chunk = self.idle_chunk(self.config.prefill_chunks[-1])
+        return [dataclasses.replace(chunk, cached=True)]
+
     def idle_plan(self, penalised: bool = False) -> Plan:
         """A dispatch in which nobody runs, for the shapes of its arrays.
 
