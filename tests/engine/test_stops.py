@@ -113,6 +113,24 @@ def test_nothing_is_shown_that_a_stop_text_may_take_back(qwen):
     assert text.text[: text.certain()] == "the cat s" and not text.stopped
 
 
+@pytest.mark.parametrize("first", range(1, 6))
+def test_a_stop_is_found_from_its_first_letter(qwen, first):
+    """However many letters of it the last token brings, with others before and after.
+
+    It is as long as a stop text gets, so that the search may begin no later.
+    """
+    stop = "abcabd"
+    for before in ("", "x", "ab", "abc"):
+        text = before + stop + "y"
+        cut = len(before) + first
+        ids = [i for part in (text[:cut], text[cut:]) for i in qwen.encode(part)]
+        letters = [i for letter in text for i in qwen.encode(letter)]
+        for pieces in (ids, letters):
+            assert qwen.decode(pieces) == text
+            for stops in (stop, (stop, "d", "zzzzzz")):
+                assert read(qwen, pieces, stop=stops).text == before
+
+
 def test_rows_without_a_token_are_no_stop(qwen):
     ids = [*qwen.encode("the"), qwen.vocab_size + 3, *qwen.encode(" cat")]
     assert read(qwen, ids, stop="x").text == "the cat"

@@ -126,6 +126,42 @@ def test_tokens_tied_with_the_last_kept_are_kept(top_k):
             check(logits.astype(np.float32), [params])
 
 
+def halves(count: int) -> np.ndarray:
+    """Logits whose exponentials, as jax computes them, are 1, 1/2, 1/4, …"""
+    exp, found = jax.jit(jnp.exp), [0.0]
+    for number in range(1, count):
+        near = np.float32(-number * np.log(2.0))
+        steps = np.arange(-64, 65, dtype=np.int32)
+        close = (near.view(np.int32) + steps).view(np.float32)
+        exact = close[np.asarray(exp(close)) == np.float32(2.0**-number)]
+        assert len(exact), f"no float32 has the exponential 2^-{number}"
+        found.append(exact[0])
+    return np.array(found, np.float32)
+
+
+@pytest.mark.parametrize("path", ["whole", "short list", "top-k", "search"])
+def test_the_nucleus_ends_where_its_probability_is_reached(path):
+    """Exactly there: sums of halves are exact, so that no rounding moves the edge.
+
+    It is the least set of likeliest tokens whose probability is at least top_p.
+    """
+    vocab = 6 if path == "whole" else 2 * SHORT_LIST
+    # All of the others have a probability of 0.
+    logits = np.full(vocab, -300.0, np.float32)
+    logits[-6:] = halves(5)[[4, 4, 3, 2, 1, 0]]
+    # A flat column needs more of the vocabulary than the short list has.
+    flat = -1e-4 * np.arange(vocab, dtype=np.float32)
+    columns = jnp.asarray(np.stack([logits, flat], axis=1))
+    other = SamplingParams(temperature=1.0, top_p=0.99 if path == "search" else 1.0)
+    top_k = SHORT_LIST - 9 if path == "top-k" else 0
+    for tokens, edge in enumerate(np.float32([1 / 2, 3 / 4, 7 / 8]), 1):
+        below, above = (np.nextafter(edge, np.float32(end)) for end in (0, 1))
+        for top_p, wanted in ((below, tokens), (edge, tokens), (above, tokens + 1)):
+            own = SamplingParams(temperature=1.0, top_p=float(top_p), top_k=top_k)
+            kept = np.isfinite(truncate(columns, settings(own, other))[:, 0])
+            assert np.flatnonzero(kept).tolist() == list(range(vocab - wanted, vocab))
+
+
 def test_a_greedy_slot_is_not_cut():
     """Its other settings mean nothing; its column comes back as it was."""
     logits = np.random.default_rng(2).normal(size=(97, 4)).astype(np.float32)
