@@ -299,8 +299,10 @@ class DrafterContract:
             )
 
     def test_a_new_text_forgets_the_old_one(self, filled, ingest, propose, texts):
+        """However many of its tokens the drafter had still to take in."""
         name = self.shapes[0]
-        state = ingest(filled, chunk(0, texts[1], 0, 8))
+        stepped_on = ingest(filled, stepped(texts, [20] * B, [4, 0, 3]))
+        state = ingest(stepped_on, chunk(0, texts[1], 0, 8))
         fresh = ingest(filled, chunk(1, texts[1], 0, 8))
         lengths = [8, 20, 20]
         one, _ = propose(state, [texts[1], texts[1], texts[2]], lengths, name)

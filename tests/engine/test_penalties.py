@@ -108,6 +108,27 @@ def test_plain_decoding_takes_the_best_penalised_score(
 
 
 @pytest.mark.slow
+def test_reported_log_probabilities_are_those_before_penalties(
+    plain, engine, tiny_target, ragged_prompts
+):
+    """The model's own: of temperature, penalties and bias they know nothing."""
+    params = dataclasses.replace(SETTINGS["sampled"], logprobs=True)
+    requests = run(engine, ragged_prompts[:3], params)
+    moved = 0.0
+    for number, request in enumerate(requests):
+        assert request.tokens == plain["sampled"][number]
+        text = [*request.prompt, *request.tokens]
+        logits = full_logits(tiny_target, text).astype(np.float64)
+        for at, token in enumerate(request.tokens):
+            before = logits[len(request.prompt) - 1 + at]
+            after = penalised(before, request.prompt, request.tokens[:at], params)
+            own, other = (x[token] - np.log(np.exp(x).sum()) for x in (before, after))
+            assert abs(request.logprobs[at] - own) < 1e-3
+            moved = max(moved, abs(own - other))
+    assert moved > 1, "penalties change nothing here: a dead test"
+
+
+@pytest.mark.slow
 def test_a_request_without_penalties_runs_the_program_without_them(
     plain, engine, ragged_prompts
 ):
