@@ -26,7 +26,7 @@ FLOORS = (
     ("engine",),
     ("tracing", "worker"),
     ("completions", "progress", "stops"),
-    ("texts", "arguments"),
+    ("texts", "arguments", "pairs"),
     ("llm",),
     ("exploration", "branch", "tuning", "training"),
     ("measurement",),

@@ -14,7 +14,8 @@ from treespec_jax.completions import Messages, Prompt
 from treespec_jax.config import SamplingParams, SpeculativeConfig
 from treespec_jax.engine.stats import Stats
 from treespec_jax.errors import UserError
-from treespec_jax.llm import LLM, Model
+from treespec_jax.llm import LLM
+from treespec_jax.pairs import Model
 from treespec_jax.tracing.trace import Trace
 
 _SPECULATIVE = {field.name for field in dataclasses.fields(SpeculativeConfig)}

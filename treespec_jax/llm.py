@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax import disk_cache, limits, speculation
+from treespec_jax import disk_cache, limits, pairs, speculation
 from treespec_jax.arguments import (
     as_params,
     as_prompt,
@@ -20,19 +20,9 @@ from treespec_jax.arguments import (
     each_params,
     with_token_ids,
 )
-from treespec_jax.checkpoints import (
-    Description,
-    LoadedModel,
-    describe,
-    drafters,
-    load,
-)
+from treespec_jax.checkpoints import LoadedModel, drafters
 from treespec_jax.checkpoints.chat import check_conversations, check_messages
-from treespec_jax.checkpoints.drafters import (
-    DrafterDescription,
-    LoadedDrafter,
-    load_drafter,
-)
+from treespec_jax.checkpoints.drafters import LoadedDrafter
 from treespec_jax.checkpoints.recycle_table import Table, TableFile
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.checks import as_bool, as_int, from_mapping
@@ -52,8 +42,6 @@ from treespec_jax.worker import AsyncBell, Bell, Call, Worker
 
 __all__ = ["LLM", "AsyncStream", "Completion", "Generation", "Stream"]
 
-Model = Description | LoadedModel
-Draft = Model | DrafterDescription | LoadedDrafter
 # Texts, and tokens of each, on which a drafter is tried.
 _TEXTS, _CHECKED = 4, 64
 # What goes with the target.
@@ -111,7 +99,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | Model,
+        model: str | Path | pairs.Model,
         *,
         speculative: SpeculativeConfig | Mapping[str, Any] | None = FITTING,
         tokenizer: str | Path | None = None,
@@ -120,15 +108,15 @@ class LLM:
         compilation_cache: str | Path | bool | None = None,
         **engine: Any,
     ):
-        config = drafters.choose(model, _speculative_config(speculative))
+        config = drafters.choose(model, pairs.speculative_config(speculative))
         settings = from_mapping(EngineSettings, engine, "LLM")
         shape = limits.check_speculation(config)
-        target, draft = _described(model, tokenizer), None
+        target, draft = pairs.described(model, tokenizer), None
         if shape.depth:
             limits.check_drafter(config)
             speculation.find(config)
             if config.model is not None:
-                draft = _described_draft(target, config, tokenizer)
+                draft = pairs.described_draft(target, config, tokenizer)
         left_out = [*target.notes, *(draft.notes if draft is not None else ())]
         self.notes = (*left_out, *check_pair(target, draft))
         self.recycle_table: Path | None = None
@@ -150,10 +138,10 @@ class LLM:
             mesh = make_mesh(mesh)
         if not isinstance(mesh, jax.sharding.Mesh | None):
             raise UserError(f'mesh must be a text such as "tensor:4", got {mesh!r:.60}')
-        target = _loaded(target, dtype, mesh)
+        target = pairs.loaded(target, dtype, mesh)
         use_huge_pages(target.model)
         if draft is not None:
-            draft = _loaded_draft(draft, target, mesh)
+            draft = pairs.loaded_draft(draft, target, mesh)
             use_huge_pages(draft.model)
         made = speculation.make(
             config,
@@ -241,6 +229,17 @@ class LLM:
           ValueError: a request of any thread waits or runs.
         """
         return self._worker.exclusive()
+
+    def run(self, function: Callable[[Engine], Any]) -> Any:
+        """Runs a function of the engine between two dispatches; returns its result.
+
+        The calls of others stay where they are meanwhile.
+        """
+        return self._worker.run(function)
+
+    def post(self, function: Callable[[Engine], Any]) -> None:
+        """Does the same soon, and waits for nothing; may be called anywhere."""
+        self._worker.post(function)
 
     def close(self) -> None:
         """Ends all calls, whose callers get a UserError, and the engine's thread.
@@ -508,57 +507,3 @@ def _with_table(drafter: Drafter, table: Table, state: Any) -> Any:
     count = recycle.table_of(drafter, state).best.shape[2]
     table = table.resized(count)
     return recycle.with_table(state, table.best, table.logits)
-
-
-def _speculative_config(given) -> SpeculativeConfig:
-    if isinstance(given, SpeculativeConfig):
-        return given
-    if given is not None and not isinstance(given, Mapping):
-        raise UserError(
-            f"speculative must be SpeculativeConfig or its fields, got {given!r:.60}"
-        )
-    values = {"method": "none"} if given is None else given
-    return from_mapping(SpeculativeConfig, values, "speculative")
-
-
-def _described(model: str | Path | Model, tokenizer: str | Path | None = None) -> Model:
-    if not isinstance(tokenizer, str | Path | None):
-        raise UserError(f"tokenizer must be a path or a name, got {tokenizer!r:.60}")
-    if isinstance(model, (Description, LoadedModel)):
-        if tokenizer is not None:
-            raise UserError(
-                "a model that is described or loaded has its tokenizer; give its path, "
-                "or pass the tokenizer to checkpoints.load instead"
-            )
-        return model
-    if not isinstance(model, (str, Path)):
-        raise UserError(f"model must be a path or a loaded model, got {model!r}")
-    return describe(model, tokenizer)
-
-
-def _described_draft(
-    target: Model, config: SpeculativeConfig, tokenizer: str | Path | None
-) -> Draft:
-    draft = drafters.describe_draft(target, config, tokenizer)
-    if isinstance(draft, (DrafterDescription, LoadedDrafter)):
-        return draft
-    return _described(draft)
-
-
-def _loaded_draft(draft: Draft, target: LoadedModel, mesh):
-    if isinstance(draft, DrafterDescription):
-        return load_drafter(draft, target)
-    if isinstance(draft, LoadedDrafter):
-        return draft
-    return _loaded(draft, target.dtype, mesh)
-
-
-def _loaded(model: Model, dtype, mesh) -> LoadedModel:
-    if isinstance(model, Description):
-        return load(model, dtype, mesh=mesh)
-    if mesh is not None:
-        raise UserError(
-            "a loaded model stays where it is; give its path, or pass the mesh to "
-            "checkpoints.load instead"
-        )
-    return model

@@ -186,7 +186,7 @@ def test_a_bad_table_is_found_before_weights_are_read(
     target, saved, tmp_path, monkeypatch
 ):
     (tmp_path / "t.npz").write_text("no table")
-    monkeypatch.setattr("treespec_jax.llm._loaded", lambda *_: pytest.fail("reads"))
+    monkeypatch.setattr("treespec_jax.pairs.loaded", lambda *_: pytest.fail("reads"))
     with pytest.raises(UserError, match="t.npz is no recycle table"):
         make(target, recycle_table=tmp_path / "t.npz")
     larger = dataclasses.replace(TINY, vocab_size=98)

@@ -1,0 +1,103 @@
+"""Target and drafter as users name them: described, then loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from treespec_jax.checkpoints import Description, LoadedModel, describe, drafters, load
+from treespec_jax.checkpoints.drafters import (
+    DrafterDescription,
+    LoadedDrafter,
+    load_drafter,
+)
+from treespec_jax.checks import from_mapping
+from treespec_jax.config import SpeculativeConfig
+from treespec_jax.errors import UserError
+
+Model = Description | LoadedModel
+Draft = Model | DrafterDescription | LoadedDrafter
+
+
+def speculative_config(given: Any) -> SpeculativeConfig:
+    """How to speculate: the object, a mapping of its fields, or None for not at all.
+
+    Raises:
+      UserError: anything else; names it.
+    """
+    if isinstance(given, SpeculativeConfig):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise UserError(
+            f"speculative must be SpeculativeConfig or its fields, got {given!r:.60}"
+        )
+    values = {"method": "none"} if given is None else given
+    return from_mapping(SpeculativeConfig, values, "speculative")
+
+
+def described(model: str | Path | Model, tokenizer: str | Path | None = None) -> Model:
+    """A checkpoint that a path or a name stands for; what is read already stays.
+
+    Args:
+      model: path or name of a checkpoint, a description of one, or a loaded one.
+      tokenizer: path or name of another tokenizer than the checkpoint's own.
+
+    Raises:
+      UserError: it cannot be read, or is none of these.
+    """
+    if not isinstance(tokenizer, str | Path | None):
+        raise UserError(f"tokenizer must be a path or a name, got {tokenizer!r:.60}")
+    if isinstance(model, (Description, LoadedModel)):
+        if tokenizer is not None:
+            raise UserError(
+                "a model that is described or loaded has its tokenizer; give its path, "
+                "or pass the tokenizer to checkpoints.load instead"
+            )
+        return model
+    if not isinstance(model, (str, Path)):
+        raise UserError(f"model must be a path or a loaded model, got {model!r}")
+    return describe(model, tokenizer)
+
+
+def described_draft(
+    target: Model, config: SpeculativeConfig, tokenizer: str | Path | None
+) -> Draft:
+    """The drafter that a configuration names, for a target.
+
+    Raises:
+      UserError: it cannot be read, or does not fit.
+    """
+    draft = drafters.describe_draft(target, config, tokenizer)
+    if isinstance(draft, (DrafterDescription, LoadedDrafter)):
+        return draft
+    return described(draft)
+
+
+def loaded_draft(
+    draft: Draft, target: LoadedModel, mesh: jax.sharding.Mesh | None
+) -> LoadedModel | LoadedDrafter:
+    """A drafter with its weights, where the target's are."""
+    if isinstance(draft, DrafterDescription):
+        return load_drafter(draft, target)
+    if isinstance(draft, LoadedDrafter):
+        return draft
+    return loaded(draft, target.dtype, mesh)
+
+
+def loaded(model: Model, dtype: Any, mesh: jax.sharding.Mesh | None) -> LoadedModel:
+    """A model with its weights.
+
+    Raises:
+      UserError: a loaded model, and a mesh to put it on.
+    """
+    if isinstance(model, Description):
+        return load(model, dtype, mesh=mesh)
+    if mesh is not None:
+        raise UserError(
+            "a loaded model stays where it is; give its path, or pass the mesh to "
+            "checkpoints.load instead"
+        )
+    return model
