@@ -16,8 +16,8 @@ from treespec_jax.checkpoints import LoadedModel
 from treespec_jax.config import ModelConfig
 from treespec_jax.models.transformer import Transformer
 
-V, PAGE, PAGES, MAX_LEN, CHUNK = 11, 8, 26, 40, 8
-OPERATIONS, LIVE = 10_000, 9
+V, PAGE, PAGES, MAX_LEN, CHUNK = 11, 8, 18, 40, 8
+OPERATIONS, LIVE = 10_000, 10
 CONFIG = ModelConfig(
     vocab_size=V,
     embed_dim=16,
@@ -130,9 +130,9 @@ class Walk:
 
     def run(self, count: int) -> None:
         names = "create fork produce commit commit_all merge prune reseed generate"
-        weights = np.array([3, 5, 6, 6, 3, 2, 3, 1, 0.1])
+        weights = np.array([3, 5, 6, 6, 3, 2, 3, 1, 0.2])
         for _ in range(count):
-            name = self.rng.choice(names.split(), p=weights / weights.sum())
+            name = str(self.rng.choice(names.split(), p=weights / weights.sum()))
             if not self.live:
                 name = "create"
             # Times with many branches and with few come in turn.
@@ -263,7 +263,7 @@ class Walk:
             self.seen.setdefault(branch.tokens, [])
             if not any(branch._cached.logits is x for x in self.seen[branch.tokens]):
                 self.seen[branch.tokens].append(branch._cached.logits)
-        allocator = self.llm.engine._scheduler.allocator
+        allocator = self.llm.engine._scheduler.pages.allocator
         for page in range(1, PAGES + 1):
             assert allocator.holders(page) == holders[page]
         assert self.llm.engine.free_pages == PAGES - len(holders)
@@ -282,7 +282,7 @@ def test_ten_thousand_operations_against_a_model_without_a_cache(llm, model):
     walk.run(OPERATIONS)
     rare = "found again", "too_few", "too_long", "merge", "generate"
     assert min(walk.done[name] for name in rare) > 50, walk.done
-    assert llm.engine._scheduler.allocator.evictions > 100
+    assert llm.engine._scheduler.pages.allocator.evictions > 100
     texts = list(walk.seen)
     want = dict(zip(texts, scratch.logits(texts), strict=True))
     for text, logits in walk.seen.items():
@@ -299,3 +299,153 @@ def test_ten_thousand_operations_against_a_model_without_a_cache(llm, model):
         walk.prune()
         walk.check()
     assert llm.engine.free_pages == PAGES
+
+
+PLAN = (
+    PARAMS,
+    SamplingParams(),
+    SamplingParams(
+        temperature=1.0,
+        seed=7,
+        top_p=0.9,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        logit_bias={4: 1.0},
+    ),
+)
+
+
+@pytest.mark.parametrize("params", PLAN, ids=["sampled", "greedy", "penalised"])
+def test_a_loop_says_what_generate_says(llm, params):
+    """To its end of text or twelve tokens, with the same log probabilities."""
+    params = dataclasses.replace(params, max_tokens=12, logprobs=True)
+    (want,) = llm.generate([[3, 5, 7, 4, 3]], params)
+    with Branch.create(llm, params).prefill([3, 5, 7, 4, 3]) as branch:
+        logprobs = []
+        for _ in range(params.max_tokens):
+            found = branch.produce()
+            branch.commit(found.token)
+            logprobs.append(found.logprob)
+            if found.is_stop:
+                break
+        assert list(branch.tokens[5:]) == want.token_ids
+        assert found.is_stop == (want.finish_reason == "stop")
+        np.testing.assert_allclose(logprobs, want.logprobs, atol=1e-4)
+        assert abs(branch.logprob - sum(logprobs)) < 1e-4
+    assert branch.pruned and llm.engine.free_pages == PAGES
+
+
+def test_seeds_decide_and_entropy_has_units(llm):
+    root = Branch.create(llm, PARAMS).prefill([3, 5, 7])
+    twin, other = root.fork(), root.fork()
+    texts = []
+    for branch, seed in ((root, None), (twin, None), (other, 99)):
+        if seed is not None:
+            branch.reseed(seed)
+        for _ in range(12):
+            branch.commit(branch.produce().token)
+        texts.append(branch.tokens)
+    assert texts[0] == texts[1] != texts[2]
+    p = np.exp(root.logits - np.logaddexp.reduce(root.logits))
+    nats = -np.sum(p * np.log(p))
+    assert abs(root.entropy() - nats) < 1e-5
+    assert abs(root.entropy("bits") - nats / np.log(2)) < 1e-5
+    with pytest.raises(UserError, match="unit 'dits' is unknown"):
+        root.entropy("dits")
+    with pytest.raises(ValueError, match="read-only"):
+        root.logits[0] = 1.0
+    # Parents may go first, and those that nobody holds go by themselves.
+    root.prune()
+    root.prune()
+    assert twin.produce() == twin.produce()
+    del twin, other, branch
+    llm.run(lambda engine: None)
+    assert llm.engine.free_pages == PAGES
+
+
+def test_what_cannot_be_is_refused_in_one_line(llm, model):
+    with Branch.create(llm, {"seed": 1}) as empty:
+        for use in (empty.produce, lambda: empty.commit(3), lambda: empty.logits):
+            with pytest.raises(UserError, match="has no token yet; prefill"):
+                use()
+        for prompt, says in (([], "is empty"), ([V], "outside"), ("a", "tokenizer")):
+            with pytest.raises(UserError, match=says):
+                empty.prefill(prompt)
+        branch = empty.fork().prefill([3, 4])
+        with pytest.raises(UserError, match="has 2 tokens already"):
+            branch.prefill([3])
+        for tokens, says in (([], "nothing to commit"), (V, "outside"), (-1, ">= 0")):
+            with pytest.raises(UserError, match=says):
+                branch.commit(tokens)
+        with pytest.raises(UserError, match="comes twice"):
+            Branch.commit_all([(branch, 3), (branch, 4)])
+        with pytest.raises(UserError, match="into another one"):
+            branch.merge_into(branch)
+        fork = branch.fork()
+        fork.commit(5)
+        branch.commit(6)
+        with pytest.raises(UserError, match="gone another way"):
+            fork.merge_into(branch)
+        with pytest.raises(ValueError, match="3 branches are open"):
+            llm.reset()
+        fork.merge_into(empty)
+        assert empty.tokens == (3, 4, 5) and fork.pruned
+        branch.prune()
+    assert llm.engine.free_pages == PAGES
+
+
+def test_a_fork_takes_pages_and_no_memory(model):
+    """64 forks of 4,000 tokens take less than two copies of them would."""
+    page, tokens = 64, 4000
+    llm = load(
+        model,
+        max_batch=8,
+        max_len=4096,
+        page_size=page,
+        num_pages=160,
+        prefill_chunks=(512,),
+    )
+    root = Branch.create(llm, PARAMS)
+    root.prefill(np.random.default_rng(0).integers(3, V, tokens).tolist())
+    one = 160 - llm.engine.free_pages
+    assert one == -(-tokens // page)
+    root.fork().prune()
+    before = sum(x.nbytes for x in jax.live_arrays())
+    forks = [root.fork() for _ in range(64)]
+    assert sum(x.nbytes for x in jax.live_arrays()) == before
+    assert 160 - llm.engine.free_pages == one + 64 < 3 * one
+    Branch.commit_all([(fork, 3 + i % 4) for i, fork in enumerate(forks)])
+    by_token = [fork.logits for fork in forks[:4]]
+    for i, fork in enumerate(forks):
+        np.testing.assert_allclose(fork.logits, by_token[i % 4], atol=1e-5)
+    # 4,001 rows are in the pages of the forks: nothing was allocated.
+    assert 160 - llm.engine.free_pages == one + 64
+    llm.close()
+
+
+def test_a_device_that_fails_closes_branches_only_if_their_rows_are_lost(llm):
+    root = Branch.create(llm, PARAMS).prefill([3, 5, 7])
+    executor = llm.engine._executor
+    before, real = root.logits, executor.extend
+    with pytest.MonkeyPatch.context() as patched:
+
+        def fail(plan):
+            raise MemoryError("none is left")
+
+        patched.setattr(executor, "extend", fail)
+        with pytest.raises(MemoryError, match="none is left"):
+            root.commit(4)
+        assert root.tokens == (3, 5, 7) and root.logits is not None
+
+        def lose(plan):
+            real(plan)
+            jax.tree.map(lambda x: x.delete(), executor._state.pages)
+            fail(plan)
+
+        patched.setattr(executor, "extend", lose)
+        with pytest.raises(MemoryError, match="none is left"):
+            root.commit(4)
+    assert root.pruned and llm.engine.free_pages == PAGES
+    with Branch.create(llm, PARAMS).prefill([3, 5, 7]) as again:
+        assert not again.shared_pages
+        np.testing.assert_allclose(again.logits, before, atol=1e-5)

@@ -21,7 +21,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ from treespec_jax.checkpoints.tokenizers import TextStream
 from treespec_jax.checks import as_int
 from treespec_jax.completions import Prompt
 from treespec_jax.config import SamplingParams
-from treespec_jax.engine.branching import Addition, CachedText, log_prob
+from treespec_jax.engine.branching import Addition, CachedText, CachedTexts, log_prob
+from treespec_jax.engine.engine import Engine
 from treespec_jax.errors import UserError
 from treespec_jax.llm import LLM
 from treespec_jax.stops import StoppedText
@@ -85,7 +87,7 @@ class Branch:
           params: as for `LLM.generate`.
         """
         params = llm.engine_params(as_params(params))
-        return cls(llm, params, llm.engine.texts.create())
+        return cls(llm, params, _with_texts(llm, CachedTexts.create))
 
     def prefill(self, prompt: Prompt) -> Branch:
         """Takes in a prompt, a text or token ids; shares pages of a known beginning.
@@ -105,15 +107,17 @@ class Branch:
         limits.check_tokens(ids, self._llm.config.vocab_size)
         if not ids:
             raise UserError("the prompt is empty; give at least one token")
-        self._llm.engine.texts.extend([Addition(text, ids, scored=False)])
+        additions = [Addition(text, ids, scored=False)]
+        _with_texts(self._llm, lambda texts: texts.extend(additions))
         self._prompt = len(ids)
         return self
 
     def fork(self) -> Branch:
         """A branch of the same tokens, settings and seed, on the same pages."""
-        text = self._llm.engine.texts.fork(self._open())
+        text = self._open()
+        its = _with_texts(self._llm, lambda texts: texts.fork(text))
         fork = copy.copy(self)
-        fork._cached = text
+        fork._cached = its
         return fork
 
     def reseed(self, seed: int) -> None:
@@ -127,9 +131,9 @@ class Branch:
         The noise depends on seed and position alone: the same token comes again until
         something is committed or the branch is reseeded.
         """
-        logits = self.logits
-        engine, tokens = self._llm.engine, self._cached.tokens
-        token = engine.choose(tokens, self._prompt, logits, self.params)
+        logits, tokens = self.logits, self._cached.tokens
+        given = tokens, self._prompt, logits, self.params
+        token = self._llm.run(lambda engine: engine.choose(*given))
         added = ""
         if self._llm.tokenizer is not None:
             added = TextStream(self._llm.tokenizer, tokens).push([token])
@@ -159,7 +163,7 @@ class Branch:
             branch._begun()
             limits.check_tokens(tokens, llm.config.vocab_size)
         additions = [Addition(branch._cached, tokens) for branch, tokens in pairs]
-        gained = llm.engine.texts.extend(additions)
+        gained = _with_texts(llm, lambda texts: texts.extend(additions))
         for (branch, _), log_probs in zip(pairs, gained, strict=True):
             branch._logprob += float(np.sum(log_probs, dtype=np.float64))
 
@@ -229,7 +233,7 @@ class Branch:
 
         Parents may go before their forks.
         """
-        self._llm.engine.texts.release(self._cached)
+        _with_texts(self._llm, lambda texts: texts.release(self._cached))
 
     def merge_into(self, parent: Branch) -> None:
         """Lets another branch go on as this one does, which is pruned.
@@ -247,7 +251,7 @@ class Branch:
                 "the parent has gone another way since the fork; merge into a branch "
                 "whose tokens this one begins with"
             )
-        self._llm.engine.texts.replace(its, mine)
+        _with_texts(self._llm, lambda texts: texts.replace(its, mine))
         parent._logprob = self._logprob
         parent._prompt = self._prompt
 
@@ -259,9 +263,9 @@ class Branch:
         self.prune()
 
     def __del__(self):
-        # One that `create` refused has nothing.
-        if "_cached" in vars(self):
-            self.prune()
+        text = self._cached
+        if text.open:
+            self._llm.post(lambda engine: _release(engine, text))
 
     def _open(self) -> CachedText:
         if self.pruned:
@@ -286,6 +290,21 @@ class Branch:
         for number, emitted in enumerate((*tokens[prompt:], token), 1):
             text.push(emitted, early=number <= params.min_tokens)
         return text.stopped
+
+
+def _with_texts(llm: LLM, function: Callable[[CachedTexts], Any]) -> Any:
+    """Runs a function of the cached texts in the engine's thread."""
+
+    def run(engine: Engine) -> Any:
+        with engine.cached_texts() as texts:
+            return function(texts)
+
+    return llm.run(run)
+
+
+def _release(engine: Engine, text: CachedText) -> None:
+    with engine.cached_texts() as texts:
+        texts.release(text)
 
 
 def _token_list(tokens: int | Sequence[int]) -> list[int]:

@@ -275,6 +275,14 @@ class Worker:
         job.bell.wait()
         return job.finish()
 
+    def post(self, function: Callable[[Engine], Any]) -> None:
+        """Has a function of the engine run soon, and waits for nothing.
+
+        It may be called anywhere, by the garbage collector too. What the function
+        raises is lost.
+        """
+        self._inbox.put(_Job(function))
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[Engine]:
         """Lends the engine to the current thread; the calls of others wait.

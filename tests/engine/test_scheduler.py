@@ -65,7 +65,9 @@ class Device:
 
     def _write(self, scheduler, table, rows, base):
         for page in np.unique(table[rows // PAGE]):
-            assert scheduler.allocator.holders(page) == 1, "a shared page is written"
+            assert scheduler.pages.allocator.holders(page) == 1, (
+                "a shared page is written"
+            )
         self.pages[table[rows // PAGE], rows % PAGE] = base + rows
 
     def run(self, plan, scheduler):
@@ -101,7 +103,7 @@ def check(scheduler: Scheduler) -> None:
     """Holders are counted, and a page stands in the tables of its holders alone."""
     held = []
     for index, slot in enumerate(scheduler._slots):
-        row = scheduler._page_table[index]
+        row = scheduler.pages.table[index]
         pages = [] if slot is None else slot.pages
         assert row[: len(pages)].tolist() == pages
         assert (row[len(pages) :] == TRASH_PAGE).all()
@@ -109,7 +111,7 @@ def check(scheduler: Scheduler) -> None:
     holders = collections.Counter(held)
     assert len(holders) == scheduler.num_pages - scheduler.free_pages
     for page in range(1, scheduler.num_pages + 1):
-        assert scheduler.allocator.holders(page) == holders[page]
+        assert scheduler.pages.allocator.holders(page) == holders[page]
 
 
 # Without shrinking: an example says enough, and one that never ends is slow.
@@ -170,7 +172,7 @@ def test_every_request_gets_its_tokens(seed, num_pages, ahead):
     assert scheduler.free_pages == num_pages
     stats = [request.stats for request in requests]
     assert device.shared == PAGE * sum(s.shared_pages for s in stats)
-    assert scheduler.allocator.evictions == sum(s.evictions for s in stats)
+    assert scheduler.pages.allocator.evictions == sum(s.evictions for s in stats)
     for request in requests:
         prompt, first = len(request.prompt), request.prompt[-1] + 1
         want = min(request.params.max_tokens, num_pages * PAGE + 1 - prompt)

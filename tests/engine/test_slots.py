@@ -226,7 +226,7 @@ def test_memory_that_runs_out_anywhere_loses_no_page(after):
         reasons = {request.finish_reason for request in requests}
         assert "error" in reasons and reasons <= {"error", "length"}
         assert scheduler.free_pages == scheduler.num_pages
-        assert (scheduler._page_table == TRASH_PAGE).all()
+        assert (scheduler.pages.table == TRASH_PAGE).all()
         again = submit(scheduler)
         serve(scheduler)
         counts = [len(request.tokens) for request in again]

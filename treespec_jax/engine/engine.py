@@ -56,7 +56,6 @@ class Engine:
       eos_ids: tokens that end a text, unless a request ignores them.
 
     Attributes:
-      texts: cached texts that callers advance themselves.
       prefill_seconds: wall time spent in prefill, without compiling.
       decode_seconds: wall time spent in decoding, without compiling.
 
@@ -92,10 +91,10 @@ class Engine:
         self._executor = Executor(
             target, speculation, config, self._scheduler.num_pages, self._clock
         )
-        self.texts = CachedTexts(
+        self._texts = CachedTexts(
             config,
-            self._scheduler.allocator,
-            self._scheduler.prefixes,
+            self._scheduler.pages.allocator,
+            self._scheduler.pages.prefixes,
             drafted.in_pages,
             self._executor,
         )
@@ -245,8 +244,8 @@ class Engine:
         """
         if self.busy:
             raise ValueError("requests are under way; end them first")
-        if self.texts.count:
-            raise ValueError(f"{self.texts.count} branches are open; prune them first")
+        if self._texts.count:
+            raise ValueError(f"{self._texts.count} branches are open; prune them first")
         # A dispatch may have been started ahead of a text that then ended.
         self.drain()
         self._begin()
@@ -303,6 +302,16 @@ class Engine:
             return self._advance(max_steps, shape)
 
     @contextlib.contextmanager
+    def cached_texts(self) -> Iterator[CachedTexts]:
+        """The texts in the cache that callers advance themselves.
+
+        Should the state on the device be lost, all of them are closed.
+        """
+        with self._recovery():
+            self._concerned = ()
+            yield self._texts
+
+    @contextlib.contextmanager
     def _recovery(self) -> Iterator[None]:
         """Ends the requests that a failure concerns; makes a state if it was lost."""
         self._concerned = None
@@ -319,6 +328,7 @@ class Engine:
             raise
 
     def _begin(self) -> None:
+        self._texts.release_all()
         self._scheduler.forget_prefixes()
         self._executor.reset()
         if self._prepare is not None:

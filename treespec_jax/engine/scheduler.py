@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax.cache.allocator import TRASH_PAGE, PageAllocator
-from treespec_jax.cache.prefixes import HeldPages, Prefixes
+from treespec_jax.cache.allocator import TRASH_PAGE
+from treespec_jax.cache.prefixes import HeldPages
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine.clock import SteadyClock, Stopwatch
 from treespec_jax.engine.filing import enter, enter_prompt
+from treespec_jax.engine.page_tables import PageTables
 from treespec_jax.engine.plan import (
     NOTHING_DRAFTED,
     ChunkPlan,
@@ -59,8 +60,7 @@ class Scheduler:
       drafted: what the drafter keeps by page.
 
     Attributes:
-      allocator: of the pages.
-      prefixes: that finds those of equal texts.
+      pages: of the slots.
       clock: that times are taken by.
     """
 
@@ -77,17 +77,10 @@ class Scheduler:
         self._width = width
         self.clock = SteadyClock()
         self._eos_ids = tuple(eos_ids)
-        self._pages_per_slot = -(-config.max_len // config.page_size)
-        num_pages = config.num_pages or config.max_batch * self._pages_per_slot
-        self.allocator = PageAllocator(num_pages)
-        self.prefixes = Prefixes(
-            self.allocator, config.page_size, drafted.next_tokens, config.prefix_cache
-        )
+        self.pages = PageTables(config, drafted)
         self._slots: list[Slot | None] = [None] * config.max_batch
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._arrivals = itertools.count()
-        table = config.max_batch, self._pages_per_slot
-        self._page_table = np.full(table, TRASH_PAGE, np.int32)
         self._settings = SlotSettings(
             config.max_batch, config.max_len, eos_ids, vocab_size
         )
@@ -105,12 +98,12 @@ class Scheduler:
     @property
     def num_pages(self) -> int:
         """Pages in all."""
-        return self.allocator.num_pages
+        return self.pages.allocator.num_pages
 
     @property
     def free_pages(self) -> int:
         """Pages that belong to no request."""
-        return self.allocator.free
+        return self.pages.allocator.free
 
     def submit(self, request: Request) -> None:
         """Queues a request, whose prompt has room for a new token."""
@@ -149,21 +142,20 @@ class Scheduler:
                 # The newest rows are computed in any case: the drafter needs them. All
                 # are, where the target has to say what it thinks of the prompt.
                 rows = 0 if request.scoring else len(text) - 2
-                digests = self.prefixes.digests(text, rows)
-                found = self.prefixes.find(digests)
-                needed = self._pages_for(len(text)) - len(found.pages)
-                needed += sum(not self.allocator.holders(p) for p in found.pages)
+                digests = self.pages.prefixes.digests(text, rows)
+                found = self.pages.prefixes.find(digests)
+                needed = self.pages.missing(len(text), found)
                 # A request that had to wait again leaves the others a page each, or it
                 # would soon have to wait once more.
                 running = self._occupied()
                 spare = len(running) if request.tokens else 0
-                never = self._pages_for(len(text)) > self.allocator.num_pages
-                if never or (not running and needed > self.allocator.free):
+                never = self.pages.count(len(text)) > self.pages.allocator.num_pages
+                if never or (not running and needed > self.pages.allocator.free):
                     self._waiting.popleft()
                     request.finish_reason = "length"
                     refused.append(request)
                     continue
-                if running and needed + spare > self.allocator.free:
+                if running and needed + spare > self.pages.allocator.free:
                     return refused
                 if self._soon_there(digests[len(found.pages) :]):
                     return refused
@@ -202,11 +194,11 @@ class Scheduler:
             )
         old, (destination, *_) = running[source], free
         shared = old.complete // self.config.page_size
-        needed = self._pages_for(old.length)
-        if needed - shared > self.allocator.free:
+        needed = self.pages.count(old.length)
+        if needed - shared > self.free_pages:
             raise UserError(
-                f"a fork needs {needed - shared} pages, {self.allocator.free} are "
-                "free; raise num_pages"
+                f"a fork needs {needed - shared} pages, {self.free_pages} are free; "
+                "raise num_pages"
             )
         new = dataclasses.replace(
             old,
@@ -240,7 +232,7 @@ class Scheduler:
         slot.request.stats.prefill_seconds += seconds
         rows = int(chunk.start[0] + chunk.count[0])
         # Rows that depend on the next token are written anew once that is decided.
-        self._complete(slot, rows - self._drafted.next_tokens)
+        self.pages.complete(slot, rows - self._drafted.next_tokens)
         slot.watch.lap(slot.request.stats)
 
     def plan(self, max_steps: int | None = None) -> tuple[Plan | None, list[Request]]:
@@ -288,10 +280,10 @@ class Scheduler:
         if not any(length < slot.limit for length, slot in pairs):
             return None
         missing = sum(
-            max(0, self._pages_for(self._reach(slot, steps)) - len(slot.pages))
+            max(0, self.pages.count(self._reach(slot, steps)) - len(slot.pages))
             for slot in running.values()
         )
-        if missing > self.allocator.free:
+        if missing > self.pages.allocator.free:
             return None
         self._reserve(steps)
         return self._planned(steps)
@@ -323,13 +315,10 @@ class Scheduler:
 
     def forget_prefixes(self) -> None:
         """The caches are emptied: no page can be found any more."""
-        self.allocator.forget_names()
+        self.pages.allocator.forget_names()
 
     def _occupied(self) -> dict[int, Slot]:
         return {i: slot for i, slot in enumerate(self._slots) if slot is not None}
-
-    def _pages_for(self, rows: int) -> int:
-        return min(-(-rows // self.config.page_size), self._pages_per_slot)
 
     def _steps(self, max_steps: int | None) -> int:
         bound = self.config.steps_per_dispatch
@@ -374,16 +363,15 @@ class Scheduler:
         self._slots[index] = slot
         try:
             self._settings.insert(index, slot.request.params)
-            self._share(index, slot, shared)
-            self._hold(index, slot, pages)
+            self.pages.share(index, slot, shared)
+            self.pages.hold(index, slot, pages)
         except BaseException:
             self._release(index)
             raise
-        slot.request.stats.shared_pages += len(shared)
 
     def _begin(self, index: int, slot: Slot, found: HeldPages) -> None:
         """A text enters a slot; the pages found hold the beginning of it."""
-        self._insert(index, slot, found.pages, self._pages_for(len(slot.text)))
+        self._insert(index, slot, found.pages, self.pages.count(len(slot.text)))
         slot.held.digests = found.digests
         slot.request.stats.prefix_hits += bool(found.pages)
         sizes = self.config.prefill_chunks
@@ -394,29 +382,8 @@ class Scheduler:
         for start, size, count in prefill_plan(len(slot.text) - 1 - cached, sizes):
             slot.chunks.append((cached + start, size, count))
 
-    def _share(self, index: int, slot: Slot, pages: Sequence[int]) -> None:
-        """A new slot holds pages of others, too."""
-        for page in pages:
-            self.allocator.share([page])
-            slot.pages.append(page)
-        self._page_table[index, : len(pages)] = pages
-
-    def _hold(self, index: int, slot: Slot, pages: int) -> None:
-        """Takes pages for a slot until it holds so many, or none is free."""
-        first, evicted = len(slot.pages), self.allocator.evictions
-        taken = self.allocator.take(max(0, pages - first), slot.pages)
-        self._page_table[index, first : first + len(taken)] = taken
-        slot.request.stats.evictions += self.allocator.evictions - evicted
-
-    def _complete(self, slot: Slot, rows: int) -> None:
-        """So many rows of a slot are in all caches: its full pages get their names."""
-        slot.complete = max(slot.complete, rows)
-        if slot.complete // self.config.page_size > len(slot.held.digests):
-            text = [*slot.request.prompt, *slot.request.tokens]
-            self.prefixes.name(slot.held, text, slot.complete)
-
     def _chunk(self, index: int, slot: Slot) -> ChunkPlan:
-        table = self._page_table[index : index + 1].copy()
+        table = self.pages.table[index : index + 1].copy()
         top = self._settings.prompt_top(slot.request)
         return chunk_of(index, slot, table, self._drafted, top)
 
@@ -425,14 +392,14 @@ class Scheduler:
         enough = True
         ready = [item for item in self._occupied().items() if item[1].ready]
         for index, slot in sorted(ready, key=lambda item: item[1].order):
-            self._hold(index, slot, self._pages_for(self._reach(slot, steps)))
+            self.pages.hold(index, slot, self.pages.count(self._reach(slot, steps)))
             enough &= len(slot.pages) * self.config.page_size > slot.bound
         return enough
 
     def idle_chunk(self, size: int) -> ChunkPlan:
         """A prefill of nothing, for the shapes of its arrays."""
         tokens, one = np.zeros((1, size), np.int32), np.zeros(1, np.int32)
-        table = np.full_like(self._page_table[:1], TRASH_PAGE)
+        table = np.full_like(self.pages.table[:1], TRASH_PAGE)
         return ChunkPlan(0, tokens, tokens, one, one, one, table)
 
     def idle_resumptions(self) -> list[ChunkPlan]:
@@ -470,7 +437,7 @@ class Scheduler:
         if len(ready) < len(self._occupied()):
             settings = settings.running(ready)
         plan = Plan(
-            page_table=self._page_table.copy(),
+            page_table=self.pages.table.copy(),
             limits=limits_B,
             eos=settings.eos,
             # A record has them, whether or not the request asked.
@@ -489,7 +456,7 @@ class Scheduler:
         request = slot.request
         arrived = enter(request, outbox, index, nodes)
         slot.length += arrived
-        self._complete(slot, slot.length - self._drafted.trails)
+        self.pages.complete(slot, slot.length - self._drafted.trails)
         request.stats.decode_seconds += slot.watch.lap(request.stats)
         if arrived:
             seconds = time.perf_counter() - request.submitted
@@ -509,7 +476,6 @@ class Scheduler:
         self._waiting.appendleft((slot.order, slot.request))
 
     def _release(self, index: int) -> None:
-        self.allocator.give_back(self._slots[index].pages)
-        self._page_table[index] = TRASH_PAGE
+        self.pages.release(index, self._slots[index])
         self._settings.clear(index)
         self._slots[index] = None
