@@ -36,6 +36,7 @@ from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
 
 _CLOSED = "the LLM was closed; make a new one"
+_FORKED = "the LLM belongs to another process; make one in the process that uses it"
 
 
 class Reader(Protocol):
@@ -252,7 +253,8 @@ class Worker:
         """Begins a call.
 
         Raises:
-          UserError: the worker is closed.
+          UserError: the worker is closed, or its thread stayed behind in a process that
+            this one was forked from.
         """
         now = time.perf_counter()
         for reader in call.readers:
@@ -324,10 +326,10 @@ class Worker:
     def _put(self, item: Call | _Job) -> None:
         self._inbox.put(item)
         # Asked afterwards: what comes before the end of an open inbox is found there.
-        if self._closed:
+        if self._closed or not self._thread.is_alive():
             if isinstance(item, Call):
                 item.cancel()
-            raise UserError(_CLOSED)
+            raise UserError(_CLOSED if self._closed else _FORKED)
 
     def serve(self, item: Call | _Job | None) -> bool:
         """Serves until nobody waits for anything; whether the thread goes on."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import jax
 import pytest
@@ -84,7 +85,10 @@ def in_threads(work, count=THREADS):
 def by_generate(llm, rng, ask):
     asked = [ask(rng) for _ in range(rng.randrange(1, 4))]
     prompts, params, answers = zip(*asked, strict=True)
+    began = time.perf_counter()
     generation = llm.generate(list(prompts), list(params))
+    seconds, stats = time.perf_counter() - began, generation.stats
+    assert 0 < stats.decode_seconds <= seconds - stats.prefill_seconds
     assert [c.token_ids for c in generation] == list(answers)
     assert all(c.stats.tokens == len(c.token_ids) for c in generation)
 
@@ -196,7 +200,7 @@ def test_failures_reach_their_callers_and_nobody_else(llm, ask, monkeypatch):
 
     def work(number):
         rng = random.Random(number)
-        for _ in range(REQUESTS // 2):
+        for _ in range(REQUESTS):
             try:
                 rng.choice(WAYS)(llm, rng, ask)
                 outcomes.append("right")
@@ -330,25 +334,42 @@ def test_control_c_ends_the_requests_of_its_caller(llm, ask):
 
 
 def test_an_interrupted_stream_gives_what_there_was(llm, script, monkeypatch):
-    advance = llm.engine.advance
-    went = threading.Semaphore(3)
+    advance, goes_on = llm.engine.advance, threading.Semaphore(3)
 
     def slow(*args):
-        went.acquire()
+        goes_on.acquire()
         advance(*args)
 
     monkeypatch.setattr(llm.engine, "advance", slow)
     stream, pieces = llm.stream(script.prompt), []
     with interrupts() as armed, pytest.raises(KeyboardInterrupt):
         armed.append(True)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
         for piece in stream:
             pieces.append(piece)
-    went.release()
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+    goes_on.release()
     stream.close()
     assert script.text.startswith(stream.completion.text)
-    assert stream.completion.text.startswith("".join(pieces)) and pieces
-    assert len(stream.completion.token_ids) < len(script.ids)
+    assert stream.completion.text.startswith("".join(pieces))
+    assert 0 < len(stream.completion.token_ids) < len(script.ids)
+
+
+def test_control_c_does_not_wait_for_a_program_that_compiles(llm, script, monkeypatch):
+    """The caller goes at once; the prefill ends when it ends, and loses nothing."""
+    prefill, compiled = Executor.prefill, threading.Event()
+
+    def compiling(*args):
+        if not compiled.is_set():
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        compiled.wait()
+        prefill(*args)
+
+    monkeypatch.setattr(Executor, "prefill", compiling)
+    with interrupts() as armed, pytest.raises(KeyboardInterrupt):
+        armed.append(True)
+        llm.generate([script.prompt] * 3)
+    assert llm.engine.busy and not compiled.is_set()
+    compiled.set()
 
 
 def test_the_smallest_number_of_steps_counts(llm, script, monkeypatch):
@@ -366,7 +387,7 @@ def test_the_smallest_number_of_steps_counts(llm, script, monkeypatch):
     thread = threading.Thread(target=llm.generate, args=([[5]], params, 3))
     thread.start()
     while llm._worker._inbox.empty():
-        pass
+        time.sleep(0.001)
     begun.set()
     "".join(stream)
     thread.join()
@@ -425,6 +446,13 @@ def test_the_thread_ends_with_the_llm(scripted_draft):
     gc.collect()
     thread.join(timeout=60)
     assert not thread.is_alive()
+
+
+def test_a_process_without_the_thread_is_told_so(llm, monkeypatch):
+    """As a fork is, which has the thread that forked alone."""
+    monkeypatch.setattr(llm._worker, "_thread", threading.Thread())
+    with pytest.raises(UserError, match="belongs to another process; make one in"):
+        llm.generate([[5]])
 
 
 SCRIPT = """
