@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("treespec_jax", "pallas_kernels")
 # Rooms of treespec_jax from the ground up; one may import those of lines above its own.
 FLOORS = (
-    ("errors", "interrupts"),
+    ("errors", "interrupts", "pace"),
     ("checks",),
     ("params",),
     ("config",),

@@ -97,6 +97,10 @@ class Completion:
         return self.make_trace()
 
 
+# Gets the number of a prompt, and its completion; what it raises ends the whole call.
+OnFinish = Callable[[int, Completion], Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation(Sequence):
     """Completions in the order of their prompts.

@@ -26,7 +26,7 @@ from treespec_jax.checkpoints.drafters import LoadedDrafter
 from treespec_jax.checkpoints.recycle_table import Table, TableFile
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.checks import as_bool, as_int, from_mapping
-from treespec_jax.completions import Completion, Generation, Messages, Prompt
+from treespec_jax.completions import Completion, Generation, Messages, OnFinish, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import recycle, wiring
 from treespec_jax.drafting.protocol import Drafter
@@ -261,6 +261,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         max_steps: int | None = None,
         use_tqdm: bool = False,
+        on_finish: OnFinish | None = None,
     ) -> Generation:
         """Continues every prompt.
 
@@ -273,12 +274,14 @@ class LLM:
           max_steps: steps per dispatch at most; with 1 tokens reach the host as soon
             as they are known (`Completion.arrivals`). None: `steps_per_dispatch`.
           use_tqdm: show on stderr how many texts are done, and tokens per second.
+          on_finish: gets number and completion of a prompt as soon as it is finished.
 
         Raises:
           UserError: an empty prompt, one longer than max_len, or text without a
             tokenizer.
         """
-        return self._serve(self._readers(prompts, params), max_steps, use_tqdm)
+        readers = self._readers(prompts, params)
+        return self._serve(readers, max_steps, use_tqdm, on_finish)
 
     async def agenerate(
         self,
@@ -296,6 +299,7 @@ class LLM:
         variables: Mapping[str, Any] | None = None,
         max_steps: int | None = None,
         use_tqdm: bool = False,
+        on_finish: OnFinish | None = None,
     ) -> Generation:
         """Answers conversations, written out by the checkpoint's chat template.
 
@@ -305,13 +309,14 @@ class LLM:
           variables: for the template to see; see `ChatTemplate.render`.
           max_steps: as for `generate`.
           use_tqdm: as for `generate`.
+          on_finish: as for `generate`.
 
         Raises:
           UserError: no chat template, malformed messages, messages that the template
             refuses, or that have no room in max_len.
         """
         readers = self._chat_readers(messages, params, variables)
-        return self._serve(readers, max_steps, use_tqdm)
+        return self._serve(readers, max_steps, use_tqdm, on_finish)
 
     async def achat(
         self,
@@ -324,15 +329,16 @@ class LLM:
         readers = self._chat_readers(messages, params, variables)
         return await self._serve_async(readers, max_steps)
 
-    def _serve(self, readers: list[Reader], max_steps, use_tqdm) -> Generation:
+    def _serve(self, readers: list[Reader], max_steps, use_tqdm, on_finish):
         shown = as_bool("use_tqdm", use_tqdm)
-        call = Call(readers, Bell(), _steps(max_steps), streaming=shown)
+        news = shown or on_finish is not None
+        call = Call(readers, Bell(), _steps(max_steps), streaming=news)
         try:
             with Progress([reader.request for reader in readers], shown) as progress:
                 self._worker.submit(call)
-                while not call.ended:
-                    call.wait()
-                    progress.show()
+                for index in call.ends(progress.show):
+                    if on_finish is not None:
+                        on_finish(index, readers[index].completion())
         except BaseException:
             # Nothing of an interrupted call stays in the slots.
             call.cancel()
@@ -426,10 +432,8 @@ class LLM:
     def _chat_readers(self, messages, params, variables) -> list[Reader]:
         conversations = check_conversations(messages)
         params = each_params(params, len(conversations), "conversations")
-        return [
-            self._chat_reader(c, s, variables)
-            for c, s in zip(conversations, params, strict=True)
-        ]
+        pairs = zip(conversations, params, strict=True)
+        return [self._chat_reader(c, s, variables) for c, s in pairs]
 
     def encode(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a prompt; ids are taken as they are.

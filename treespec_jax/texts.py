@@ -9,6 +9,7 @@ from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.completions import Completion, Messages, Prompt, TokenLogprob
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import BestTokens, Request
+from treespec_jax.pace import Pace
 from treespec_jax.stops import StoppedText
 from treespec_jax.tracing import build
 from treespec_jax.tracing.trace import Step
@@ -154,8 +155,7 @@ class _Pieces:
         self.completion: Completion | None = None
         self._reader = reader
         self._worker = worker
-        # One step a dispatch: each piece is shown as soon as it is known.
-        self._call = Call([reader], bell, max_steps=1, streaming=True)
+        self._call = Call([reader], bell, streaming=True, pace=Pace())
         worker.submit(self._call)
 
     def take_steps(self) -> list[Step]:

@@ -34,6 +34,7 @@ from typing import Any, Protocol
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
+from treespec_jax.pace import Pace
 
 _CLOSED = "the LLM was closed; make a new one"
 _FORKED = "the LLM belongs to another process; make one in the process that uses it"
@@ -99,6 +100,7 @@ class Call:
       max_steps: steps per dispatch at most while the call is under way; None: the
         compiled number. The smallest of all calls under way counts.
       streaming: the bell is also rung whenever tokens came.
+      pace: of the dispatches while the call is under way; None: as `max_steps` says.
 
     Attributes:
       lock: held by whoever uses the readers.
@@ -116,10 +118,12 @@ class Call:
         bell: Bell | AsyncBell,
         max_steps: int | None = None,
         streaming: bool = False,
+        pace: Pace | None = None,
     ):
         self.readers = list(readers)
         self.max_steps = max_steps
         self.streaming = streaming
+        self.pace = pace
         self.lock = threading.Lock()
         self.ended = self.cancelled = False
         self.error: BaseException | None = None
@@ -148,6 +152,29 @@ class Call:
             if self.streaming:
                 break
 
+    def ends(self, tell: Callable[[], Any]) -> Iterator[int]:
+        """Waits, and gives the numbers of readers as their requests are finished.
+
+        One at a time if the call is streaming, else together. Nothing is given of what
+        an error ended.
+
+        Args:
+          tell: called whenever there is news.
+        """
+        waiting = dict(enumerate(self.readers))
+        ended = False
+        while not ended:
+            self.wait()
+            tell()
+            with self.lock:
+                ended, failed = self.ended, self.error is not None
+                under_way = {id(reader) for reader in self.open}
+            if failed or self.cancelled:
+                continue
+            for number in [n for n, r in waiting.items() if id(r) not in under_way]:
+                del waiting[number]
+                yield number
+
     def check(self) -> None:
         """Raises what ended the call, if something failed."""
         if self.error is not None:
@@ -166,15 +193,19 @@ class Call:
             for reader in self.open:
                 reader.read(engine)
             tokens = sum(len(reader.request.tokens) for reader in self.open)
-            self.open = [r for r in self.open if r.request.finish_reason is None]
+            still = [r for r in self.open if r.request.finish_reason is None]
+            news = tokens > self._tokens or len(still) < len(self.open)
+            self.open = still
+            self._tokens = sum(len(reader.request.tokens) for reader in still)
         # The end of a call rings once more.
-        if self.streaming and self.open and tokens > self._tokens:
+        if self.streaming and still and news:
             self._bell.ring()
-        self._tokens = tokens
         return bool(self.open)
 
     def end(self, engine: Engine, error: BaseException | None = None) -> None:
         """Ends what is still under way, and tells the caller."""
+        # First, so that nothing of what is ended now is taken for finished.
+        self.error = error
         try:
             for reader in self.open:
                 engine.cancel(reader.request)
@@ -367,10 +398,16 @@ class Worker:
         if not self._calls:
             return
         asked = [call.max_steps for call in self._calls if call.max_steps is not None]
+        paces = [call.pace for call in self._calls if call.pace is not None]
+        asked += [pace.steps for pace in paces]
+        began = time.perf_counter()
         try:
             self.engine.advance(min(asked, default=None))
         except BaseException as error:
             self._fail(error)
+        seconds = time.perf_counter() - began
+        for pace in paces:
+            pace.took(seconds, self.engine.config.steps_per_dispatch)
         for call in list(self._calls):
             self._read(call)
 

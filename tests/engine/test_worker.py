@@ -20,6 +20,7 @@ import time
 import jax
 import pytest
 
+from treespec_jax import pace
 from treespec_jax.cache.allocator import PageAllocator
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine import engine as engines
@@ -341,6 +342,7 @@ def test_an_interrupted_stream_gives_what_there_was(llm, script, monkeypatch):
         advance(*args)
 
     monkeypatch.setattr(llm.engine, "advance", slow)
+    monkeypatch.setattr(pace.Pace, "took", lambda *_: None)
     stream, pieces = llm.stream(script.prompt), []
     with interrupts() as armed, pytest.raises(KeyboardInterrupt):
         armed.append(True)
@@ -373,7 +375,7 @@ def test_control_c_does_not_wait_for_a_program_that_compiles(llm, script, monkey
 
 
 def test_the_smallest_number_of_steps_counts(llm, script, monkeypatch):
-    """While a stream is under way one step a dispatch, then what was asked for."""
+    """While a stream is under way its own pace, then what was asked for."""
     advance, asked, begun = llm.engine.advance, [], threading.Event()
 
     def watched(max_steps):
@@ -382,6 +384,8 @@ def test_the_smallest_number_of_steps_counts(llm, script, monkeypatch):
         advance(max_steps)
 
     monkeypatch.setattr(llm.engine, "advance", watched)
+    # Every dispatch takes too long to run more steps.
+    monkeypatch.setattr(pace.Pace, "took", lambda *_: None)
     stream = llm.stream(script.prompt, SamplingParams(max_tokens=3))
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     thread = threading.Thread(target=llm.generate, args=([[5]], params, 3))
@@ -479,3 +483,23 @@ def test_a_program_ends_with_calls_under_way():
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "90\n", "")
+
+
+def test_finished_texts_are_handed_over_one_by_one(llm, script):
+    """While others go on; an exception of the caller's ends the whole call."""
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (30, 2, 4, 4)]
+    seen, still = [], []
+
+    def finished(index, completion):
+        seen.append((index, completion.token_ids))
+        still.append(llm.engine.busy)
+
+    given = llm.generate([script.prompt] * 4, params, on_finish=finished)
+    assert dict(seen) == {n: one.token_ids for n, one in enumerate(given)}
+    assert len(seen) == 4 and seen[0][0] == 1 and any(still)
+
+    def fails(index, completion):
+        raise KeyError(index)
+
+    with pytest.raises(KeyError):
+        llm.generate([script.prompt] * 2, params[:2], on_finish=fails)
