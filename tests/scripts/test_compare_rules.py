@@ -9,6 +9,7 @@ import pytest
 from treespec_jax.commands import compare_rules
 from treespec_jax.commands.settings import Experiment, RuleComparison
 from treespec_jax.errors import UserError
+from treespec_jax.measurement import plots
 
 
 @pytest.mark.slow
@@ -57,9 +58,11 @@ def test_comparison(run_script, files, tmp_path):
             assert len(figures["acceptance_by_rank"]) <= 2
             nodes = sum(row["nodes"] for row in figures["reliability"]["bins"])
             assert 2 * figures["steps"] == nodes
-    for line in ("T=0, regular: most tokens/step", "T=1, regular: most tokens/step"):
-        assert line in shown
-    assert "LOSSY: most tokens/step typical on regular:2" in shown
+    rows = [[cell.strip() for cell in line.split("|")] for line in shown.splitlines()]
+    for temperature in "01":
+        for kind, rule in {"lossless": "exact", "LOSSY": "typical"}.items():
+            (row,) = (r for r in rows if r[1:4] == [temperature, "regular", kind])
+            assert row[4] == f"{rule} on regular:2" and float(row[5]) > 0
     assert "mean gap" in shown and "by rank" in shown
 
 
@@ -73,6 +76,37 @@ def test_what_is_refused_is_said_with_its_reason():
     assert set(reasons) == {(name, "dynamic:4@2") for name in names}
     assert "chains only" in reasons["block", "dynamic:4@2"]
     assert "take tree='allotted:4@2'" in reasons["token", "dynamic:4@2"]
+
+
+def test_bars_stand_on_their_ticks(monkeypatch, tmp_path):
+    """Also where a shape is refused by some rules; a rule has one colour."""
+    from matplotlib.figure import Figure
+
+    value = dict.fromkeys(("median", "min", "max"), 2.0)
+    pairs = [("exact", "none"), ("exact", "a"), ("token", "a"), ("block", "a")]
+    pairs += [("exact", "b"), ("block", "b"), ("block", "c")]
+    figures = [
+        dict(rule=rule, shape=shape, temperature=0.0, lossless=True)
+        | dict(tokens_per_step=value, tokens_per_second=value)
+        for rule, shape in pairs
+    ]
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: drawn.append(figure)
+    )
+    results = {"comparison": {"temperatures": [0.0]}, "figures": figures}
+    plots.save_rules(results, tmp_path / "x.png")
+    for axes in drawn[0].axes:
+        centres, colours = {0: [], 1: [], 2: []}, {}
+        for bars in axes.containers:
+            for bar in getattr(bars, "patches", ()):
+                middle = bar.get_x() + bar.get_width() / 2
+                centres[round(middle)].append(middle)
+                colours.setdefault(bars.get_label(), set()).add(bar.get_facecolor())
+        assert [len(group) for group in centres.values()] == [3, 2, 1]
+        for tick, group in centres.items():
+            assert sum(group) / len(group) == pytest.approx(tick)
+        assert len(colours) == 3 and all(len(c) == 1 for c in colours.values())
 
 
 def test_mistakes(refuses, files, tmp_path):

@@ -20,6 +20,8 @@ def test_measurement(run_script, tmp_path, monkeypatch):
     folder = tmp_path / "results"
     result = run_script("measure_rules.py", "--rounds=1", f"--output={folder}")
     assert result.code == 0, result.err
+    assert f"(2 of {len(cases)})" in result.err
+    assert "round 1 of 1, about " in result.err and "s to go" in result.err
     assert sorted(p.name for p in folder.iterdir()) == ["results.json", "results.md"]
     assert (folder / "results.md").read_text().strip() in result.out
     report = json.loads((folder / "results.json").read_text())

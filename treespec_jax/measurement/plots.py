@@ -1,7 +1,8 @@
-"""Plots of the benchmark and of the comparison of rules."""
+"""Plots of the benchmark, of the comparison of rules and of calibrations."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +100,59 @@ def save_rules(results: dict[str, Any], path: Path) -> None:
 
 
 def _rules(axes, figures: list[dict[str, Any]], what: str) -> None:
-    """A group of bars per shape, a bar per rule, and a line for plain decoding."""
+    """A group of bars around each shape, one per rule, and a line for plain decoding.
+
+    A rule has one colour; a group has no gap for a rule that refuses the shape.
+    """
     drafted = [f for f in figures if f["shape"] != "none"]
     shapes, rules = (
         list(dict.fromkeys(f[name] for f in drafted)) for name in ("shape", "rule")
     )
+    takers = {s: [f["rule"] for f in drafted if f["shape"] == s] for s in shapes}
     width = 0.8 / len(rules)
+
+    def position(figure: dict[str, Any]) -> float:
+        group = takers[figure["shape"]]
+        shift = group.index(figure["rule"]) - (len(group) - 1) / 2
+        return shapes.index(figure["shape"]) + width * shift
+
     for number, rule in enumerate(rules):
         bars = [f for f in drafted if f["rule"] == rule]
-        shift = width * (number - len(rules) / 2)
-        positions = [shapes.index(f["shape"]) + shift for f in bars]
+        positions = list(map(position, bars))
         middle, error = _bars([f[what] for f in bars])
         label = rule if all(f["lossless"] for f in bars) else f"{rule} (lossy)"
-        axes.bar(positions, middle, width, yerr=error, label=label)
+        colour = f"C{number}"
+        axes.bar(positions, middle, width, yerr=error, label=label, color=colour)
     plain = next(f[what]["median"] for f in figures if f["shape"] == "none")
     axes.axhline(plain, color="0.5", linestyle=":", label="plain decoding")
     axes.set_xticks(range(len(shapes)), shapes)
+
+
+def save_reliability(by_name: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Writes a PNG: how often estimates came true, and how many there were.
+
+    Args:
+      by_name: what `rounds.reliability` gave, by what it is of.
+      path: of the file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="0.5", linestyle=":", label="as estimated")
+    for name, figures in by_name.items():
+        rows = [row for row in figures["bins"] if row["nodes"]]
+        label = f"{name} (mean gap {100 * figures['mean_gap']:.1f} %)"
+        estimated = [row["estimated"] for row in rows]
+        upper.plot(estimated, [row["realised"] for row in rows], "o-", label=label)
+        lower.plot(estimated, [row["nodes"] for row in rows], "o-")
+    upper.set_ylabel("share that came true")
+    upper.set_aspect("equal")
+    upper.legend(fontsize="small")
+    lower.set_yscale("log")
+    lower.set_ylabel("nodes")
+    lower.set_xlabel("probability that the drafter estimated")
+    figure.savefig(path, dpi=120)
 
 
 def _bars(spreads: list[dict[str, float]]):

@@ -18,6 +18,7 @@ from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
 from treespec_jax.measurement import step_cost, tables
 from treespec_jax.measurement.machine import versions
+from treespec_jax.measurement.output import say
 from treespec_jax.measurement.timing import in_turn, spread, timed
 from treespec_jax.models import presets
 from treespec_jax.models.transformer import Transformer
@@ -75,12 +76,14 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
     about_VR = logits_VR + 0.7 * jnp.asarray(rng.normal(size=target.shape), jnp.float32)
     programs, accepted = {}, {}
     for depth in STACKS:
+        say(f"compiling a target of {depth} layers")
         config = dataclasses.replace(_TARGET, num_layers=depth)
         model = Transformer(config, rngs=nnx.Rngs(0))
         sizes = EngineConfig(max_batch=1, max_len=1024)
         chain = shapes.parse("chain:63")
         programs[str(depth)] = step_cost.target_passes(model, chain, sizes, _PREFIX, 2)
-    for case in CASES:
+    for number, case in enumerate(CASES, 1):
+        say(f"compiling {case} ({number} of {len(CASES)})")
         decide, grow = _programs(*case.split())
         for kind, draft_VR in ("usual", about_VR), ("most", logits_VR):
             tree, noise = grow(draft_VR, sampling)
@@ -88,7 +91,13 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
             accepted[case, kind] = int(decide(*args)) / STEPS
             programs[f"{case} {kind}"] = timed(decide, *args)
         programs[f"{case} draw"] = timed(grow, about_VR, sampling)
-    seconds = {k: np.array(v) for k, v in in_turn(programs, rounds).items()}
+
+    def tell(turn: int, each: float) -> None:
+        rest = each * (rounds - turn)
+        say(f"round {turn + 1} of {rounds}, about {rest:.0f} s to go")
+
+    times = in_turn(programs, rounds, tell)
+    seconds = {name: np.array(values) for name, values in times.items()}
     one, more = (seconds[str(depth)] for depth in STACKS)
     layer = (more - one) / (STACKS[1] - STACKS[0])
     whole = one + (LAYERS - 1) * layer

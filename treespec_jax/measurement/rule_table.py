@@ -8,7 +8,7 @@ from treespec_jax.measurement import tables
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown tables, who wins where in words, and what was refused."""
+    """Markdown tables: speeds, acceptance, who wins where; and what was refused."""
     figures, comparison = results["figures"], results["comparison"]
     refused = results["refused"]
     lines = [
@@ -30,7 +30,8 @@ def table(results: dict[str, Any]) -> str:
             }
         ),
         "",
-        *winners(results),
+        tables.markdown(winners(results), words=3),
+        "",
         *(f"refused: {r['rule']} on {r['shape']}: {r['reason']}" for r in refused),
     ]
     return "\n".join(lines)
@@ -77,48 +78,47 @@ def _by_name(figures) -> dict[tuple[str, str], dict[float, dict[str, Any]]]:
     return found
 
 
-def winners(results: dict[str, Any]) -> list[str]:
-    """A line per temperature and family of shapes, and one over all shapes.
+def winners(results: dict[str, Any]) -> list[list[str]]:
+    """A row per temperature, family of shapes and kind of rule, below a head.
 
-    Lossless rules compete; the best lossy one is named behind them, as such.
+    Lossless rules compete with each other, and lossy ones.
     """
-    lines = []
+    names = {"tokens_per_step": "tokens/step", "tokens_per_second": "tok/s"}
+    rows = [["temperature", "shapes", "distribution"]]
+    for name in names.values():
+        rows[0] += [f"most {name}", "", "next rule", ""]
     for temperature in results["comparison"]["temperatures"]:
         figures = [f for f in results["figures"] if f["temperature"] == temperature]
         drafted = [f for f in figures if f["shape"] != "none"]
-        families = dict.fromkeys(_family(f) for f in drafted)
-        for family in families:
-            members = [f for f in drafted if _family(f) == family]
-            lines.append(_winner(f"T={temperature:g}, {family}", members))
-        if len(families) > 1:
-            lines.append(_winner(f"T={temperature:g}, all", figures))
-    return lines
+        groups = {}
+        for figure in drafted:
+            groups.setdefault(_family(figure), []).append(figure)
+        if len(groups) > 1:
+            groups["all"] = figures
+        for family, members in groups.items():
+            for kind, lossless in {"lossless": True, "LOSSY": False}.items():
+                rivals = [f for f in members if f["lossless"] == lossless]
+                if rivals:
+                    row = [f"{temperature:g}", family, kind]
+                    for what in names:
+                        row += _against_next(rivals, what)
+                    rows.append(row)
+    return rows
 
 
 def _family(figure: dict[str, Any]) -> str:
     return figure["shape"].partition(":")[0]
 
 
-def _winner(where: str, figures: list[dict[str, Any]]) -> str:
-    parts = []
-    for kind, lossless in {"": True, "LOSSY: ": False}.items():
-        rivals = [f for f in figures if f["lossless"] == lossless]
-        if rivals:
-            names = {"tokens_per_step": "tokens/step", "tokens_per_second": "tok/s"}
-            found = [f"most {n} {_against_next(rivals, w)}" for w, n in names.items()]
-            parts.append(kind + ", ".join(found))
-    return f"{where}: " + "; ".join(parts) + "."
-
-
-def _against_next(figures: list[dict[str, Any]], what: str) -> str:
+def _against_next(figures: list[dict[str, Any]], what: str) -> list[str]:
     """The best of some figures, and how far the next rule is behind it."""
     first, *others = sorted(figures, key=lambda f: f[what]["median"], reverse=True)
-    text = f"{_named(first)} ({first[what]['median']:.2f}"
+    cells = [_named(first), f"{first[what]['median']:.2f}"]
     other = next((f for f in others if f["rule"] != first["rule"]), None)
-    if other is not None:
-        gap = 1 - other[what]["median"] / first[what]["median"]
-        text += f", {_named(other)} {100 * gap:.0f} % less"
-    return text + ")"
+    if other is None:
+        return [*cells, "-", "-"]
+    gap = 1 - other[what]["median"] / first[what]["median"]
+    return [*cells, _named(other), f"−{100 * gap:.0f} %"]
 
 
 def _named(figure: dict[str, Any]) -> str:

@@ -9,18 +9,30 @@ from typing import Any
 
 
 def in_turn(
-    programs: Mapping[str, Callable[[], float]], rounds: int
+    programs: Mapping[str, Callable[[], float]],
+    rounds: int,
+    tell: Callable[[int, float], Any] | None = None,
 ) -> dict[str, list[float]]:
     """Runs programs in turn and in rotated order; each returns its seconds.
 
     Whatever else the machine does falls on all of them, and figures of one round may
     be compared. A first run of each is not counted.
+
+    Args:
+      programs: by name.
+      rounds: runs of each that count.
+      tell: called before every round with its number, from 0, and the seconds that the
+        runs which are not counted took: about those of a round.
     """
     names = list(programs)
     seconds = {name: [] for name in names}
+    began = time.perf_counter()
     for program in programs.values():
         program()
+    each = time.perf_counter() - began
     for turn in range(rounds):
+        if tell is not None:
+            tell(turn, each)
         for name in rotated(names, turn):
             seconds[name].append(programs[name]())
     return seconds
