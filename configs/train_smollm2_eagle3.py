@@ -4,7 +4,7 @@
   python scripts/generate_answers.py --target=smollm2-135m-instruct --dtype=bfloat16 \\
       --dialogues=10240 --max_tokens=488 --max_batch=1024 --output=runs/dialogues
   python scripts/generate_answers.py --target=smollm2-135m-instruct --dtype=bfloat16 \\
-      --prompts=runs/prompts.jsonl --limit=6376 --max_tokens=256 --max_batch=512 \\
+      --prompts_file=runs/prompts.jsonl --limit=6376 --max_tokens=256 --max_batch=512 \\
       --seed=7 --output=runs/answers
   python scripts/train_drafter.py --config=configs/train_smollm2_eagle3.py \\
       --data=runs/dialogues --data=runs/answers --output=runs/smollm2-eagle3

@@ -6,8 +6,8 @@ train_smollm2_eagle3.py.
   python scripts/generate_answers.py --target=smollm2-135m-instruct --dtype=bfloat16 \\
       --dialogues=6144 --max_tokens=488 --max_batch=1024 --output=runs/dialogues
   python scripts/generate_answers.py --target=smollm2-135m-instruct --dtype=bfloat16 \\
-      --prompts=runs/prompts.jsonl --temperatures=0 --max_tokens=256 --max_batch=1024 \\
-      --output=runs/answers
+      --prompts_file=runs/prompts.jsonl --temperatures=0 --max_tokens=256 \\
+      --max_batch=1024 --output=runs/answers
   python scripts/train_drafter.py --config=configs/train_smollm2_medusa.py \\
       --data=runs/dialogues --data=runs/answers --output=runs/smollm2-medusa
 """

@@ -13,6 +13,7 @@ from absl import flags
 
 import treespec_jax
 from tests.scripts.support import SCRIPTS
+from treespec_jax import commands
 from treespec_jax.commands import COMMANDS, setting_flags, settings
 
 ALL = [s for name in ("", *settings.SECTIONS) for s in settings.fields_of(name)]
@@ -156,6 +157,10 @@ def test_subcommands_are_the_scripts(run_script):
         (line,) = [s for s in listed.out.splitlines() if s.split()[:1] == [name]]
         told = run_script(name, "--help")
         assert told.code == 0 and told.out.startswith(line.split(maxsplit=1)[1])
+        source = Path(commands.__file__).with_name(f"{name}.py").read_text()
+        configured = "SettingFlags(" in source or "config_file." in source
+        configured |= "shape_study." in source
+        assert ("--config:" in told.out) == configured, name
         assert "--" in told.out and run_script(f"{name}.py", "-h").out == told.out
 
 

@@ -15,7 +15,7 @@ SIZES = ("--max_tokens=6", "--page_size=8", "--steps_per_dispatch=2")
 def test_stories_and_questions_in_one_folder(run_script, refuses, files, tmp_path):
     (tmp_path / "asked.jsonl").write_text('{"prompt": "a dog"}\n{"question": "why"}\n')
     output = tmp_path / "texts"
-    given = [f"--target={files.target}", f"--prompts={tmp_path / 'asked.jsonl'}"]
+    given = [f"--target={files.target}", f"--prompts_file={tmp_path / 'asked.jsonl'}"]
     given += ["--stories=3", *SIZES, f"--output={output}"]
     told = run_script("generate_answers", *given, "--max_batch=8")
     assert told.code == 0, told
@@ -41,6 +41,6 @@ def test_mistakes_are_one_line(run_script, refuses, files, tmp_path):
     refuses("--temperatures=hot", *given, "--stories=1", "--temperatures=hot")
     refuses("no output folder", *given[:2], "--stories=1")
     (tmp_path / "asked.txt").write_text("abc " * 9)
-    given += [f"--prompts={tmp_path / 'asked.txt'}", "--max_len=16"]
+    given += [f"--prompts_file={tmp_path / 'asked.txt'}", "--max_len=16"]
     told = run_script(*given)
     assert told.code == 2 and "no prompt has room in max_len=16" in told.err

@@ -51,7 +51,7 @@ _PLAIN_FROM = 8
 def define() -> None:
     _SETTINGS.define()
     DEFINE_multi_string(
-        "prompts",
+        "prompts_file",
         [],
         "file of prompts, one a line; in .jsonl a prompt, a question, messages, or "
         "instruction and input; repeatable",
@@ -79,7 +79,7 @@ def main(given) -> None:
 
     experiment = _SETTINGS.experiment()
     sources = Sources(
-        prompts=tuple(given.prompts),
+        prompts=tuple(given.prompts_file),
         limit=given.limit,
         passages=tuple(given.passages),
         templates=tuple(given.template),

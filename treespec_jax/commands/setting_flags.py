@@ -90,6 +90,7 @@ HELP: dict[str, dict[str, str]] = {
         "else 1",
         "cache_dtype": "float32, bfloat16, float16, or int8: half the cache, LOSSY; "
         "default: as the weights",
+        "prefix_cache": "texts that begin alike share the pages of their beginning",
         "record": "also say how often the drafter's estimates come true",
     },
     "benchmark": {

@@ -13,6 +13,7 @@ import os
 from absl.flags import DEFINE_bool, DEFINE_integer, DEFINE_list, DEFINE_string
 
 from treespec_jax.commands import flags
+from treespec_jax.errors import UserError
 from treespec_jax.measurement.output import Study
 
 
@@ -23,7 +24,7 @@ def define() -> None:
     DEFINE_string("tree", "regular:4x2x1", "none, chain:5, dynamic:15@5, …")
     DEFINE_integer("max_len", 2048, "tokens per text, all of them prefix")
     DEFINE_string("dtype", "bfloat16", "of weights and cache, or float32")
-    DEFINE_integer("devices", 1, "that share the weights of the step")
+    DEFINE_string("mesh", "tensor:1", "devices that share the weights of the step")
     DEFINE_list("nodes", "1,16,64,128,256", "rows of the kernel's table")
     DEFINE_bool("kernel_only", False, "leave out the step")
     DEFINE_bool("step_only", False, "leave out the kernel")
@@ -35,14 +36,23 @@ def main(given) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation
 
-    same = ("topology", "draft", "tree", "page_size", "dtype", "devices")
+    same = ("topology", "draft", "tree", "page_size", "dtype")
     job = compilation.Job(
         model=given.target,
         batch=given.max_batch,
         context=given.max_len,
         nodes=flags.numbers("nodes", given.nodes),
+        devices=_devices(given.mesh),
         **{name: given[name].value for name in same},
     )
     kernel, step = not given.step_only, not given.kernel_only
     measure, table = compilation.study(job, kernel, step)
     Study(measure, table).carry_out(given.output, must_write=False)
+
+
+def _devices(mesh: str) -> int:
+    """How many devices a mesh of one axis has; the step is cut along that alone."""
+    axis, _, count = mesh.partition(":")
+    if axis != "tensor" or not count.isdecimal():
+        raise UserError(f"--mesh={mesh}: give tensor:N, tensor:4 for example")
+    return int(count)

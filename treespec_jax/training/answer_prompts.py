@@ -81,7 +81,7 @@ class Sources:
             raise UserError("--openings needs --stories=N; give both")
         if not (self.prompts or self.passages or self.dialogues or self.stories):
             raise UserError(
-                "nothing to ask for; give --prompts, --passages, --dialogues or "
+                "nothing to ask for; give --prompts_file, --passages, --dialogues or "
                 "--stories"
             )
 
@@ -124,7 +124,7 @@ def before_user(tokenizer: Tokenizer) -> list[int]:
     if not found or not header:
         raise UserError(
             f"{tokenizer.source}: the chat template shows no beginning of the user's "
-            "message; give --prompts instead of --dialogues"
+            "message; give --prompts_file instead of --dialogues"
         )
     return tokenizer.encode(header, add_bos=False)
 
