@@ -22,7 +22,8 @@ $(VENV)/.dev: $(VENV)/.run
 	touch $@
 
 demo: $(VENV)/.run
-	@$(VENV)/bin/python scripts/generate.py --prompt="$${TEXT:-once upon a time}"
+	@$(VENV)/bin/python scripts/generate.py --prompt="$${TEXT:-once upon a time}" \
+		--tree=dynamic:7@4 --compare
 
 chat: $(VENV)/.run
 	@$(VENV)/bin/python scripts/fetch_model.py $(CHAT_MODEL) > /dev/null

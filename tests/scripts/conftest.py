@@ -19,6 +19,7 @@ from treespec_jax import cli, commands
 from treespec_jax.checkpoints import LoadedModel, load_tokenizer, save
 from treespec_jax.models.transformer import Transformer
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
@@ -70,6 +71,19 @@ def files(tmp_path_factory) -> Files:
         bare=write("bare", target, None),
         tokenizer=str(folder / "tok.bin"),
     )
+
+
+@pytest.fixture(scope="session")
+def chat_pair(tmp_path_factory):
+    """Converted folders of one model; the drafter's embedding lacks some rows."""
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = load_tokenizer(GOLDEN / "tokenizers" / "llama2")
+    for name, rows in (("target", 384), ("draft", tokenizer.vocab_size)):
+        config = dataclasses.replace(TINY, vocab_size=rows, num_layers=1)
+        model = Transformer(config, rngs=nnx.Rngs(0))
+        dtype = model.embedding[...].dtype
+        save(LoadedModel(config, model, tokenizer, name, dtype), folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,18 +15,17 @@ pytestmark = pytest.mark.slow
 
 
 def test_one_prompt(generate):
-    out = generate("--prompt=the cat", "--max_tokens=9").out
-    assert out.startswith("the cat")
+    result = generate("--prompt=the cat", "--max_tokens=9")
+    assert result.out.startswith("the cat") and result.out.endswith("\n\n")
     for label in (
         "tokens per step",
         "acceptance by depth",
         "accepted by rank",
         "first token",
     ):
-        assert label in out
-    assert [s.split() for s in out.splitlines() if s.startswith("tokens  ")] == [
-        ["tokens", "9"]
-    ]
+        assert label in result.err and label not in result.out
+    rows = result.err.splitlines()
+    assert [s.split() for s in rows if s.startswith("tokens  ")] == [["tokens", "9"]]
 
 
 def test_empty_prompt(generate):
@@ -73,8 +72,19 @@ def test_compare_is_identical(generate, temperature):
 
 
 def test_compare_in_words(generate):
-    out = generate("--prompt=one day", "--max_tokens=12", "--compare").out
-    assert "tokens are identical to plain decoding" in out
+    """The last line says what was gained; no other speed than the compared ones."""
+    args = ["--prompt=one day", "--max_tokens=12"]
+    result = generate(*args, "--compare")
+    assert result.err.count("tok/s") == 2
+    said = result.err.splitlines()[-1]
+    assert "times the speed of plain decoding" in said
+    assert said.endswith("The tokens are identical to plain decoding.")
+    quiet = generate(*args, "--quiet")
+    assert quiet.err == "" and quiet.out == result.out
+
+
+def by_index(record):
+    return record["index"]
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
@@ -85,15 +95,17 @@ def test_prompts_file(generate, tmp_path, name):
     ]
     (tmp_path / name).write_text("\n\n".join(lines) + "\n")
     flags = [f"--prompts_file={tmp_path / name}", "--max_tokens=4", "--max_batch=2"]
-    report = json.loads(generate(*flags, "--json", tree="none").out)
-    assert [c["prompt"] for c in report["completions"]] == prompts
-    assert report["stats"]["requests"] == 3
+    *lines, last = generate(*flags, "--json", tree="none").out.splitlines()
+    report, completions = json.loads(last), sorted(map(json.loads, lines), key=by_index)
+    assert [c["prompt"] for c in completions] == prompts
+    assert report["stats"]["requests"] == 3 and "completions" not in report
     alone = json.loads(
         generate("--prompt=a", "--max_tokens=4", "--json", tree="none").out
     )
-    assert report["completions"][1]["token_ids"] == alone["completions"][0]["token_ids"]
-    out = generate(*flags, tree="none").out
-    assert all(f"> {prompt}\n" in out for prompt in prompts)
+    assert completions[1]["token_ids"] == alone["completions"][0]["token_ids"]
+    result = generate(*flags, tree="none")
+    assert all(f"> {prompt}\n" in result.out for prompt in prompts)
+    assert "3/3" in result.err and "tokens per step" in result.err
 
 
 def test_flag_wins_over_override_wins_over_file(generate, tmp_path):
@@ -149,7 +161,7 @@ def test_a_cascade_is_labelled_lossy(generate, temperature):
     for stats in (report["stats"], report["completions"][0]["stats"]):
         assert (stats["cascade"], stats["alpha"]) == ("opt", 0.3)
         assert stats["rule"] == "token" and stats["lossless"] is False
-    assert "token (lossy: cascade opt, 0.3)" in generate(*args).out
+    assert "token (lossy: cascade opt, 0.3)" in generate(*args).err
 
 
 def test_recycled_successors_go_on_in_the_next_run(run_script, files, tmp_path):
@@ -158,13 +170,13 @@ def test_recycled_successors_go_on_in_the_next_run(run_script, files, tmp_path):
     args = [f"--target={files.target}", "--method=auto", "--tree=chain:2"]
     args += [f"--recycle_table={table}", "--prompt=the cat", "--max_len=64"]
     args += ["--max_tokens=24", "--ignore_eos"]
-    first = run_script("generate.py", *args, "--json")
+    first = run_script("generate.py", *args, "--json", "--quiet")
     assert first.code == 0
     assert first.err == f"note: {table} is not there yet: nothing to recycle at first\n"
     with np.load(table) as arrays:
         before = arrays["logits"].copy()
     second = run_script("generate.py", *args)
-    assert second.code == 0 and second.err == ""
+    assert second.code == 0 and "note: " not in second.err
     cold = json.loads(first.out)
     assert cold["settings"]["speculative"]["recycle_table"] == str(table)
     assert second.out.startswith("the cat" + cold["completions"][0]["text"])
@@ -173,7 +185,7 @@ def test_recycled_successors_go_on_in_the_next_run(run_script, files, tmp_path):
         speculation.make(SpeculativeConfig(method="auto")).drafter.sources
     )
     assert sum(stats["accepted_by_source"].values()) == stats["accepted"] > 0
-    rows = [line.split() for line in second.out.splitlines()]
+    rows = [line.split() for line in second.err.splitlines()]
     (steps,) = (int(row[1]) for row in rows if row[:1] == ["steps"])
     assert steps < stats["steps"]
     (shares,) = (row for row in rows if row[:3] == ["accepted", "by", "source"])
@@ -187,7 +199,7 @@ def test_plain_decoding_needs_no_drafter(run_script, files):
     args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--max_len=64"]
     result = run_script("generate.py", *args, "--max_tokens=3", "--ignore_eos")
     assert result.code == 0
-    assert "acceptance by depth" in result.out
+    assert "acceptance by depth" in result.err
 
 
 def test_tokenizer_by_flag_and_stop(run_script, files):

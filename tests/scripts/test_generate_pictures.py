@@ -34,9 +34,10 @@ def test_a_trace_has_the_counts_of_the_report(generate, tmp_path):
 def test_trees_in_the_terminal_and_pages(generate, tmp_path):
     page = tmp_path / "run.html"
     args = ["--prompt=the cat", "--max_tokens=5"]
-    out = generate(*args, "--show_tree", f"--trace={page}").out
+    result = generate(*args, "--show_tree", f"--trace={page}")
+    out = result.out
     assert out.startswith("step 1: 2 nodes") and "  drafter " in out
-    assert f"trace: {page}" in out
+    assert f"trace: {page}" in result.err
     text = json.loads(generate(*args, "--json").out)["completions"][0]["text"]
     assert f"\nthe cat{text}\n" in out
     assert page.read_text().startswith("<!doctype html>")

@@ -54,7 +54,7 @@ HEEDING_INTERRUPTS = [
 
 def test_interruption_ends_the_text(files, compilation_cache):
     args = [f"--target={files.target}", "--tree=none", "--prompt=a", "--ignore_eos"]
-    args += ["--max_tokens=200", f"--compilation_cache={compilation_cache}"]
+    args += ["--max_tokens=200", f"--compilation_cache={compilation_cache}", "--quiet"]
     with subprocess.Popen(
         [*HEEDING_INTERRUPTS, str(SCRIPTS / "generate.py"), *args],
         stdout=subprocess.PIPE,

@@ -72,7 +72,7 @@ def test_byte_order_marks_elsewhere(tmp_path):
     assert read_json(tmp_path / "config.json") == {"a": 1}
     said = []
 
-    def answer(messages):
+    def answer(messages, talks):
         said.append(messages[-1]["content"])
         raise UserError("no room")
 
@@ -129,7 +129,7 @@ def test_bytes_on_stdin_are_named():
     code = (
         "from treespec_jax.commands import dialogue\n"
         "from treespec_jax.checks import check_text\n"
-        "def answer(said): check_text('the text', said[-1]['content'])\n"
+        "def answer(said, talks): check_text('the text', said[-1]['content'])\n"
         "cli.run(lambda _: dialogue.hold(answer, []) and None, ['program'])"
     )
     shell = "<<'END'\ncaf\udce9\nEND".encode(errors="surrogateescape")

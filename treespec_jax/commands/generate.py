@@ -5,16 +5,22 @@ For example:
   generate --prompt="once upon a time" --tree=dynamic:15@5 --compare
 
 --chat answers prompts by the checkpoint's chat template; without any prompt it holds a
-conversation on stdin.
+conversation on stdin. --prompts_file answers many, each as soon as it is finished:
+
+  generate --prompts_file=prompts.jsonl --output=answers.jsonl --resume
+
+Text goes to stdout; statistics, notes and progress go to stderr.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
 import json
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string
@@ -22,18 +28,23 @@ from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string
 from treespec_jax import commands
 from treespec_jax.checkpoints import recycle_table
 from treespec_jax.commands import (
+    answers,
     dialogue,
     flags,
+    generate_report,
     loading,
     pictures,
     prompts,
     runtime,
 )
+from treespec_jax.commands.answers import AnswerFile, Question
 from treespec_jax.commands.pictures import Pictures
 from treespec_jax.commands.prompts import Prompt
 from treespec_jax.commands.setting_flags import SettingFlags
 from treespec_jax.commands.settings import Experiment
+from treespec_jax.config import SamplingParams
 from treespec_jax.engine.stats import total
+from treespec_jax.errors import UserError
 from treespec_jax.measurement import tables
 
 _SECONDS = ("prefill_seconds", "decode_seconds", "compile_seconds")
@@ -51,33 +62,84 @@ def define() -> None:
         "chat_option", None, "NAME=JSON for the chat template to see; repeatable"
     )
     DEFINE_bool("compare", False, "decode plainly too and compare")
-    DEFINE_bool("json", False, "print one JSON object instead of text")
+    DEFINE_bool("json", False, "print JSON: an object, or a line per answer to a file")
+    DEFINE_bool("quiet", False, "no statistics and no progress on stderr")
+    DEFINE_string("output", "", "file for the answers to --prompts_file, JSON lines")
+    DEFINE_bool("resume", False, "go on with the answers in --output")
+    DEFINE_bool("overwrite", False, "forget the answers in --output")
     pictures.define()
     flags.define("prompts_file", "compilation_cache")
 
 
 def main(given) -> None:
-    texts, opening = prompts.gather(
+    lines, opening = prompts.gather(
         given.chat, given.prompt, given.prompts_file, given.system
     )
     settings = _SETTINGS.experiment().with_paths()
+    file = _answer_file(given)
+    asked = answers.questions(lines, settings.target, settings.sampling)
+    remaining = asked if file is None else file.unanswered(asked)
     # A slot costs its rows in every pass, whether or not it holds a text.
-    slots = min(settings.engine.max_batch, max(1, len(texts)))
+    slots = min(settings.engine.max_batch, max(1, len(asked)))
     engine = dataclasses.replace(settings.engine, max_batch=slots)
     settings = dataclasses.replace(settings, engine=engine)
-    options = prompts.options(given.chat_option)
-    shown = pictures.asked(given)
-    job = Job(settings, texts, opening, options, not given.json, shown)
+    job = Job(
+        settings,
+        remaining,
+        opening,
+        prompts.options(given.chat_option),
+        pictures.asked(given),
+        Output(given.json, given.quiet, given.prompts_file is not None, file),
+        done=len(asked) - len(remaining),
+    )
     # Before jax starts and weights are read, so that a mistake is answered at once.
-    trees = [] if settings.plain else [settings.speculative.tree]
-    # A greeting stands for what the user will say, to see that it can be answered.
-    some = texts or [[*opening, {"role": "user", "content": "Hello"}]]
-    encoded = loading.check(settings, some, trees, options)
-    table = settings.speculative.recycle_table
-    if table and not settings.plain:
-        recycle_table.check_output(table)
+    encoded = _check(job)
+    if asked and not remaining:
+        job.output.say(f"{file.path} has all {len(asked)} answers")
+        return
     runtime.set_up(given.compilation_cache)
     run(job, encoded, given.compare)
+
+
+def _answer_file(given) -> AnswerFile | None:
+    """What --output, --resume and --overwrite ask for."""
+    if not given.output:
+        for name in ("resume", "overwrite"):
+            if given[name].value:
+                raise UserError(f"--{name} needs --output=FILE; name the file")
+        return None
+    if given.prompts_file is None:
+        raise UserError("--output takes the answers to --prompts_file; give one")
+    if given.resume and given.overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one")
+    return AnswerFile(Path(given.output).expanduser(), given.resume, given.overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where what is printed goes: text to stdout, all else to stderr.
+
+    Attributes:
+      json: print JSON instead of text.
+      quiet: no statistics and no progress.
+      many: prompts come from a file; a JSON line or a text for each.
+      file: for the answers; None: stdout.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    many: bool = False
+    file: AnswerFile | None = None
+
+    def say(self, line: str) -> None:
+        """Tells a person something."""
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    @property
+    def shows_text(self) -> bool:
+        """Whether texts go to stdout."""
+        return not self.json and self.file is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +148,50 @@ class Job:
 
     Attributes:
       settings: with their paths looked up.
-      prompts: texts to continue, or conversations to answer.
+      questions: with texts to continue, or conversations to answer.
       opening: messages in front of a conversation to hold on stdin, if there are no
-        prompts.
+        questions.
       options: further values for the chat template to see.
-      shown: print texts and tables rather than one JSON object.
       pictures: of the trees.
+      output: where everything goes.
+      done: questions that an earlier run answered.
     """
 
     settings: Experiment
-    prompts: Sequence[Prompt]
+    questions: Sequence[Question]
     opening: list[dict[str, Any]] | None
     options: dict[str, Any]
-    shown: bool
     pictures: Pictures = Pictures()
+    output: Output = Output()
+    done: int = 0
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Of all questions."""
+        return [question.prompt for question in self.questions]
+
+    @property
+    def params(self) -> list[SamplingParams]:
+        """Of all questions."""
+        return [question.sampling for question in self.questions]
+
+
+def _check(job: Job) -> list[list[int]]:
+    """Token ids of the prompts, once all that weights are not needed for is right.
+
+    Raises:
+      UserError: what `loading.check` raises, of the settings of any question.
+    """
+    settings = job.settings
+    trees = [] if settings.plain else [settings.speculative.tree]
+    # A greeting stands for what the user will say, to see that it can be answered.
+    greeting = [*(job.opening or ()), {"role": "user", "content": "Hello"}]
+    some = job.prompts or ([] if job.done else [greeting])
+    encoded = loading.check(settings, some, trees, job.options, job.params)
+    table = settings.speculative.recycle_table
+    if table and not settings.plain:
+        recycle_table.check_output(table)
+    return encoded
 
 
 def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
@@ -108,19 +200,20 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
     Raises:
       UserError: a checkpoint that cannot be read, or a pair that does not fit together.
     """
-    settings, params = job.settings, job.settings.sampling
-    from treespec_jax.measurement import machine, rounds, step_cost
+    settings, params = job.settings, job.params or [job.settings.sampling]
+    from treespec_jax.measurement import step_cost
 
     began = time.perf_counter()
     pair = loading.load_pair(settings)
     recorded = job.pictures.recorded(settings)
     llm = loading.make_llms({"": recorded}, pair)[""]
     loaded = time.perf_counter()
-    if not job.prompts:
+    if not job.questions:
         encoded = [[0] * (n + 1) for n in llm.engine.config.prefill_chunks]
     timing, compared = {"load_seconds": loaded - began}, None
     with loading.keeping_table(llm):
-        step_cost.warm_up(llm, encoded, every_shape=compare)
+        with runtime.says_compiling(not job.output.quiet):
+            step_cost.warm_up(llm, encoded, every_shape=compare)
         timing["compile_seconds"] = time.perf_counter() - loaded
         answered, completions, stats, first = _completions(job, llm, params)
         if first is not None:
@@ -130,65 +223,122 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
             # An engine that records takes longer.
             same = recorded == settings
             llms["tree"] = llm if same else loading.make_llm(settings, pair)
-            for other in llms.values():
-                step_cost.warm_up(other, encoded)
-            compared = _compare(job, llms, answered)
-    comparison = compared and _verdict(completions, compared)
+            with runtime.says_compiling(not job.output.quiet):
+                for other in llms.values():
+                    step_cost.warm_up(other, encoded)
+            params = job.params or [settings.sampling] * len(answered)
+            compared = _compare(llms, answered, params, job.options)
     in_force = loading.in_force(recorded, llm)
     if job.pictures.file:
         more = {}
         if compared:
             text = encoded[0], completions[0].token_ids
-            more["parts"] = _parts(compared, pair.target.model, text, params)
+            more["parts"] = _parts(compared, pair.target.model, text, params[0])
             more["replays"] = pictures.replays(llm.tokenizer, compared.generations)
         shown = pictures.shown_settings(in_force)
         job.pictures.write(completions, shown, **more)
+    _report(job, in_force, completions, stats, (timing, compared))
+
+
+def _report(job: Job, in_force, completions, stats, measured) -> None:
+    """Prints what there is to say of texts that were shown already."""
+    from treespec_jax.measurement import machine, rounds
+
+    settings, output, (timing, compared) = job.settings, job.output, measured
+    comparison = compared and generate_report.verdict(
+        completions, compared.generations["plain"], compared.speeds
+    )
     records = [r for c in completions for r in c.records if settings.engine.record]
     reliability = rounds.reliability(records)
-    if not job.shown:
+    if output.json:
         report = {
             "settings": in_force,
-            "completions": [_completion(c) for c in completions],
+            "completions": [generate_report.completion(c) for c in completions],
             "stats": stats.as_dict(),
             "reliability": reliability,
             "timing": timing,
             "comparison": comparison,
             "versions": machine.versions(),
         }
-        print(json.dumps(report, indent=2, default=dataclasses.asdict))
+        if output.many:  # each was written when it was finished
+            del report["completions"]
+        print(
+            json.dumps(
+                report, indent=None if output.many else 2, default=dataclasses.asdict
+            )
+        )
         return
-    print(_table(settings, stats, timing))
+    output.say(generate_report.table(settings, stats, timing, comparison))
     for line in tables.reliability({settings.speculative.tree: reliability}):
-        print(line)
+        output.say(line)
     if job.pictures.file:
-        print(f"trace: {job.pictures.file}")
+        output.say(f"trace: {job.pictures.file}")
     if comparison:
-        print(_comparison_lines(comparison, settings))
+        output.say("\n" + generate_report.gain(comparison, settings))
 
 
 def _completions(job: Job, llm, params):
     """Prompts, completions, statistics, and when a lone text's first token came."""
-    from treespec_jax.measurement import rounds
-
-    if not job.prompts:
+    if not job.questions:
         answered, completions = dialogue.hold(
-            lambda said, talks: _stream(job, llm, said, params, talks)[0], job.opening
+            lambda said, talks: _stream(job, llm, said, params[0], talks)[0],
+            job.opening,
         )
         parts = [c.stats for c in completions]
         seconds = [sum(getattr(s, name) for s in parts) for name in _SECONDS]
         return answered, completions, total(parts, *seconds), None
-    if len(job.prompts) == 1:
-        completion, first = _stream(job, llm, job.prompts[0], params)
+    if not job.output.many:
+        completion, first = _stream(job, llm, job.prompts[0], params[0])
         return job.prompts, [completion], completion.stats, first
-    generation, seconds = rounds.decode(llm, job.prompts, params, job.options)
-    for completion in generation if job.shown else ():
-        prompt = completion.prompt
-        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        print(f"> {prompt}\n{completion.text.strip()}\n")
-        if job.pictures.trees:
-            job.pictures.printer(llm)(completion.trace.steps)
+    generation, seconds = _answer_all(job, llm)
     stats = dataclasses.replace(generation.stats, decode_seconds=seconds)
     return job.prompts, list(generation), stats, None
+
+
+def _answer_all(job: Job, llm):
+    """Answers all questions, writes each when it is finished; see `rounds.decode`."""
+    from treespec_jax.measurement import rounds
+
+    output, count = job.output, job.done
+    whole = len(job.questions) + job.done
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(output.file.writing()) if output.file else sys.stdout
+        shown = not output.quiet
+        bar = stack.enter_context(answers.bar(whole, job.done, shown))
+
+        def finished(index: int, completion) -> None:
+            nonlocal count
+            if output.shows_text:
+                # A bar and a text may share a terminal.
+                bar.clear()
+                _show(job, llm, completion)
+            else:
+                record = job.questions[index].record()
+                answers.write(file, record | generate_report.completion(completion))
+            count += 1
+            bar.update()
+
+        try:
+            return rounds.decode(
+                llm, job.prompts, job.params, job.options, on_finish=finished
+            )
+        except KeyboardInterrupt:
+            bar.close()
+            if output.file:
+                output.say(
+                    f"{output.file.path} has {count} of {whole} answers; the same "
+                    "command with --resume goes on"
+                )
+            raise
+
+
+def _show(job: Job, llm, completion) -> None:
+    """Prints a prompt and its answer."""
+    prompt = completion.prompt
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    print(f"> {prompt}\n{completion.text.strip()}\n", flush=True)
+    if job.pictures.trees:
+        job.pictures.printer(llm)(completion.trace.steps)
 
 
 def _stream(job: Job, llm, prompt: Prompt, params, talks: bool = False):
@@ -204,7 +354,7 @@ def _stream(job: Job, llm, prompt: Prompt, params, talks: bool = False):
     Returns:
       The completion (None: interrupted before its text began), and when that began.
     """
-    shown, trees = job.shown, job.pictures.trees
+    shown, trees = job.output.shows_text, job.pictures.trees
     if isinstance(prompt, str):
         pieces = llm.stream(prompt, params)
         if shown and not trees:
@@ -252,40 +402,19 @@ class Compared:
     generations: dict[str, Any]
 
 
-def _compare(job: Job, llms: dict[str, Any], prompts) -> Compared:
+def _compare(llms: dict[str, Any], prompts, params, options) -> Compared:
     """Decodes by `LLM`s that are compiled."""
     from treespec_jax.measurement import rounds
 
-    params = job.settings.sampling
     found = Compared(llms, dict.fromkeys(llms, 0.0), {})
     for _ in range(_ROUNDS):
         for name, model in llms.items():
-            generation, seconds = rounds.decode(model, prompts, params, job.options)
+            generation, seconds = rounds.decode(model, prompts, params, options)
             speed = generation.stats.tokens / seconds
             if speed >= found.speeds[name]:
                 found.speeds[name] = speed
                 found.generations[name] = generation
     return found
-
-
-def _verdict(completions, compared: Compared) -> dict[str, Any]:
-    """What a comparison found, for JSON."""
-    speeds, differences = compared.speeds, []
-    pairs = zip(completions, compared.generations["plain"], strict=True)
-    for index, (ours, theirs) in enumerate(pairs):
-        tokens = itertools.zip_longest(ours.token_ids, theirs.token_ids)
-        for position, (token, other) in enumerate(tokens):
-            if token != other:
-                found = {"prompt": index, "at": position, "tree": token, "plain": other}
-                differences.append(found)
-    difference = differences[0] if differences else None
-    return {
-        "identical": difference is None,
-        "first_difference": difference,
-        "tokens_per_second": speeds["tree"],
-        "plain_tokens_per_second": speeds["plain"],
-        "speedup": speeds["tree"] / speeds["plain"] if speeds["plain"] else None,
-    }
 
 
 def _parts(compared: Compared, target, text, params) -> dict[str, float] | None:
@@ -307,57 +436,3 @@ def _parts(compared: Compared, target, text, params) -> dict[str, float] | None:
     cost = step_cost.step_cost(engine, target, prefix, params, _ROUNDS)
     rest = max(0.0, cost.step - cost.draft - cost.target)
     return {"draft": cost.draft, "target": cost.target, "rest": rest}
-
-
-def _completion(completion) -> dict[str, Any]:
-    names = ["prompt", "text", "token_ids", "finish_reason", "seed"]
-    values = {name: getattr(completion, name) for name in names}
-    values["stats"] = completion.stats.as_dict()
-    for name in ("", "top_", "prompt_", "prompt_top_"):
-        found = getattr(completion, f"{name}logprobs")
-        if found is not None:
-            values[f"{name}logprobs"] = found
-    return values
-
-
-def _table(settings: Experiment, stats, timing: dict[str, float]) -> str:
-    # Before the first text, and what turned out to be wanted later.
-    compiling = timing["compile_seconds"] + stats.compile_seconds
-    rows = [
-        ("tree", "none" if settings.plain else settings.speculative.tree),
-        ("rule", stats.label),
-        ("tokens", str(stats.tokens)),
-        ("steps", str(stats.steps)),
-        ("tokens per step", f"{stats.tokens_per_step:.2f}"),
-        ("acceptance by depth", tables.percents(stats.acceptance_by_depth)),
-        ("accepted by rank", tables.percents(stats.acceptance_by_rank)),
-        ("accepted by source", tables.shares(stats.accepted_by_source)),
-        ("prefill", f"{stats.prefill_seconds:.3f} s"),
-        ("decode", f"{stats.decode_seconds:.3f} s"),
-        ("speed", f"{stats.tokens_per_second:.1f} tok/s"),
-        ("load", f"{timing['load_seconds']:.2f} s"),
-        ("compile", f"{compiling:.2f} s"),
-    ]
-    if "first_token_seconds" in timing:
-        seconds = timing["first_token_seconds"]
-        rows.append(("time to first token", f"{seconds:.2f} s from start"))
-    return tables.aligned(rows)
-
-
-def _comparison_lines(comparison: dict[str, Any], settings: Experiment) -> str:
-    verdict = tables.verdict(settings.as_dict())
-    if comparison["identical"]:
-        verdict = "tokens are identical to plain decoding"
-    elif verdict is None:
-        d = comparison["first_difference"]
-        verdict = (
-            f"tokens are DIFFERENT from plain decoding: prompt {d['prompt']}, token "
-            f"{d['at']} is {d['tree']} with the tree and {d['plain']} without"
-        )
-    rows = [
-        ("with the tree", f"{comparison['tokens_per_second']:.1f} tok/s"),
-        ("plain", f"{comparison['plain_tokens_per_second']:.1f} tok/s"),
-    ]
-    if comparison["speedup"]:
-        rows.append(("ratio", f"{comparison['speedup']:.2f}"))
-    return f"\n{verdict}\n" + tables.aligned(rows)

@@ -13,7 +13,7 @@ from treespec_jax.arguments import with_token_ids
 from treespec_jax.checkpoints import drafters
 from treespec_jax.commands.prompts import Prompt
 from treespec_jax.commands.settings import MODEL, SECTIONS, Experiment
-from treespec_jax.config import SpeculativeConfig
+from treespec_jax.config import SamplingParams, SpeculativeConfig
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
 
@@ -71,6 +71,7 @@ def check(
     prompts: Iterable[Prompt],
     trees: Iterable[str],
     options: Mapping[str, Any] | None = None,
+    params: Iterable[SamplingParams] = (),
 ) -> list[list[int]]:
     """Token ids of the prompts, once all that weights are not needed for is right.
 
@@ -81,12 +82,13 @@ def check(
       prompts: texts, or conversations.
       trees: shapes that will be grown.
       options: further values for a chat template to see.
+      params: of the prompts, where they are not those of `settings`.
 
     Raises:
       UserError: a checkpoint whose configuration or tokenizer cannot be read, a pair
         of different vocabularies, max_len past the models' positions, a tree that is
         deeper than max_len, no tokenizer, no chat template, a prompt without room in
-        max_len, a recycle table that does not fit, or a logit bias for a token that
+        max_len, a recycle table that does not fit, or settings that name a token that
         the target lacks.
     """
     target, max_len = check_models(settings, trees)
@@ -95,6 +97,8 @@ def check(
         tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p, options)
         for p in prompts
     ]
+    for one in dict.fromkeys(params):
+        _check_params(one, target)
     for ids in encoded:
         limits.check_tokens(ids, target.config.vocab_size)
         limits.check_prompt(ids, max_len)
@@ -125,10 +129,13 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
         raise UserError(
             "the target's checkpoint has no tokenizer; name one with --tokenizer=PATH"
         )
-    about = target.config
-    params = with_token_ids(settings.sampling, target.tokenizer)
-    limits.check_params(params, about.vocab_size, about.eos_ids)
+    _check_params(settings.sampling, target)
     return target, max_len
+
+
+def _check_params(params: SamplingParams, target: Any) -> None:
+    about, params = target.config, with_token_ids(params, target.tokenizer)
+    limits.check_params(params, about.vocab_size, about.eos_ids)
 
 
 def load_pair(settings: Experiment) -> Pair:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+from collections.abc import Iterator
 
 from treespec_jax import disk_cache, interrupts
+
+# Seconds of silence that nobody minds.
+_PATIENCE = 1.0
 
 
 def set_up(compilation_cache: str | None = None) -> None:
@@ -24,3 +30,25 @@ def set_up(compilation_cache: str | None = None) -> None:
     note = disk_cache.use(compilation_cache)
     if note:
         print(f"note: {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def says_compiling(shown: bool = True) -> Iterator[None]:
+    """Says on stderr that programs are compiled, if the block takes over a second.
+
+    Args:
+      shown: whether anything is said.
+    """
+    import jax
+
+    config = jax.config
+    stays = config.jax_enable_compilation_cache and config.jax_compilation_cache_dir
+    line = f"compiling{' (kept for next time)' if stays else ''} …"
+    timer = threading.Timer(_PATIENCE, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    if shown:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

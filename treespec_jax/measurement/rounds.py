@@ -41,7 +41,7 @@ def seeded(sampling: SamplingParams, count: int) -> list[SamplingParams]:
     ]
 
 
-def decode(llm, prompts, params, options=None):
+def decode(llm, prompts, params, options=None, on_finish=None):
     """Generates; returns the `Generation` and seconds of all but prefill and compiling.
 
     By the clock on the wall, so that the host's work between dispatches counts.
@@ -51,12 +51,13 @@ def decode(llm, prompts, params, options=None):
       prompts: texts and token ids, or conversations.
       params: for all of them, or each.
       options: further values for a chat template to see.
+      on_finish: see `LLM.generate`.
     """
     began = time.perf_counter()
     if prompts and prompts[0] and isinstance(prompts[0][0], dict):
-        generation = llm.chat(prompts, params, options)
+        generation = llm.chat(prompts, params, options, on_finish=on_finish)
     else:
-        generation = llm.generate(prompts, params)
+        generation = llm.generate(prompts, params, on_finish=on_finish)
     seconds, stats = time.perf_counter() - began, generation.stats
     return generation, seconds - stats.prefill_seconds - stats.compile_seconds
 
