@@ -6,9 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from treespec_jax import LLM, SamplingParams
+from treespec_jax.checkpoints import load
 from treespec_jax.checkpoints.calibration import NAME
 from treespec_jax.config import DEFAULT_TAU
 from treespec_jax.tuning.calibration import accepted_by_rank
@@ -32,7 +35,9 @@ def test_calibration(run_script, files, tmp_path):
         "--max_len=48",
     )
     assert result.code == 0, result.err
-    assert sorted(p.name for p in draft.iterdir()) == sorted([*before, NAME])
+    picture = NAME.replace(".json", ".png")
+    assert sorted(p.name for p in draft.iterdir()) == sorted([*before, NAME, picture])
+    assert (draft / picture).read_bytes().startswith(b"\x89PNG")
     kept = json.loads((draft / NAME).read_text())
     assert kept["tau"] > 0 and kept["families"] > 0 and kept["temperature"] == 1.0
     for name in ("before", "after"):
@@ -69,6 +74,47 @@ def test_calibration(run_script, files, tmp_path):
         assert known <= count <= known + len(last)
 
 
+@pytest.mark.slow
+def test_heads_of_a_chat_model(run_script, chat_pair, tmp_path, monkeypatch):
+    """Prompts are conversations, --system in front; what --draft is decides."""
+    folder, heads = chat_pair / "target", tmp_path / "heads"
+    target = load(folder, "float32")
+    width = target.config.embed_dim
+    heads.mkdir()
+    tensors = {
+        "0.0.linear.weight": np.zeros((width, width), np.float32),
+        "0.0.linear.bias": np.zeros(width, np.float32),
+        # With the noise of the target it is right now and then.
+        "0.1.weight": np.ascontiguousarray(np.asarray(target.model.head[...])),
+    }
+    save_file(tensors, heads / "medusa_lm_head.safetensors")
+    (tmp_path / "p.txt").write_text("the cat\na dog\n")
+    seen, chat = [], LLM.chat
+
+    def watched(llm, messages, *args, **more):
+        seen.extend(messages)
+        return chat(llm, messages, *args, **more)
+
+    monkeypatch.setattr(LLM, "chat", watched)
+    result = run_script(
+        "calibrate_drafter.py",
+        f"--target={folder}",
+        f"--draft={heads}",
+        f"--prompts_file={tmp_path / 'p.txt'}",
+        *("--chat", "--system=be kind", "--tree=regular:8", "--max_tokens=24"),
+        *("--max_batch=2", "--max_len=128", "--nocheck_drafter"),
+    )
+    assert result.code == 0, result.err
+    opening = {"role": "system", "content": "be kind"}
+    assert seen == [
+        [opening, {"role": "user", "content": text}] for text in ("the cat", "a dog")
+    ]
+    found = json.loads((heads / NAME).read_text())
+    speculative = dict(model=str(heads), tree="regular:8", check_drafter=False)
+    llm = LLM(str(folder), speculative=speculative, max_batch=1, max_len=128)
+    assert llm.drafter.tau == found["tau"] and found["families"] > 0
+
+
 def test_mistakes(refuses, files, tmp_path):
     def check(expected, *args):
         refuses(expected, "calibrate_drafter.py", *pair, *args)
@@ -81,3 +127,5 @@ def test_mistakes(refuses, files, tmp_path):
     check("cannot write", f"--output={tmp_path / 'none' / 'x.json'}")
     check("temperature", "--temperature=-1")
     check("/no/such", "--draft=/no/such")
+    check("--system needs --chat", "--system=be kind")
+    check("no chat template", "--chat")
