@@ -86,10 +86,11 @@ def warm_up(
     }
     if not (one.penalised or one.min_tokens or one.logprobs):
         llm.engine.compile(sorted(sizes), every_shape)
-    for size in sorted(sizes):
+    for token, size in enumerate(sorted(sizes)):
         length = min(size + 1, config.max_len - 1)
-        # Greedy or not is one program.
-        llm.generate([[0] * length], one)
+        # Greedy or not is one program. No prompt begins like another one, or it would
+        # find its beginning in the cache.
+        llm.generate([[token] * length], one)
 
 
 def middle_of(llm, prompt: Sequence[int], emitted: Sequence[int]) -> list[int]:
