@@ -76,6 +76,25 @@ def as_params(given: Any) -> SamplingParams:
     return given
 
 
+def single_params(given: Any, what: str) -> SamplingParams:
+    """Sampling parameters of one text, as `as_params` takes them.
+
+    Args:
+      given: by the user.
+      what: the text, for messages.
+
+    Raises:
+      UserError: they ask for several texts; and as `as_params`.
+    """
+    params = as_params(given)
+    if params.samples > 1:
+        raise UserError(
+            f"{what} is one text, and n={params.n}, best_of={params.best_of} are for "
+            "several; leave them out"
+        )
+    return params
+
+
 def each_params(given: Any, count: int, what: str) -> list[SamplingParams]:
     """Sampling parameters for each of `count` prompts.
 
@@ -90,7 +109,7 @@ def each_params(given: Any, count: int, what: str) -> list[SamplingParams]:
     """
     if given is None or isinstance(given, (Mapping, SamplingParams)):
         params = as_params(given)
-        return [params.for_text(index) for index in range(count)]
+        return [params.for_text(index * params.samples) for index in range(count)]
     params = [as_params(one) for one in _listed(given, "params must be SamplingParams")]
     if len(params) != count:
         raise UserError(

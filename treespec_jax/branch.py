@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from treespec_jax import limits
-from treespec_jax.arguments import as_params, as_prompt
+from treespec_jax.arguments import as_prompt, single_params
 from treespec_jax.checkpoints.tokenizers import TextStream
 from treespec_jax.checks import as_int
 from treespec_jax.completions import Prompt
@@ -86,7 +86,7 @@ class Branch:
           llm: whose target it is, and whose pages it takes.
           params: as for `LLM.generate`.
         """
-        params = llm.engine_params(as_params(params))
+        params = llm.engine_params(single_params(params, "a branch"))
         return cls(llm, params, _with_texts(llm, CachedTexts.create))
 
     def prefill(self, prompt: Prompt) -> Branch:

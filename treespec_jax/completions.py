@@ -58,6 +58,8 @@ class Completion:
       arrivals: seconds since it was submitted and tokens of every time that tokens
         reached the host; those of one dispatch arrive together.
       make_trace: makes `trace`; None if the engine recorded nothing.
+      others: further texts of the prompt, where `SamplingParams.n` is more than 1: in
+        the order of their seeds, or the better ones first if `best_of` is more than n.
     """
 
     prompt: Prompt | Messages
@@ -76,6 +78,7 @@ class Completion:
     make_trace: Callable[[], Trace] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )
+    others: tuple[Completion, ...] = ()
 
     @property
     def first_token_seconds(self) -> float | None:

@@ -14,10 +14,10 @@ import numpy as np
 
 from treespec_jax import disk_cache, limits, pairs, speculation
 from treespec_jax.arguments import (
-    as_params,
     as_prompt,
     as_prompts,
     each_params,
+    single_params,
     with_token_ids,
 )
 from treespec_jax.checkpoints import LoadedModel, drafters
@@ -37,7 +37,7 @@ from treespec_jax.errors import UserError
 from treespec_jax.models.memory import use_huge_pages
 from treespec_jax.progress import Progress
 from treespec_jax.sharding import make_mesh
-from treespec_jax.texts import AsyncStream, Reader, Stream
+from treespec_jax.texts import AsyncStream, Reader, Stream, completions_of
 from treespec_jax.worker import AsyncBell, Bell, Call, Worker
 
 __all__ = ["LLM", "AsyncStream", "Completion", "Generation", "Stream"]
@@ -362,13 +362,16 @@ class LLM:
         to belong to a stop text. The text goes on whether or not they are taken, until
         the stream is closed or dropped.
         """
-        return Stream(self._worker, self._reader(as_prompt(prompt), as_params(params)))
+        return Stream(
+            self._worker,
+            self._reader(as_prompt(prompt), single_params(params, "a stream")),
+        )
 
     def astream(
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> AsyncStream:
         """Does what `stream` does, for `async for` in a task of asyncio."""
-        reader = self._reader(as_prompt(prompt), as_params(params))
+        reader = self._reader(as_prompt(prompt), single_params(params, "a stream"))
         return AsyncStream(self._worker, reader)
 
     def stream_chat(
@@ -379,7 +382,7 @@ class LLM:
     ) -> Stream:
         """Answers one conversation as `chat` does, and yields the text as it comes."""
         reader = self._chat_reader(
-            check_messages(messages), as_params(params), variables
+            check_messages(messages), single_params(params, "a stream"), variables
         )
         return Stream(self._worker, reader)
 
@@ -391,7 +394,7 @@ class LLM:
     ) -> AsyncStream:
         """Does what `stream_chat` does, for `async for` in a task of asyncio."""
         reader = self._chat_reader(
-            check_messages(messages), as_params(params), variables
+            check_messages(messages), single_params(params, "a stream"), variables
         )
         return AsyncStream(self._worker, reader)
 
@@ -427,13 +430,16 @@ class LLM:
     def _readers(self, prompts, params) -> list[Reader]:
         prompts = as_prompts(prompts)
         params = each_params(params, len(prompts), "prompts")
-        return [self._reader(p, s) for p, s in zip(prompts, params, strict=True)]
+        pairs = zip(prompts, params, strict=True)
+        return [self._reader(p, s) for p, some in pairs for s in some.each()]
 
     def _chat_readers(self, messages, params, variables) -> list[Reader]:
         conversations = check_conversations(messages)
         params = each_params(params, len(conversations), "conversations")
         pairs = zip(conversations, params, strict=True)
-        return [self._chat_reader(c, s, variables) for c, s in pairs]
+        return [
+            self._chat_reader(c, s, variables) for c, some in pairs for s in some.each()
+        ]
 
     def encode(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a prompt; ids are taken as they are.
@@ -495,9 +501,9 @@ def _steps(max_steps: int | None) -> int | None:
 def _generation(call: Call) -> Generation:
     """What a call gave, once it has ended; raises what failed."""
     call.check()
-    completions = [reader.completion() for reader in call.readers]
+    stats = [reader.request.stats for reader in call.readers]
     times = call.prefill_seconds, call.decode_seconds, call.compile_seconds
-    return Generation(completions, total([c.stats for c in completions], *times))
+    return Generation(completions_of(call.readers), total(stats, *times))
 
 
 def _table(drafter: Drafter, engine: Engine) -> Table | None:

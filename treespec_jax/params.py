@@ -47,6 +47,10 @@ class SamplingParams:
       stop_token_ids: tokens that end the output. None: none.
       include_stop_str_in_output: keep the stop text that ended the output, or the text
         of the token of `stop_token_ids`; else it is not part of it.
+      n: texts of a prompt that are returned, with seeds from `seed` on; they share the
+        prompt's pages of the cache (`Completion.others`).
+      best_of: texts of a prompt that are tried; the n of the greatest mean log p per
+        token are returned, best first. None: n.
       ignore_eos: go on past the end-of-text token.
       logprobs: also return log p (natural, of the target, before penalties, bias and
         all else that is set here) of every emitted token, and of the so many likeliest
@@ -85,6 +89,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    n: int = dataclasses.field(default=1, metadata={"python": True})
+    best_of: int | None = dataclasses.field(default=None, metadata={"python": True})
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processors: tuple[Callable[..., Any], ...] = dataclasses.field(
@@ -139,6 +145,7 @@ class SamplingParams:
         checked["logit_bias"] = as_bias(self.logit_bias, self.MAX_LOGIT_BIAS)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        self._check_samples()
         if self.min_tokens > self.max_tokens:
             raise UserError(
                 f"min_tokens={self.min_tokens} is more than "
@@ -146,6 +153,29 @@ class SamplingParams:
             )
         if self.allowed_token_ids == ():
             raise UserError("allowed_token_ids is empty; give one at least, or None")
+
+    def _check_samples(self):
+        object.__setattr__(self, "n", as_int("n", self.n, 1))
+        if self.best_of is not None:
+            best_of = as_int("best_of", self.best_of, 1)
+            object.__setattr__(self, "best_of", best_of)
+            if best_of < self.n:
+                raise UserError(f"best_of={best_of} is less than n={self.n}; raise it")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"n={self.n}, best_of={self.best_of}: greedy texts are all the same; "
+                "raise temperature"
+            )
+
+    @property
+    def samples(self) -> int:
+        """Texts of a prompt that are tried."""
+        return self.best_of or self.n
+
+    @property
+    def ranked(self) -> bool:
+        """Whether only the best of these are returned, in their order."""
+        return self.samples > self.n
 
     def for_text(self, index: int = 0) -> SamplingParams:
         """Those of one of several texts: the seed and `index`, modulo 2**32.
@@ -156,6 +186,11 @@ class SamplingParams:
             return dataclasses.replace(self, seed=secrets.randbits(SEED_BITS))
         seed = (self.seed + index) % (1 << SEED_BITS)
         return self if seed == self.seed else dataclasses.replace(self, seed=seed)
+
+    def each(self) -> list[SamplingParams]:
+        """Those of each of the texts that are tried, with seeds of their own."""
+        first = self.for_text()
+        return [first.for_text(index) for index in range(self.samples)]
 
     @property
     def repeats(self) -> bool:

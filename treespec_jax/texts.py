@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 from treespec_jax.checkpoints.tokenizers import Tokenizer
@@ -142,6 +144,30 @@ class Reader:
             arrivals=request.arrivals,
             make_trace=make_trace,
         )
+
+
+def completions_of(readers: Sequence[Reader]) -> list[Completion]:
+    """A completion per prompt, with the other texts that were asked for.
+
+    Args:
+      readers: whose requests have ended; those of a prompt stand together.
+    """
+    found, rest = [], list(readers)
+    while rest:
+        params = rest[0].request.params
+        group, rest = rest[: params.samples], rest[params.samples :]
+        if params.ranked:
+            # The order of seeds decides between equals.
+            group.sort(key=_mean_log_prob, reverse=True)
+        first, *others = (reader.completion() for reader in group[: params.n])
+        found.append(dataclasses.replace(first, others=tuple(others)))
+    return found
+
+
+def _mean_log_prob(reader: Reader) -> float:
+    """Of the text's tokens; the least there is of a text without any."""
+    log_probs = reader.request.logprobs
+    return sum(log_probs) / len(log_probs) if log_probs else -math.inf
 
 
 class _Pieces:

@@ -64,7 +64,7 @@ def enter(request: Request, outbox: Any, index: int, nodes: int) -> int:
     steps, arrived = len(counts_S), int(counts_S.sum())
     emitted_SW = np.arange(emission.tokens.shape[-1]) < counts_S[:, None]
     request.tokens += emission.tokens[:steps, index][emitted_SW].tolist()
-    if request.params.logprobs is not None:
+    if request.params.logprobs is not None or request.params.ranked:
         request.logprobs += emission.logprobs[:steps, index][emitted_SW].tolist()
     if request.params.logprobs:
         some = [

@@ -78,7 +78,7 @@ class SlotSettings:
             values[slot] = getattr(params, name)
         if not params.ignore_eos and self._eos_ids:
             self._eos[slot] = self._eos_ids
-        self._want_logprobs[slot] = params.logprobs is not None
+        self._want_logprobs[slot] = params.logprobs is not None or params.ranked
         self._top = max(self._top, self._rounded(params.logprobs or 0))
         self._allowed[slot] = self._allowed_bits(params)
         self._ends[slot] = self._end_bits(params)
