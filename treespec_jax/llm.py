@@ -68,8 +68,12 @@ class LLM:
         the catalogue has for it, or else "auto", which needs no drafter.
       tokenizer: path or name of one to use instead of the checkpoint's own, of a draft
         model too.
-      dtype: of weights and activations ("float32", "bfloat16"); None: float32 on a
-        CPU, where it is the quick one, else the checkpoint's own.
+      dtype: of activations ("float32", "bfloat16"); None: float32 on a CPU, where it is
+        the quick one, else the checkpoint's own.
+      weights: type of the matrices of target and drafter: "float32", "bfloat16", "int8",
+        or "int8:128" with a scale per 128 inputs; None: that of `dtype`, but int8 where
+        a checkpoint holds it. int8 makes another model of the target, a little worse;
+        with or without speculation the text is that model's.
       mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
         or what `sharding.make_mesh` gives; None: one device, or where a loaded model
         lies.
@@ -83,7 +87,8 @@ class LLM:
     Attributes:
       config: of the target.
       tokenizer: of the target, or None.
-      dtype: name of the weights' dtype.
+      dtype: name of the activations' dtype.
+      weights: name of the weights' type, see `models.weight_types`.
       drafter: see `drafting.protocol`.
       engine: that runs the requests. While calls may be under way, use it within
         `exclusive` only.
@@ -104,6 +109,7 @@ class LLM:
         speculative: SpeculativeConfig | Mapping[str, Any] | None = FITTING,
         tokenizer: str | Path | None = None,
         dtype: str | None = None,
+        weights: str | None = None,
         mesh: str | jax.sharding.Mesh | None = None,
         compilation_cache: str | Path | bool | None = None,
         **engine: Any,
@@ -138,7 +144,7 @@ class LLM:
             mesh = make_mesh(mesh)
         if not isinstance(mesh, jax.sharding.Mesh | None):
             raise UserError(f'mesh must be a text such as "tensor:4", got {mesh!r:.60}')
-        target = pairs.loaded(target, dtype, mesh)
+        target = pairs.loaded(target, dtype, mesh, weights)
         use_huge_pages(target.model)
         if draft is not None:
             draft = pairs.loaded_draft(draft, target, mesh)
@@ -151,6 +157,8 @@ class LLM:
         self.config = target.config
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.dtype = str(jnp.dtype(target.dtype))
+        self.weights = target.weights
+        self.notes += pairs.weight_notes(target)
         self.drafter = made.drafter
         self.engine = Engine(
             target.model,

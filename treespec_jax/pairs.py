@@ -17,6 +17,7 @@ from treespec_jax.checkpoints.drafters import (
 from treespec_jax.checks import from_mapping
 from treespec_jax.config import SpeculativeConfig
 from treespec_jax.errors import UserError
+from treespec_jax.models.weight_types import check_weights, is_int8
 
 Model = Description | LoadedModel
 Draft = Model | DrafterDescription | LoadedDrafter
@@ -84,20 +85,35 @@ def loaded_draft(
         return load_drafter(draft, target)
     if isinstance(draft, LoadedDrafter):
         return draft
-    return loaded(draft, target.dtype, mesh)
+    return loaded(draft, target.dtype, mesh, target.weights)
 
 
-def loaded(model: Model, dtype: Any, mesh: jax.sharding.Mesh | None) -> LoadedModel:
-    """A model with its weights.
+def loaded(
+    model: Model, dtype: Any, mesh: jax.sharding.Mesh | None, weights: str | None
+) -> LoadedModel:
+    """A model with its weights; arguments as of `checkpoints.load`.
 
     Raises:
-      UserError: a loaded model, and a mesh to put it on.
+      UserError: a loaded model and a mesh to put it on; an unknown type of weights.
     """
+    if weights is not None:
+        check_weights(weights)
     if isinstance(model, Description):
-        return load(model, dtype, mesh=mesh)
+        return load(model, dtype, mesh=mesh, weights=weights)
     if mesh is not None:
         raise UserError(
             "a loaded model stays where it is; give its path, or pass the mesh to "
             "checkpoints.load instead"
         )
     return model
+
+
+def weight_notes(target: LoadedModel) -> tuple[str, ...]:
+    """What to know of the type of a target's weights."""
+    if not is_int8(target.weights):
+        return ()
+    note = (
+        f"weights are {target.weights}, rounded (LOSSY against float32 weights); "
+        "speculation changes nothing of what they give"
+    )
+    return (note,)

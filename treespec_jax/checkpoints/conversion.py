@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from treespec_jax.checkpoints.formats import Description
 from treespec_jax.checkpoints.formats.native import PARAMS, check_files
 from treespec_jax.checkpoints.placement import Parameters
@@ -36,6 +34,7 @@ from treespec_jax.checkpoints.saving import (
     writing,
 )
 from treespec_jax.errors import UserError
+from treespec_jax.models.weight_types import Types
 
 _JOURNAL = "journal.jsonl"
 _VERSION = 1
@@ -49,12 +48,12 @@ class Converted:
     """What `convert` wrote.
 
     Attributes:
-      dtype: of the parameters.
+      types: of the parameters.
       parameters: how many numbers they hold.
       resumed: bytes of them that an earlier run had written.
     """
 
-    dtype: np.dtype
+    types: Types
     parameters: int
     resumed: int
 
@@ -63,6 +62,7 @@ def convert(
     about: Description,
     output: str | Path,
     dtype: Any = None,
+    weights: str | None = None,
     *,
     restart: bool = False,
     overwrite: bool = False,
@@ -77,6 +77,7 @@ def convert(
       output: the folder to make; an earlier native folder of the same model is
         replaced at the end.
       dtype: float32, bfloat16 or float16; None: as stored.
+      weights: type of the matrices, see `models.weight_types`; None: that of `dtype`.
       restart: start over, whatever an earlier run left.
       overwrite: replace a folder of another model too.
       progress: wraps the list of groups, to show a bar.
@@ -90,12 +91,11 @@ def convert(
     path = Path(output).expanduser().absolute()
     check_output(path)
     check_apart(output, input=about.path)
-    parameters = Parameters(about, dtype)
+    parameters = Parameters(about, dtype, weights=weights)
     origin = {"source": about.name, "inputs": inputs_of(parameters.source.files())}
-    same = origin | {
-        "dtype": parameters.dtype.name,
-        "model": dataclasses.asdict(about.config),
-    }
+    # Folders of floats name no type of weights.
+    same = origin | {"weights": None, **parameters.types.on_file}
+    same["model"] = dataclasses.asdict(about.config)
     check_replaced(path, same, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     groups = grouped(parameters.items)
@@ -116,10 +116,9 @@ def convert(
         files = {
             name: sums for g in groups for name, sums in journal.done[g.name].items()
         }
-        finish(partial, path, about, origin, parameters.dtype, files)
+        finish(partial, path, about, origin, parameters.types, files)
         (path / _JOURNAL).unlink()
-    count = sum(group.nbytes for group in groups) // parameters.dtype.itemsize
-    return Converted(parameters.dtype, count, resumed)
+    return Converted(parameters.types, parameters.count, resumed)
 
 
 class _Journal:
@@ -198,7 +197,7 @@ def _fingerprint(about: Description, parameters: Parameters) -> dict[str, Any]:
     fingerprint = {
         "version": _VERSION,
         "source": str(about.path.absolute()),
-        "dtype": parameters.dtype.name,
+        **parameters.types.on_file,
         "model": dataclasses.asdict(about.config),
         "groups": [[g.name, g.nbytes] for g in grouped(parameters.items)],
         "files": [_stamp(file) for file in parameters.source.files()],

@@ -25,10 +25,10 @@ class LoadedModel:
     Attributes:
       config: shape and constants; `bos_id` is the tokenizer's if there is one, and
         `eos_ids` holds its ends of text too.
-      model: the decoder, its parameters in `dtype`.
+      model: the decoder.
       tokenizer: or None if the checkpoint has none.
       source: name of the file or folder that it came from, or that the user gave.
-      dtype: of the parameters.
+      dtype: of activations, norms and biases.
       notes: what of the checkpoint was left out, a line each.
       tau: fitted for it as a drafter, or None (`calibration`).
     """
@@ -41,6 +41,11 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     tau: float | None = None
 
+    @property
+    def weights(self) -> str:
+        """Type of the matrices, see `models.weight_types`."""
+        return self.model.types.weights
+
 
 def load(
     checkpoint: str | Path | Description,
@@ -50,6 +55,7 @@ def load(
     progress: Progress = iter,
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules | None = None,
+    weights: str | None = None,
 ) -> LoadedModel:
     """Reads a checkpoint; memory peaks at the parameters and a few MiB.
 
@@ -58,13 +64,16 @@ def load(
         `.bin` file, or a folder that `save` wrote; a name of the catalogue, or
         `org/name` of the Hugging Face Hub (see `names.locate`); or what `describe` gave
         for one, which is not described again.
-      dtype: float32, bfloat16 or float16; None: as stored.
+      dtype: float32, bfloat16 or float16, of activations, norms and biases; None: as
+        stored.
       tokenizer: to use instead of the one found with the weights or described; see
         `describe`.
       progress: wraps the list of parameters as they are read, to show a bar.
       mesh: of devices that hold the parameters together, see `sharding.make_mesh`; a
         process reads what its own devices hold. None: the first device holds all.
       rules: how the parameters are cut; None: the default ones.
+      weights: type of the matrices, see `models.weight_types`, such as "int8"; None:
+        that of `dtype`, but int8 where so stored.
 
     Raises:
       UserError: the path is missing, unreadable or of no known kind; a name that cannot
@@ -78,13 +87,13 @@ def load(
     elif tokenizer is not None:
         given = {"name": checkpoint.name, "repository": checkpoint.repository}
         checkpoint = dataclasses.replace(describe(checkpoint.path, tokenizer), **given)
-    parameters = Parameters(checkpoint, dtype)
+    parameters = Parameters(checkpoint, dtype, weights=weights)
     return LoadedModel(
         checkpoint.config,
         parameters.build(progress, mesh, rules),
         checkpoint.tokenizer,
         checkpoint.name,
-        parameters.dtype,
+        parameters.types.dtype,
         checkpoint.notes,
         calibration.read_tau(checkpoint.path),
     )

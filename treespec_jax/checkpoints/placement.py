@@ -11,6 +11,7 @@ is read. So memory peaks at the parameters plus a block, whatever the sizes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from treespec_jax.checkpoints.pieces import Piece, Tensors, TensorSource
 from treespec_jax.config import ModelConfig
@@ -29,10 +31,10 @@ from treespec_jax.models import memory
 from treespec_jax.models.drafter_config import EagleConfig, HeadConfig, MedusaConfig
 from treespec_jax.models.eagle import EagleModel
 from treespec_jax.models.medusa import MedusaHeads
+from treespec_jax.models.quantized import Quantized, quantize, stored_axes
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.models.weight_types import FLOATS, Types, check_dtype, types_of
 from treespec_jax.sharding import Rules, sharding_of
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # What is built of which configuration.
 _MODULES = {
@@ -64,25 +66,11 @@ class Item:
 Progress = Callable[[Sequence[Item]], Iterable[Item]]
 
 
-def check_dtype(dtype: Any) -> np.dtype:
-    """The numpy dtype of a parameter dtype given by name or type.
-
-    Raises:
-      UserError: not one of `DTYPES`.
-    """
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return found
-
-
-def abstract_parameters(config: ModelConfig | HeadConfig, dtype: np.dtype):
+def abstract_parameters(config: ModelConfig | HeadConfig, types: Types):
     """The model without values: its graph, and its parameters by dotted path."""
     module = _MODULES[type(config)]
-    graph, state = nnx.split(module(config, dtype=dtype, rngs=None))
+    made = module(config, dtype=types.dtype, weights=types.weights, rngs=None)
+    graph, state = nnx.split(made)
     return graph, state, _by_path(state)
 
 
@@ -123,13 +111,16 @@ class Parameters:
 
     Args:
       about: the checkpoint, as `describe` gave it.
-      dtype: float32, bfloat16 or float16, to which tensors are cast on the way; None:
-        as stored.
+      dtype: float32, bfloat16 or float16, of norms, biases and activations; None: as
+        stored.
       given: parameters that are not read but come from elsewhere, by dotted path.
+      weights: type of the matrices, see `models.weight_types`, to which they are cast
+        or rounded on the way; None: that of `dtype`, but int8 where so stored.
 
     Attributes:
-      dtype: of the parameters.
+      types: of the parameters.
       items: what there is to read, in the order of the model.
+      count: of the numbers in them.
       source: of the tensors.
 
     Raises:
@@ -142,14 +133,16 @@ class Parameters:
         about: About,
         dtype: Any = None,
         given: Mapping[str, jax.Array] | None = None,
+        weights: str | None = None,
     ):
         self._given = dict(given or {})
-        self.dtype = None if dtype is None else check_dtype(dtype)
+        if dtype is not None:
+            check_dtype(dtype)
         tensors = about.open()
         self.source = tensors.source
-        if self.dtype is None:
-            self.dtype = check_dtype(self.source.dtype)
-        abstract = abstract_parameters(about.config, self.dtype)
+        weights = weights or getattr(self.source, "weights", None)
+        self.types = types_of(dtype or self.source.dtype, weights)
+        abstract = abstract_parameters(about.config, self.types)
         self._graph, self._state, self._flat = abstract
         pieces = tensors.pieces
         flat = [item for item in self._flat.items() if item[0] not in self._given]
@@ -159,22 +152,48 @@ class Parameters:
         self._pieces = defaultdict(list)
         for piece in pieces:
             self._pieces[piece.path].append(piece)
-        width = self.dtype.itemsize
-        self.items = [Item(path, leaf.size * width) for path, leaf in flat]
+        self.items = [Item(path, nbytes(leaf)) for path, leaf in flat]
+        self.count = sum(leaf.size for _, leaf in flat)
 
-    def read(self, path: str, box: Box | None = None) -> np.ndarray:
+    def read(self, path: str, box: Box | None = None) -> np.ndarray | Quantized:
         """A parameter, or the part of it in `box`.
+
+        Args:
+          path: dotted.
+          box: None: all of it. Of a matrix in int8 the inputs are whole.
 
         Raises:
           UserError: a tensor that it comes from is damaged, holds NaN or infinity, or
             values that float16 cannot hold.
         """
-        shape = self._flat[path].shape
-        box = box or tuple((0, size) for size in shape)
-        buffer = memory.empty(tuple(stop - start for start, stop in box), self.dtype)
+        leaf = self._flat[path].get_value()
+        box = box or tuple((0, size) for size in leaf.shape)
+        if isinstance(leaf, Quantized):
+            return self._read_int8(path, leaf, box)
+        return self._read(path, box, leaf.dtype)
+
+    def _read(self, path: str, box: Box, dtype: np.dtype) -> np.ndarray:
+        buffer = memory.empty(tuple(stop - start for start, stop in box), dtype)
         for piece in self._pieces[path]:
-            _fill(buffer, box, shape, piece, self.source)
+            _fill(buffer, box, self._flat[path].shape, piece, self.source)
         return buffer
+
+    def _read_int8(self, path: str, leaf: Quantized, box: Box) -> Quantized:
+        rank, groups = leaf.out_rank, leaf.scales.shape[0]
+        out = tuple(stop - start for start, stop in box[:rank])
+        shape = (groups, *out, leaf.values.shape[-1])
+        values = memory.empty(shape, np.dtype(np.int8))
+        scales = memory.empty(shape[:-1], np.dtype(np.float32))
+        # What was int8 comes as float64, in which it is rounded to itself.
+        wide = {self.source.dtypes()[piece.name] for piece in self._pieces[path]}
+        dtype = np.dtype("float64" if "float64" in wide else "float32")
+        inner = box[rank:]
+        for part in _parts(box[:rank], math.prod(leaf.shape[rank:])):
+            block = self._read(path, (*part, *inner), dtype)
+            done = quantize(block, len(inner), groups)
+            where = (slice(None), *_within(part, box[:rank]))
+            values[where], scales[where] = done.values, done.scales
+        return Quantized(values, scales, (*out, *leaf.shape[rank:]))
 
     def build(
         self,
@@ -188,9 +207,9 @@ class Parameters:
           UserError: as `read`; a rule names no axis of the mesh.
         """
         rules = rules or Rules()
+        # All are known before the first is read.
         shardings = {
-            path: mesh
-            and sharding_of(leaf.get_metadata("logical_axes"), leaf.shape, mesh, rules)
+            path: mesh and _sharding(leaf, mesh, rules)
             for path, leaf in self._flat.items()
             if path not in self._given
         }
@@ -200,22 +219,75 @@ class Parameters:
         }
         return concrete(self._graph, self._state, arrays | self._given)
 
-    def _put(self, path: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    def _put(self, path: str, sharding: NamedSharding | None) -> jax.Array | Quantized:
         if sharding is None:
             return jax.device_put(self.read(path))
-        shape = self._flat[path].shape
-        devices = defaultdict(list)
-        indices = sharding.addressable_devices_indices_map(shape)
-        for device, index in indices.items():
-            spans = (
-                part.indices(size) for part, size in zip(index, shape, strict=True)
-            )
-            devices[tuple((start, stop) for start, stop, _ in spans)].append(device)
+        leaf = self._flat[path].get_value()
+        if isinstance(leaf, Quantized):
+            return self._put_int8(path, leaf, sharding)
         shards = []
-        for box, holders in devices.items():
+        for box, holders in _boxes(sharding, leaf.shape).items():
             buffer = self.read(path, box)
             shards += [jax.device_put(buffer, device) for device in holders]
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    def _put_int8(self, path: str, leaf: Quantized, sharding) -> Quantized:
+        """A scale needs all inputs: they are read whole, and cut after rounding."""
+        rank = leaf.out_rank
+        inner = tuple((0, size) for size in leaf.shape[rank:])
+        shards: tuple[list, list] = [], []
+        for box, holders in _boxes(sharding, leaf.values.shape).items():
+            part = self.read(path, (*box[1:-1], *inner))
+            first, last = slice(*box[0]), slice(*box[-1])
+            cut = part.values[first, ..., last], part.scales[first]
+            for device in holders:
+                for array, into in zip(cut, shards, strict=True):
+                    into.append(jax.device_put(np.ascontiguousarray(array), device))
+        of_scales = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))
+        values, scales = (
+            jax.make_array_from_single_device_arrays(abstract.shape, where, arrays)
+            for abstract, where, arrays in zip(
+                (leaf.values, leaf.scales), (sharding, of_scales), shards, strict=True
+            )
+        )
+        return Quantized(values, scales, leaf.shape)
+
+
+def nbytes(leaf: nnx.Variable) -> int:
+    """Bytes of a parameter, which may be abstract."""
+    arrays = jax.tree.leaves(leaf.get_value())
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def _sharding(leaf: nnx.Variable, mesh: jax.sharding.Mesh, rules: Rules):
+    """Of a parameter, or of the values of one in int8."""
+    value = leaf.get_value()
+    axes = stored_axes(value, leaf.get_metadata("logical_axes"))
+    shape = value.values.shape if isinstance(value, Quantized) else value.shape
+    return sharding_of(axes, shape, mesh, rules)
+
+
+def _boxes(sharding: NamedSharding, shape) -> dict[Box, list[jax.Device]]:
+    """The parts of an array of `shape` that devices of this process hold."""
+    devices = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        spans = (part.indices(size) for part, size in zip(index, shape, strict=True))
+        devices[tuple((start, stop) for start, stop, _ in spans)].append(device)
+    return devices
+
+
+def _parts(box: Box, width: int) -> Iterator[Box]:
+    """Cuts a box of rows, each of `width` elements, into blocks of `_PART` bytes."""
+    sizes = [stop - start for start, stop in box]
+    axis = 0
+    while axis < len(box) - 1 and math.prod(sizes[axis + 1 :]) * width * 4 > _PART:
+        axis += 1
+    run = max(1, _PART // (4 * width * math.prod(sizes[axis + 1 :])))
+    for lead in itertools.product(*(range(*span) for span in box[:axis])):
+        ahead = tuple((i, i + 1) for i in lead)
+        for first in range(*box[axis], run):
+            stop = min(first + run, box[axis][1])
+            yield (*ahead, (first, stop), *box[axis + 1 :])
 
 
 def _check_finite(array: np.ndarray, name: str, where, reason: str = _BROKEN) -> None:
@@ -251,10 +323,10 @@ def _check_tensors(
                 "belong together"
             )
         dtype = dtypes[piece.name]
-        if dtype not in (*DTYPES, "float64"):
+        if dtype not in (*FLOATS, "float64"):
             raise UserError(
                 f"{source.path}: tensor {piece.name} is {dtype}; quantised weights are "
-                f"not supported, give {', '.join(DTYPES)}"
+                f"not supported, give {', '.join(FLOATS)}"
             )
     unread = sorted(set(shapes) - {piece.name for piece in pieces} - ignored)
     if unread:

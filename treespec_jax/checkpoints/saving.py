@@ -28,12 +28,16 @@ from treespec_jax.checkpoints.formats.native import (
     FORMAT,
     METADATA,
     PARAMS,
+    SCALES,
+    VALUES,
     VERSION,
     checksum,
 )
 from treespec_jax.checkpoints.loading import LoadedModel
-from treespec_jax.checkpoints.placement import Item, check_dtype, parameters_of
+from treespec_jax.checkpoints.placement import Item, nbytes, parameters_of
 from treespec_jax.errors import UserError
+from treespec_jax.models.quantized import Quantized
+from treespec_jax.models.weight_types import Types, types_of
 
 _GROUP = 64 << 20
 # What is read at once to get at a part of a parameter.
@@ -49,44 +53,57 @@ def save(loaded: LoadedModel, path: str | Path, dtype: Any = None) -> None:
     Args:
       loaded: what to write.
       path: the folder to make; its parents are made too.
-      dtype: float32, bfloat16 or float16; None: that of the model.
+      dtype: float32, bfloat16 or float16, of all that is not int8; None: as it is.
 
     Raises:
       UserError: `path` holds something else, cannot be written, or a parameter holds
         NaN or infinity.
     """
     path = Path(path).expanduser().absolute()
-    wanted = check_dtype(dtype or loaded.dtype)
+    types = loaded.model.types
+    if dtype is not None:
+        types = types_of(dtype, types.weights if types.is_int8 else None)
     check_output(path)
     leaves = parameters_of(loaded.model)
-    items = [Item(name, leaf.size * wanted.itemsize) for name, leaf in leaves.items()]
+    items = [Item(name, nbytes(leaf)) for name, leaf in leaves.items()]
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     files: dict[str, Any] = {}
     try:
         with writing(path):
             for group in grouped(items):
                 arrays = {
-                    item.path: cast(leaves[item.path], item.path, wanted, loaded.source)
+                    item.path: cast(leaves[item.path], item.path, dtype, loaded.source)
                     for item in group.items
                 }
                 files |= write_group(partial, group.name, arrays)
             origin = {"source": loaded.source}
-            finish(partial, path, loaded, origin, wanted, files)
+            finish(partial, path, loaded, origin, types, files)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def cast(leaf: nnx.Variable, name: str, dtype: np.dtype, source: str) -> jax.Array:
+def cast(
+    leaf: nnx.Variable, name: str, dtype: Any, source: str
+) -> jax.Array | Quantized:
     """A parameter in the dtype in which it is written.
+
+    Args:
+      leaf: one in int8 stays as it is.
+      name: of the parameter.
+      dtype: None: its own.
+      source: the model's.
 
     Raises:
       UserError: it holds NaN or infinity; names it and the model's source.
     """
-    value = leaf[...].astype(dtype)
+    value = leaf[...]
+    if isinstance(value, Quantized):
+        return value
+    value = value.astype(dtype or value.dtype)
     if not _is_finite(value):
         raise UserError(
             f"{source}: tensor {name} holds NaN or infinity; training went wrong, or "
-            f"{dtype.name} cannot hold it"
+            f"{value.dtype.name} cannot hold it"
         )
     return value
 
@@ -123,14 +140,21 @@ def grouped(items: Sequence[Item]) -> list[Group]:
 
 
 def write_group(
-    folder: Path, name: str, arrays: Mapping[str, np.ndarray | jax.Array]
+    folder: Path, name: str, arrays: Mapping[str, np.ndarray | jax.Array | Quantized]
 ) -> dict[str, list[int]]:
-    """Writes parameters below `folder`; size and CRC-32 of their files, by name."""
+    """Writes parameters below `folder`; size and CRC-32 of their files, by name.
+
+    One in int8 becomes two arrays, see `formats.native`.
+    """
     import orbax.checkpoint as ocp
 
     params = folder / PARAMS
     params.mkdir(parents=True, exist_ok=True)
-    tree = traverse_util.unflatten_dict(arrays, sep=".")
+    plain = {
+        path: _stored(array) if isinstance(array, Quantized) else array
+        for path, array in arrays.items()
+    }
+    tree = traverse_util.unflatten_dict(plain, sep=".")
     # Weights hardly compress: without, files are a seventh larger, and are written and
     # read four times as fast.
     handler = ocp.PyTreeCheckpointHandler(
@@ -149,12 +173,17 @@ def write_group(
     }
 
 
+def _stored(matrix: Quantized) -> dict[str, np.ndarray]:
+    values = np.moveaxis(np.asarray(matrix.values), 0, -2).reshape(matrix.shape)
+    return {VALUES: values, SCALES: np.moveaxis(np.asarray(matrix.scales), 0, -1)}
+
+
 def finish(
     partial: Path,
     path: Path,
     model: LoadedModel | Description,
     origin: Mapping[str, Any],
-    dtype: np.dtype,
+    types: Types,
     files: Mapping[str, Any],
 ) -> None:
     """Completes a folder of parameters and renames it to its final name.
@@ -165,7 +194,7 @@ def finish(
       model: its configuration and tokenizer are added.
       origin: "source", the name of the file or folder that the model came from, and
         what else tells that from others.
-      dtype: of the parameters.
+      types: of the parameters.
       files: sizes and checksums of the parameters' files, by name.
     """
     tokenizer = model.tokenizer
@@ -175,7 +204,7 @@ def finish(
         "format": FORMAT,
         "version": VERSION,
         **origin,
-        "dtype": dtype.name,
+        **types.on_file,
         "model": dataclasses.asdict(model.config),
         "tokenizer": tokenizer
         and {

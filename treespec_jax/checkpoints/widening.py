@@ -57,6 +57,7 @@ from treespec_jax.checkpoints.placement import (
 from treespec_jax.checks import check_int
 from treespec_jax.config import ModelConfig, RotaryConfig
 from treespec_jax.errors import UserError
+from treespec_jax.models.weight_types import types_of
 
 Arrays = dict[str, np.ndarray]  # by dotted path
 
@@ -142,7 +143,7 @@ def widen(loaded: LoadedModel, config: ModelConfig, seed: int = 0) -> LoadedMode
         path: np.asarray(leaf[...])
         for path, leaf in parameters_of(loaded.model).items()
     }
-    graph, state, shapes = abstract_parameters(config, loaded.dtype)
+    graph, state, shapes = abstract_parameters(config, types_of(loaded.dtype))
     rng = np.random.default_rng(seed)
     wide = {
         path: _random(rng, path, leaf.shape, config).astype(loaded.dtype)

@@ -30,6 +30,9 @@ def define() -> None:
     words = "of the parameters in the output; default: as in the input"
     DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], words)
     DEFINE_string(
+        "weights", None, "of the matrices: as --dtype (the default), int8 or int8:128"
+    )
+    DEFINE_string(
         "tokenizer", None, "tokenizer file; default: the one found with the input"
     )
     DEFINE_string("target", None, "of an EAGLE or Medusa drafter, its target")
@@ -44,6 +47,7 @@ def main(given) -> None:
 
     from treespec_jax import checkpoints
     from treespec_jax.checkpoints import drafters, names, saving
+    from treespec_jax.models.weight_types import check_weights
 
     path = names.here(given.input)
     if given.target or (path is not None and drafters.method_of(path)):
@@ -57,20 +61,19 @@ def main(given) -> None:
                 yield group
                 shown.update(group.nbytes)
 
-    output = given.output
+    output, weights = given.output, given.weights and check_weights(given.weights)
     checkpoints.check_output(output)
     about = checkpoints.describe(given.input, given.tokenizer)
     for note in about.notes:
         print(f"note: {note}", file=sys.stderr)
     saving.check_apart(output, input=path, tokenizer=given.tokenizer)
     options = {"restart": given.restart, "overwrite": given.overwrite, "progress": bar}
-    done = checkpoints.convert(about, output, given.dtype, **options)
+    done = checkpoints.convert(about, output, given.dtype, weights, **options)
     if done.resumed:
         print(f"{done.resumed:,} bytes were there from an earlier run", file=sys.stderr)
     kind = about.tokenizer.file_name if about.tokenizer else "no tokenizer"
-    print(
-        f"wrote {output}: {done.parameters:,} parameters in {done.dtype.name}, {kind}"
-    )
+    stored = done.types.weights
+    print(f"wrote {output}: {done.parameters:,} parameters in {stored}, {kind}")
 
 
 def convert_drafter(given) -> None:
@@ -82,6 +85,8 @@ def convert_drafter(given) -> None:
     from treespec_jax import checkpoints
     from treespec_jax.checkpoints import conversion, drafters, names, saving
 
+    if given.weights:
+        raise UserError("--weights is not for drafters; they take their target's")
     if not given.target:
         raise UserError(
             f"--input={given.input} holds a drafter; name its target with --target"

@@ -63,7 +63,7 @@ class Pair:
         about = drafters.describe_draft(self.target, speculative, tokenizer)
         if isinstance(about, drafters.DrafterDescription):
             return drafters.load_drafter(about, self.target)
-        return load(about, self.target.dtype, mesh=mesh)
+        return load(about, self.target.dtype, mesh=mesh, weights=self.target.weights)
 
 
 def check(
@@ -158,7 +158,13 @@ def load_pair(settings: Experiment) -> Pair:
         dtype = "float32"
     tokenizer = settings.tokenizer or None
     mesh = make_mesh(settings.mesh) if settings.mesh else None
-    target = load(settings.target, dtype, tokenizer=tokenizer, mesh=mesh)
+    target = load(
+        settings.target,
+        dtype,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        weights=settings.weights or None,
+    )
     pair = Pair(target, tokenizer, mesh)
     pair.draft(settings)
     return pair
@@ -222,7 +228,7 @@ def in_force(settings: Experiment, llm, *sections: str) -> dict[str, Any]:
     """
     unused = set(SECTIONS) - {*MODEL, *sections}
     values = {k: v for k, v in settings.as_dict().items() if k not in unused}
-    values["dtype"] = llm.dtype
+    values["dtype"], values["weights"] = llm.dtype, llm.weights
     chosen = limits.resolve(settings.speculative)
     values["speculative"] |= {"method": chosen.method, "tree": chosen.tree}
     values["engine"] |= dataclasses.asdict(llm.engine.config)

@@ -26,8 +26,10 @@ HELP: dict[str, dict[str, str]] = {
         "target": "target's checkpoint: a path, org/name of the Hugging Face Hub, or a "
         "name of list_models",
         "tokenizer": "tokenizer file or name; default: the checkpoint's own",
-        "dtype": "float32, bfloat16 or float16; default: float32 on a CPU, else the "
-        "checkpoint's",
+        "dtype": "of activations: float32, bfloat16 or float16; default: float32 on a "
+        "CPU, else the checkpoint's",
+        "weights": "float32, bfloat16, float16, int8 or int8:128 (a scale per 128 "
+        "inputs); int8 is LOSSY; default: as --dtype, or int8 where so stored",
         "mesh": "devices that share the models: tensor:4; default: one device",
     },
     "sampling": {
@@ -89,7 +91,7 @@ HELP: dict[str, dict[str, str]] = {
         "lanes": "cache rows are padded to a multiple of it; default: 128 on a TPU, "
         "else 1",
         "cache_dtype": "float32, bfloat16, float16, or int8: half the cache, LOSSY; "
-        "default: as the weights",
+        "default: as --dtype",
         "prefix_cache": "texts that begin alike share the pages of their beginning",
         "record": "also say how often the drafter's estimates come true",
     },

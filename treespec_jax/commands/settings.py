@@ -21,9 +21,8 @@ from treespec_jax.checks import check_bool, check_float, check_int, from_mapping
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
+from treespec_jax.models.weight_types import FLOATS, check_weights
 from treespec_jax.trees import shapes
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +156,8 @@ class Experiment:
       target: the model whose text is wanted: a path, a name of the catalogue, or
         org/name of the Hugging Face Hub; empty: the bundled one.
       tokenizer: a file or name to use instead of the one found with the weights.
-      dtype: of weights and activations; empty: see `LLM`.
+      dtype: of activations; empty: see `LLM`.
+      weights: type of the matrices, see `models.weight_types`; empty: that of `dtype`.
       mesh: of devices that share the models, such as "tensor:4"; empty: one device.
       sampling: what each prompt asks for.
       speculative: the drafter, its trees, and the rule that judges them; `model` is a
@@ -170,6 +170,7 @@ class Experiment:
     target: str = catalogue.DEFAULT
     tokenizer: str = ""
     dtype: str = ""
+    weights: str = ""
     mesh: str = ""
     sampling: SamplingParams = SamplingParams()
     speculative: SpeculativeConfig = SpeculativeConfig()
@@ -178,16 +179,18 @@ class Experiment:
     comparison: RuleComparison = RuleComparison()
 
     def __post_init__(self):
-        for name in ("target", "tokenizer", "dtype", "mesh"):
+        for name in ("target", "tokenizer", "dtype", "weights", "mesh"):
             value = getattr(self, name)
             if not isinstance(value, (str, Path)):
                 raise UserError(f"{name} must be a text, got {value!r}")
             object.__setattr__(self, name, str(value))
         object.__setattr__(self, "target", self.target or catalogue.DEFAULT)
-        if self.dtype and self.dtype not in DTYPES:
+        if self.dtype and self.dtype not in FLOATS:
             raise UserError(
-                f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
+                f"dtype must be one of {', '.join(FLOATS)}, got {self.dtype!r}"
             )
+        if self.weights:
+            check_weights(self.weights)
         shape = limits.check_speculation(self.speculative)
         if self.engine.max_len is not None:
             limits.check_tree(shape.depth, self.engine.max_len)

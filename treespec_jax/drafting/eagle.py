@@ -60,7 +60,7 @@ class Eagle(DraftModel):
         layer = self.module.config.layer
         window = sizes.batch, sizes.window
         none_B = jnp.zeros(sizes.batch, jnp.int32)
-        dtype = self.module.fc[...].dtype
+        dtype = self.module.types.dtype
         return EagleState(
             pages=paging.empty_pages(layer, sizes.layout),
             lengths=none_B,

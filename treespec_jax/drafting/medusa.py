@@ -67,7 +67,7 @@ class Medusa:
 
     def init(self, sizes: Sizes) -> MedusaState:
         width = self.module.config.target_dim
-        dtype = self.module.weight[...].dtype
+        dtype = self.module.types.dtype
         return MedusaState(jnp.zeros((sizes.batch, width), dtype))
 
     def ingest(self, state: MedusaState, committed: Committed) -> MedusaState:

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from treespec_jax.errors import UserError
+from treespec_jax.models.quantized import stored_axes
 from treespec_jax.models.views import Pages
 from treespec_jax.sharding import Placement
 
@@ -88,7 +89,8 @@ def _of(module: nnx.Module):
     for variable in jax.tree.leaves(
         nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable)
     ):
-        (leaf,) = jax.tree.leaves(variable)
+        # Of an int8 weight the values stand first; their scales lie beside them.
+        leaf, *_ = jax.tree.leaves(variable)
         sharding = getattr(leaf, "sharding", None)
         if sharding is None or isinstance(leaf, jax.core.Tracer):
             continue
@@ -96,6 +98,7 @@ def _of(module: nnx.Module):
         if isinstance(sharding, NamedSharding):
             mesh = sharding.mesh
             axes = variable.get_metadata().get("logical_axes", ())
+            axes = stored_axes(variable.get_value(), axes)
             if "kv_heads" in axes:
                 spec = (*sharding.spec, *([None] * len(axes)))
                 axis = axis or spec[axes.index("kv_heads")]

@@ -119,7 +119,7 @@ class Watching(NoDrafter):
         """Before the first step of a dispatch."""
         lead = batch, self._steps
         count = min(self.needs.successors, target.config.vocab_size)
-        width, dtype = target.config.embed_dim, target.embedding[...].dtype
+        width, dtype = target.config.embed_dim, target.types.dtype
         return Seen(
             steps=jnp.zeros((), jnp.int32),
             best=jnp.zeros((*lead, count), jnp.int32) if count else None,

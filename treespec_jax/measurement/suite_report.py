@@ -125,13 +125,11 @@ _LEGEND = (
 def conditions(results: Mapping[str, Any]) -> str:
     """What was measured, and on what, in words."""
     settings, versions = results["settings"], results["versions"]
-    suite, engine = results["suite"], settings["engine"]
-    cache = engine["cache_dtype"]
-    cache = "" if cache == settings["dtype"] else f", {cache} cache"
+    suite = results["suite"]
     return (
         f"suite {suite['name']}, {suite['questions']} questions, "
         f"{settings['sampling']['max_tokens']} tokens a turn at most, "
-        f"{settings['benchmark']['rounds']} rounds; {settings['dtype']}{cache}; "
+        f"{settings['benchmark']['rounds']} rounds; {tables.types_in_force(settings)}; "
         f"jax {versions['jax']}, {versions['device_kind']}, {versions['cpus']} CPUs"
     )
 

@@ -58,14 +58,22 @@ def spread(values: Mapping[str, float], form: str, scale: float = 1) -> str:
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
+def types_in_force(settings: Mapping[str, Any]) -> str:
+    """The dtype of computation, and those of weights and cache where they differ."""
+    dtype, cache = settings["dtype"], settings["engine"]["cache_dtype"]
+    weights = settings.get("weights", dtype)
+    return (
+        dtype
+        + (f", {weights} weights" if weights != dtype else "")
+        + (f", {cache} cache" if cache != dtype else "")
+    )
+
+
 def conditions(results: Mapping[str, Any], rounds: int) -> str:
     """What generation was measured on: dtype, prompts, batch, versions and machine."""
     settings, versions = results["settings"], results["versions"]
-    cache_dtype = settings["engine"]["cache_dtype"]
     return (
-        settings["dtype"]
-        + (f", {cache_dtype} cache" if cache_dtype != settings["dtype"] else "")
-        + f", {len(results['prompts'])} prompts × "
+        types_in_force(settings) + f", {len(results['prompts'])} prompts × "
         f"{settings['sampling']['max_tokens']} tokens, batch "
         f"{settings['engine']['max_batch']}, {rounds} rounds; jax {versions['jax']}, "
         f"{versions['device_kind']}, {versions['cpus']} CPUs"

@@ -24,11 +24,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from treespec_jax.models.drafter_config import EagleConfig
-from treespec_jax.models.layers import Attention, GatedMLP, RMSNorm, Rows, param
-from treespec_jax.models.linear import linear
+from treespec_jax.models.layers import (
+    Attention,
+    GatedMLP,
+    RMSNorm,
+    Rows,
+    matrix,
+    vector,
+)
+from treespec_jax.models.linear import linear, rows_of
 from treespec_jax.models.rotary import rotary_angles
 from treespec_jax.models.transformer import Forward
 from treespec_jax.models.views import CacheView
+from treespec_jax.models.weight_types import types_of
 
 
 class TokenIds(nnx.Variable):
@@ -63,7 +71,8 @@ class EagleModel(nnx.Module):
 
     Args:
       config: the shape.
-      dtype: of the parameters.
+      dtype: of activations, norms and biases.
+      weights: type of the matrices, see `weight_types`; None: that of `dtype`.
       rngs: for random parameters; None: abstract ones.
 
     Attributes:
@@ -71,35 +80,41 @@ class EagleModel(nnx.Module):
     """
 
     def __init__(
-        self, config: EagleConfig, *, dtype=jnp.float32, rngs: nnx.Rngs | None
+        self,
+        config: EagleConfig,
+        *,
+        dtype=jnp.float32,
+        weights: str | None = None,
+        rngs: nnx.Rngs | None,
     ):
         self.config = config
+        self.types = types = types_of(dtype, weights)
         layer, D = config.layer, config.layer.embed_dim
         scale = D**-0.5
         axes = "vocab", "embed"
-        self.embedding = param(rngs, dtype, axes, (config.target_vocab, D), scale)
-        self.head = param(rngs, dtype, axes, (layer.vocab_size, D), scale)
+        self.embedding = matrix(rngs, types, axes, (config.target_vocab, D), scale)
+        self.head = matrix(rngs, types, axes, (layer.vocab_size, D), scale)
         self.token_ids = first_ids(layer.vocab_size, rngs) if config.reduced else None
         count, wide = len(config.feature_layers), config.target_dim
-        norm_of = functools.partial(RMSNorm, layer, dtype, rngs, "embed")
+        norm_of = functools.partial(RMSNorm, layer, types, rngs, "embed")
         norm = functools.partial(norm_of, D)
         inputs = D + wide if config.generation == 1 else count * wide
         axes = ("embed", "features")
-        self.fc = param(rngs, dtype, axes, (D, inputs), inputs**-0.5)
+        self.fc = matrix(rngs, types, axes, (D, inputs), inputs**-0.5)
         if config.fc_bias:
-            self.fc_bias = param(rngs, dtype, ("embed",), (D,), fill=0.0)
+            self.fc_bias = vector(rngs, types, ("embed",), (D,), 0.0)
         if config.norm_before_fc == "each":
             self.fc_norms = nnx.List([norm_of(wide) for _ in range(count)])
         elif config.norm_before_fc == "all":
             self.fc_norms = nnx.List([norm_of(count * wide)])
         if config.generation == 1:
-            self.attention = Attention(layer, dtype, rngs)
+            self.attention = Attention(layer, types, rngs)
             self.attention_norm = norm() if config.input_norm else None
         else:
-            self.attention = Attention(layer, dtype, rngs, inputs=2 * D)
+            self.attention = Attention(layer, types, rngs, inputs=2 * D)
             self.embed_norm, self.hidden_norm, self.norm = norm(), norm(), norm()
         self.mlp_norm = norm()
-        self.mlp = GatedMLP(layer, dtype, rngs)
+        self.mlp = GatedMLP(layer, types, rngs)
 
     def fuse(self, features: tuple[jax.Array, ...]) -> jax.Array:
         """Rows [D, R] to go on from, of the target's features [F, R] each."""
@@ -125,7 +140,7 @@ class EagleModel(nnx.Module):
           hidden_DR: fused features, or outputs of earlier rows.
         """
         with jax.named_scope("inputs"):
-            e_DR = self.embedding[...][tokens_R].T.astype(hidden_DR.dtype)
+            e_DR = rows_of(self.embedding[...], tokens_R, hidden_DR.dtype)
             if self.config.layer.scaled_embeddings:
                 e_DR = e_DR * jnp.asarray(e_DR.shape[0] ** 0.5, e_DR.dtype)
             if self.config.generation == 1:

@@ -21,9 +21,10 @@ from pallas_kernels.tree_attention import (
     tree_attention,
 )
 from treespec_jax.config import ModelConfig
-from treespec_jax.models.linear import linear
+from treespec_jax.models.linear import abstract_weight, linear, weight_of
 from treespec_jax.models.rotary import apply_rotary
 from treespec_jax.models.views import CacheView
+from treespec_jax.models.weight_types import Types
 from treespec_jax.sharding import Placement
 
 ACTIVATIONS = {
@@ -32,24 +33,42 @@ ACTIVATIONS = {
 }
 
 
-def param(
-    rngs: nnx.Rngs | None,
-    dtype,
-    axes: tuple[str, ...],
-    shape,
-    scale=None,
-    fill: float = 1.0,
-):
-    """A parameter with logical axis names: normal with `scale`, or `fill` if None.
+def vector(rngs: nnx.Rngs | None, types: Types, axes: tuple[str, ...], shape, fill=1.0):
+    """A parameter that no product reads, with logical axis names, filled with `fill`.
 
     Without `rngs` it is abstract: a shape and a dtype.
     """
     if rngs is None:
-        value = jax.ShapeDtypeStruct(shape, dtype)
-    elif scale is None:
-        value = jnp.full(shape, fill, dtype)
+        value = jax.ShapeDtypeStruct(shape, types.dtype)
     else:
-        value = (jax.random.normal(rngs.params(), shape) * scale).astype(dtype)
+        value = jnp.full(shape, fill, types.dtype)
+    return nnx.Param(value, logical_axes=axes)
+
+
+def matrix(
+    rngs: nnx.Rngs | None,
+    types: Types,
+    axes: tuple[str, ...],
+    shape,
+    scale: float,
+    inputs: int = 1,
+):
+    """A parameter for `linear`, in the type of weights: normal with `scale`.
+
+    Args:
+      rngs: None: it is abstract.
+      types: of the model.
+      axes: logical names.
+      shape: [*out, *in].
+      scale: standard deviation.
+      inputs: how many axes `in` are.
+    """
+    if rngs is None:
+        value = abstract_weight(shape, types, inputs)
+    else:
+        value = weight_of(
+            jax.random.normal(rngs.params(), shape) * scale, types, inputs
+        )
     return nnx.Param(value, logical_axes=axes)
 
 
@@ -61,16 +80,18 @@ class RMSNorm(nnx.Module):
 
     Args:
       config: of the model.
-      dtype: of the scale.
+      types: of the model.
       rngs: unused; a scale begins where it changes nothing.
       axis: logical name of the axis.
       size: of the axis.
     """
 
-    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs, axis: str, size):
+    def __init__(
+        self, config: ModelConfig, types: Types, rngs: nnx.Rngs, axis: str, size
+    ):
         self.eps = config.norm_eps
         self.offset = 1.0 if config.unit_offset_norms else 0.0
-        self.scale = param(rngs, dtype, (axis,), (size,), fill=1 - self.offset)
+        self.scale = vector(rngs, types, (axis,), (size,), 1 - self.offset)
 
     def __call__(self, x_xDR: jax.Array) -> jax.Array:
         x = x_xDR.astype(jnp.float32)
@@ -101,7 +122,7 @@ class Attention(nnx.Module):
 
     Args:
       config: of the model.
-      dtype: of the parameters.
+      types: of the model.
       rngs: for random parameters.
       local: whether this layer sees only the `window` of the configuration.
       inputs: width of the rows that it reads; None: the model's.
@@ -110,7 +131,7 @@ class Attention(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        dtype,
+        types: Types,
         rngs: nnx.Rngs,
         local: bool = False,
         inputs: int | None = None,
@@ -125,25 +146,26 @@ class Attention(nnx.Module):
             config.head_dim,
         )
         # Per key/value head: its G query heads, then its key, then its value.
-        self.qkv = param(
+        self.qkv = matrix(
             rngs,
-            dtype,
+            types,
             ("kv_heads", "qkv", "head_dim", "embed"),
             (K, G + 2, H, inputs or D),
             (inputs or D) ** -0.5,
         )
         if config.qkv_bias:
             axes = ("kv_heads", "qkv", "head_dim")
-            self.qkv_bias = param(rngs, dtype, axes, (K, G + 2, H), fill=0.0)
+            self.qkv_bias = vector(rngs, types, axes, (K, G + 2, H), 0.0)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config, dtype, rngs, "head_dim", H)
-            self.k_norm = RMSNorm(config, dtype, rngs, "head_dim", H)
-        self.out = param(
+            self.q_norm = RMSNorm(config, types, rngs, "head_dim", H)
+            self.k_norm = RMSNorm(config, types, rngs, "head_dim", H)
+        self.out = matrix(
             rngs,
-            dtype,
+            types,
             ("embed", "heads", "head_dim"),
             (D, N, H),
             (N * H * 2 * config.num_layers) ** -0.5,
+            inputs=2,
         )
 
     def project(self, x_DR, cos_sin, batch: int) -> tuple[jax.Array, jax.Array]:
@@ -213,15 +235,15 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(activation(gate x) · up x) (Shazeer, 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, types: Types, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
         self.activation = config.activation
-        self.gate_up = param(
-            rngs, dtype, ("gate_up", "mlp", "embed"), (2, F, D), D**-0.5
+        self.gate_up = matrix(
+            rngs, types, ("gate_up", "mlp", "embed"), (2, F, D), D**-0.5
         )
-        self.down = param(
+        self.down = matrix(
             rngs,
-            dtype,
+            types,
             ("embed", "mlp"),
             (D, F),
             (F * 2 * config.num_layers) ** -0.5,
@@ -235,15 +257,15 @@ class GatedMLP(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer: norms before attention and MLP, and after where asked for."""
 
-    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs, local: bool):
+    def __init__(self, config: ModelConfig, types: Types, rngs: nnx.Rngs, local: bool):
         norm = functools.partial(
-            RMSNorm, config, dtype, rngs, "embed", config.embed_dim
+            RMSNorm, config, types, rngs, "embed", config.embed_dim
         )
         self.post_norms = config.post_norms
         self.attention_norm = norm()
-        self.attention = Attention(config, dtype, rngs, local)
+        self.attention = Attention(config, types, rngs, local)
         self.mlp_norm = norm()
-        self.mlp = GatedMLP(config, dtype, rngs)
+        self.mlp = GatedMLP(config, types, rngs)
         if config.post_norms:
             self.attention_post_norm = norm()
             self.mlp_post_norm = norm()

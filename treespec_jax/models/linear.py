@@ -3,31 +3,33 @@
 Activations are feature-major, `[features, rows]`, in the whole program: on a CPU it is
 the form in which several rows cost about as much as one; on a TPU or GPU the compiler
 is free to lay it out otherwise.
+
+| weights | activations | product |
+|---|---|---|
+| float | any | both in the weights' type, summed in float32 |
+| int8 | float32, or any on a CPU | rounded to int8 per row; summed in int32, and so |
+| | | the same whatever the rows beside |
+| int8 | bfloat16 or float16 elsewhere | weights converted in the product |
 """
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from treespec_jax.models import product_forms
+from treespec_jax.models.quantized import TOP, Quantized, abstract, quantize
+from treespec_jax.models.weight_types import Types
 
-def good_rows(rows: int, dtype) -> int:
-    """The row count to pad to.
-
-    On a CPU, 5 to 7 rows cost a fifth more than 8, 9 to 15 up to 1.4 times 16, and 17
-    to 31 as much as 32; one bf16 row costs ten times two. Accelerators pad by
-    themselves.
-    """
-    if rows == 1 and dtype == jnp.bfloat16:
-        return 2
-    if 4 < rows < 32:
-        return 1 << (rows - 1).bit_length()
-    return rows
+Weight = jax.Array | Quantized
 
 
-def linear(weight: jax.Array, x_IR: jax.Array, out_dtype=None) -> jax.Array:
-    """`weight · x`, accumulated in float32.
+def linear(weight: Weight, x_IR: jax.Array, out_dtype=None) -> jax.Array:
+    """`weight · x`, accumulated in float32, or in int32 where both are int8.
 
     Args:
       weight: [*out, *in]; the trailing axes whose sizes multiply to I are contracted.
@@ -37,19 +39,91 @@ def linear(weight: jax.Array, x_IR: jax.Array, out_dtype=None) -> jax.Array:
     Returns:
       [*out, R].
     """
-    size, axes = 1, weight.ndim
-    while size < x_IR.shape[0]:
-        axes -= 1
-        size *= weight.shape[axes]
-    rows = x_IR.shape[1]
-    padded = good_rows(rows, x_IR.dtype)
-    # The axes of the result stay apart: one that a mesh cuts could not be found again
-    # in a flat one, and the weights would travel at every call.
-    y = lax.dot_general(
-        weight.reshape(*weight.shape[:axes], size),
-        jnp.pad(x_IR, ((0, 0), (0, padded - rows))),
-        (((axes,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST if x_IR.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+    if isinstance(weight, Quantized):
+        y = _quantized(weight, x_IR)
+    else:
+        size, axes = 1, weight.ndim
+        while size < x_IR.shape[0]:
+            axes -= 1
+            size *= weight.shape[axes]
+        # The axes of the result stay apart: one that a mesh cuts could not be found
+        # again in a flat one, and the weights would travel at every call.
+        flat = weight.reshape(*weight.shape[:axes], size)
+        y = _in_blocks(flat, x_IR.astype(weight.dtype), jnp.float32)
+    return y.astype(out_dtype or x_IR.dtype)
+
+
+def rows_of(table: Weight, tokens_R: jax.Array, dtype) -> jax.Array:
+    """Rows of an embedding [V, D], feature-major: [D, R] in `dtype`."""
+    if not isinstance(table, Quantized):
+        return table[tokens_R].T.astype(dtype)
+    rows_GRI = table.values[:, tokens_R] * table.scales[:, tokens_R][..., None]
+    return rows_GRI.transpose(0, 2, 1).reshape(-1, len(tokens_R)).astype(dtype)
+
+
+def abstract_weight(shape: tuple[int, ...], types: Types, inputs: int) -> Weight:
+    """A weight without values; `inputs` counts the axes of `shape` to contract."""
+    if not types.is_int8:
+        return jax.ShapeDtypeStruct(shape, np.dtype(types.weights))
+    return abstract(shape, inputs, types.groups(math.prod(shape[-inputs:])))
+
+
+def weight_of(values: jax.Array, types: Types, inputs: int) -> Weight:
+    """A weight of such values, as `abstract_weight` describes it."""
+    if not types.is_int8:
+        return values.astype(types.weights)
+    groups = types.groups(math.prod(values.shape[-inputs:]))
+    return jax.tree.map(jnp.asarray, quantize(np.asarray(values), inputs, groups))
+
+
+def _quantized(weight: Quantized, x_IR: jax.Array) -> jax.Array:
+    """float32 [*out, R]."""
+    if x_IR.dtype == jnp.float32:
+        return _int8(weight, x_IR)
+    return lax.platform_dependent(weight, x_IR, cpu=_int8, default=_converted)
+
+
+def _int8(weight: Quantized, x_IR: jax.Array) -> jax.Array:
+    """With every row of `x` rounded to int8, one scale for each group of its inputs."""
+    groups, rank = weight.scales.shape[0], weight.out_rank
+    x_GIR = x_IR.astype(jnp.float32).reshape(groups, -1, x_IR.shape[1])
+    top_G1R = jnp.max(jnp.abs(x_GIR), axis=1, keepdims=True)
+    q_GIR = jnp.round(x_GIR * (TOP / jnp.where(top_G1R > 0, top_G1R, 1.0)))
+    y = _in_blocks(weight.values, q_GIR.astype(jnp.int8), jnp.int32)
+    scales_R = jnp.expand_dims(top_G1R[:, 0] * (1 / TOP), range(1, 1 + rank))
+    y = y.astype(jnp.float32) * weight.scales[..., None] * scales_R
+    return y[0] if groups == 1 else jnp.sum(y, axis=0)
+
+
+def _converted(weight: Quantized, x_IR: jax.Array) -> jax.Array:
+    """With weights converted to the dtype of `x` as the product reads them."""
+    x_GIR = x_IR.reshape(weight.scales.shape[0], -1, x_IR.shape[1])
+    y = _product(weight.values.astype(x_IR.dtype), x_GIR, jnp.float32)
+    return jnp.sum(y * weight.scales[..., None], axis=0)
+
+
+def _in_blocks(weight: jax.Array, x: jax.Array, sums) -> jax.Array:
+    """The product in blocks of as many rows as are quick here, padded with zeros."""
+    rows, done = x.shape[-1], 0
+    parts = []
+    for size in product_forms.blocks(rows, weight.dtype):
+        part = x[..., done : done + size]
+        short = size - part.shape[-1]
+        part = jnp.pad(part, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+        parts.append(_product(weight, part, sums)[..., : size - short])
+        done += size
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _product(weight: jax.Array, x: jax.Array, sums) -> jax.Array:
+    """[*out, R] of [*out, I] and [I, R], or of G of each, summed in dtype `sums`."""
+    batch = ((0,), (0,)) if x.ndim == 3 else ((), ())
+    if x.ndim == 3 and x.shape[0] == 1:
+        return _product(weight[0], x[0], sums)[None]
+    return lax.dot_general(
+        weight,
+        x,
+        (((weight.ndim - 1,), (x.ndim - 2,)), batch),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=sums,
     )
-    return y[..., :rows].astype(out_dtype or x_IR.dtype)

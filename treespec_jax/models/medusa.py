@@ -19,8 +19,9 @@ from flax import nnx
 
 from treespec_jax.models.drafter_config import MedusaConfig
 from treespec_jax.models.eagle import first_ids
-from treespec_jax.models.layers import param
-from treespec_jax.models.linear import linear
+from treespec_jax.models.layers import matrix, vector
+from treespec_jax.models.linear import linear, rows_of
+from treespec_jax.models.weight_types import types_of
 
 
 class MedusaHeads(nnx.Module):
@@ -28,7 +29,8 @@ class MedusaHeads(nnx.Module):
 
     Args:
       config: the shape.
-      dtype: of the parameters.
+      dtype: of activations and biases.
+      weights: type of the matrices, see `weight_types`; None: that of `dtype`.
       rngs: for random parameters: blocks begin as the identity; None: abstract ones.
 
     Attributes:
@@ -37,22 +39,28 @@ class MedusaHeads(nnx.Module):
     """
 
     def __init__(
-        self, config: MedusaConfig, *, dtype=jnp.float32, rngs: nnx.Rngs | None
+        self,
+        config: MedusaConfig,
+        *,
+        dtype=jnp.float32,
+        weights: str | None = None,
+        rngs: nnx.Rngs | None,
     ):
         self.config = config
+        self.types = types = types_of(dtype, weights)
         K, L, D = config.heads, config.blocks, config.target_dim
         axes = ("heads", "layers", "embed", "features")
-        self.weight = param(rngs, dtype, axes, (K, L, D, D), fill=0.0)
-        self.bias = param(rngs, dtype, axes[:3], (K, L, D), fill=0.0)
+        self.weight = matrix(rngs, types, axes, (K, L, D, D), 0.0)
+        self.bias = vector(rngs, types, axes[:3], (K, L, D), 0.0)
         if config.reads_root:
             axes = ("heads", "embed", "features")
-            self.root_weight = param(rngs, dtype, axes, (K, D, D), fill=0.0)
+            self.root_weight = matrix(rngs, types, axes, (K, D, D), 0.0)
             axes, shape = ("vocab", "embed"), (config.target_vocab, D)
-            self.embedding = param(rngs, dtype, axes, shape, D**-0.5)
+            self.embedding = matrix(rngs, types, axes, shape, D**-0.5)
         axes, shape = ("vocab", "embed"), (config.vocab_size, D)
         if not config.shared_head:
             axes, shape = ("heads", *axes), (K, *shape)
-        self.head = param(rngs, dtype, axes, shape, D**-0.5)
+        self.head = matrix(rngs, types, axes, shape, D**-0.5)
         self.token_ids = first_ids(config.vocab_size, rngs) if config.reduced else None
 
     def rows(self, hidden_DR: jax.Array, tokens_R: jax.Array) -> jax.Array:
@@ -76,9 +84,9 @@ class MedusaHeads(nnx.Module):
 
     def _embedded(self, tokens_R: jax.Array) -> jax.Array:
         """[D, R], of root mean square 1."""
-        e_RD = self.embedding[...][tokens_R].astype(jnp.float32)
-        scale_R1 = jax.lax.rsqrt(jnp.mean(e_RD**2, axis=1, keepdims=True) + 1e-6)
-        return (e_RD * scale_R1).T.astype(self.weight[...].dtype)
+        e_DR = rows_of(self.embedding[...], tokens_R, jnp.float32)
+        scale_1R = jax.lax.rsqrt(jnp.mean(e_DR**2, axis=0, keepdims=True) + 1e-6)
+        return (e_DR * scale_1R).astype(self.types.dtype)
 
     def logit_columns(self, hidden_DR: jax.Array, tokens_R: jax.Array) -> jax.Array:
         """float32 logits [K, Vd, R] of the heads; arguments as of `rows`."""
@@ -86,10 +94,7 @@ class MedusaHeads(nnx.Module):
         K, D, R = x_KDR.shape
         with jax.named_scope("heads"):
             if not self.config.shared_head:
-                pairs = zip(
-                    jnp.unstack(self.head[...]), jnp.unstack(x_KDR), strict=True
-                )
-                return jnp.stack([linear(u, x, jnp.float32) for u, x in pairs])
+                return jnp.stack([self.unembed(x_KDR[k], k) for k in range(K)])
             # One product for all heads: the matrix is read once.
             x_DJ = x_KDR.transpose(1, 0, 2).reshape(D, K * R)
             return self.unembed(x_DJ).reshape(-1, K, R).transpose(1, 0, 2)

@@ -55,16 +55,23 @@ def use_huge_pages(module: nnx.Module) -> None:
     for variable in jax.tree.leaves(
         nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable)
     ):
-        value = variable[...]
-        on_cpu = [d.platform for d in value.devices()] == ["cpu"]
-        if value.nbytes >= HUGE_PAGE and on_cpu and not _is_aligned(value):
-            moved = empty(value.shape, value.dtype)
-            moved[...] = np.asarray(value)
-            variable[...] = jax.device_put(moved)
+        value = variable.get_value()
+        if any(map(_should_move, jax.tree.leaves(value))):
+            variable.set_value(jax.tree.map(_moved, value))
 
 
-def _is_aligned(value: jax.Array) -> bool:
-    return value.unsafe_buffer_pointer() % HUGE_PAGE == 0
+def _should_move(value: jax.Array) -> bool:
+    on_cpu = [d.platform for d in value.devices()] == ["cpu"]
+    large = value.nbytes >= HUGE_PAGE
+    return large and on_cpu and value.unsafe_buffer_pointer() % HUGE_PAGE != 0
+
+
+def _moved(value: jax.Array) -> jax.Array:
+    if not _should_move(value):
+        return value
+    array = empty(value.shape, value.dtype)
+    array[...] = np.asarray(value)
+    return jax.device_put(array)
 
 
 def _private(size: int) -> mmap.mmap:

@@ -15,10 +15,11 @@ from flax import nnx
 from jax import lax
 
 from treespec_jax.config import ModelConfig
-from treespec_jax.models.layers import Block, RMSNorm, Rows, param
-from treespec_jax.models.linear import linear
+from treespec_jax.models.layers import Block, RMSNorm, Rows, matrix
+from treespec_jax.models.linear import linear, rows_of
 from treespec_jax.models.rotary import rotary_angles
 from treespec_jax.models.views import CacheView
+from treespec_jax.models.weight_types import types_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +45,34 @@ class Transformer(nnx.Module):
 
     Args:
       config: the shape.
-      dtype: of the parameters and of the activations between operations; norms,
-        rotary angles, softmax and accumulation are float32.
+      dtype: of the activations between operations; norms, rotary angles, softmax and
+        accumulation are float32.
+      weights: type of the matrices, see `weight_types`; None: that of `dtype`.
       rngs: for random parameters; None: abstract ones (`jax.ShapeDtypeStruct`).
     """
 
     def __init__(
-        self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs | None
+        self,
+        config: ModelConfig,
+        *,
+        dtype=jnp.float32,
+        weights: str | None = None,
+        rngs: nnx.Rngs | None,
     ):
         self.config = config
+        self.types = types = types_of(dtype, weights)
         table = (config.vocab_size, config.embed_dim)
         axes = ("vocab", "embed")
-        self.embedding = param(rngs, dtype, axes, table, config.embed_dim**-0.5)
+        self.embedding = matrix(rngs, types, axes, table, config.embed_dim**-0.5)
         self.layers = nnx.List(
             [
-                Block(config, dtype, rngs, local=i in config.local_layers)
+                Block(config, types, rngs, local=i in config.local_layers)
                 for i in range(config.num_layers)
             ]
         )
-        self.norm = RMSNorm(config, dtype, rngs, "embed", config.embed_dim)
+        self.norm = RMSNorm(config, types, rngs, "embed", config.embed_dim)
         if not config.tied_embeddings:
-            self.head = param(rngs, dtype, axes, table, config.embed_dim**-0.5)
+            self.head = matrix(rngs, types, axes, table, config.embed_dim**-0.5)
 
     def __call__(
         self,
@@ -92,7 +100,7 @@ class Transformer(nnx.Module):
         """
         cfg = self.config
         tokens_R = tokens_BT.reshape(-1)
-        x_DR = self.embedding[...][tokens_R].T
+        x_DR = rows_of(self.embedding[...], tokens_R, self.types.dtype)
         if cfg.scaled_embeddings:
             # Gemma rounds the factor to the dtype of the embedding.
             x_DR = x_DR * jnp.asarray(cfg.embed_dim**0.5, x_DR.dtype)

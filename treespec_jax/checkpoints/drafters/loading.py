@@ -33,7 +33,7 @@ class LoadedDrafter:
       model: `EagleModel` or `MedusaHeads`. What is the target's is the target's own
         array, but for a reduced vocabulary, whose rows of the head are copied.
       source: name of the file or folder that it came from, or that the user gave.
-      dtype: of the parameters, the target's.
+      dtype: of activations, norms and biases, the target's.
       notes: what to know of the checkpoint, a line each.
       tau: fitted for it, or None (`calibration`).
       known: see `DrafterDescription`.
@@ -52,7 +52,7 @@ class LoadedDrafter:
 def load_drafter(
     about: DrafterDescription, target: LoadedModel, *, progress: Progress = iter
 ) -> LoadedDrafter:
-    """Reads a drafter onto the devices of its target, in the target's dtype.
+    """Reads a drafter onto the devices of its target, in the target's types.
 
     Args:
       about: what `describe_drafter` gave for that target.
@@ -66,7 +66,7 @@ def load_drafter(
     check_target(about.path, about.config, target.config)
     mesh = _mesh_of(target.model)
     given = _given(about, target.model, mesh)
-    parameters = Parameters(about, target.dtype, given)
+    parameters = Parameters(about, target.dtype, given, target.weights)
     return LoadedDrafter(
         about.method,
         about.config,

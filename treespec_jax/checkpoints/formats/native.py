@@ -12,6 +12,7 @@ orbax's own restore holds up to three copies of what it restores.
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
 
 METADATA, PARAMS = "metadata.json", "params"
+# A matrix in int8 is two arrays: its values, and scales [*out, G], each of I / G inputs
+# of an output, by which they are to be multiplied.
+VALUES, SCALES = "values", "scales"
 FORMAT = "treespec-jax"
 VERSION = 2
 
@@ -83,7 +87,7 @@ class NativeSource:
     def __init__(self, path: Path):
         self.path = path
         values = read_json(path / METADATA)
-        self.dtype = values.get("dtype")
+        self.dtype, self.weights = values.get("dtype"), values.get("weights")
         # tensorstore takes absolute paths only.
         self._folder = path.absolute() / PARAMS
         files = values.get("files")
@@ -97,15 +101,41 @@ class NativeSource:
             with self._reading(group):
                 self._arrays.update(_open(self._folder / group))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(array.shape) for name, array in self._arrays.items()}
-
-    def dtypes(self) -> dict[str, str]:
-        return {
-            name: array.dtype.numpy_dtype.name for name, array in self._arrays.items()
+        self._int8 = {
+            name.removesuffix(f".{SCALES}")
+            for name in self._arrays
+            if name.endswith(f".{SCALES}")
         }
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        for name in self._int8:
+            shapes[name] = shapes.pop(f"{name}.{VALUES}")
+            del shapes[f"{name}.{SCALES}"]
+        return shapes
+
+    def dtypes(self) -> dict[str, str]:
+        """The dtypes in which `read` gives them: float64 of what is stored in int8."""
+        found = {n: array.dtype.numpy_dtype.name for n, array in self._arrays.items()}
+        return {n: "float64" if n in self._int8 else found[n] for n in self.shapes()}
+
     def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
+        if name not in self._int8:
+            return self._read(name, region)
+        return self._read_int8(f"{name}.{VALUES}", f"{name}.{SCALES}", region)
+
+    def _read_int8(self, values: str, scales: str, region) -> np.ndarray:
+        """Part of a matrix in float64, which holds values times scales exactly."""
+        *out, groups = self._arrays[scales].shape
+        rank = len(out)
+        inner = self._arrays[values].shape[rank:]
+        scales_OG = self._read(scales, (*region[:rank], slice(0, groups)))
+        count = math.prod(inner)
+        numbers = np.arange(count).reshape(inner)[region[rank:]]
+        scale = scales_OG.astype(np.float64)[..., numbers // (count // groups)]
+        return self._read(values, region) * scale
+
+    def _read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
         import tensorstore as ts
 
         from treespec_jax.models import memory
