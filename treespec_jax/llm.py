@@ -70,10 +70,10 @@ class LLM:
         model too.
       dtype: of activations ("float32", "bfloat16"); None: float32 on a CPU, where it is
         the quick one, else the checkpoint's own.
-      weights: type of the matrices of target and drafter: "float32", "bfloat16", "int8",
-        or "int8:128" with a scale per 128 inputs; None: that of `dtype`, but int8 where
-        a checkpoint holds it. int8 makes another model of the target, a little worse;
-        with or without speculation the text is that model's.
+      weights: type of the matrices of target and drafter: "float32", "bfloat16",
+        "int8", or "int8:128" with a scale per 128 inputs; None: that of `dtype`, but
+        int8 where a checkpoint holds it. int8 makes another model of the target, a
+        little worse; with or without speculation the text is that model's.
       mesh: of devices that share both models by tensor parallelism, such as "tensor:4"
         or what `sharding.make_mesh` gives; None: one device, or where a loaded model
         lies.

@@ -86,7 +86,10 @@ def _quantized(weight: Quantized, x_IR: jax.Array) -> jax.Array:
 def _int8(weight: Quantized, x_IR: jax.Array) -> jax.Array:
     """With every row of `x` rounded to int8, one scale for each group of its inputs."""
     groups, rank = weight.scales.shape[0], weight.out_rank
-    x_GIR = x_IR.astype(jnp.float32).reshape(groups, -1, x_IR.shape[1])
+    # Else what made `x` is computed, and compiled, once for the maximum and once more
+    # for the rounding, and what made that twice in each.
+    x_IR = lax.optimization_barrier(x_IR.astype(jnp.float32))
+    x_GIR = x_IR.reshape(groups, -1, x_IR.shape[1])
     top_G1R = jnp.max(jnp.abs(x_GIR), axis=1, keepdims=True)
     q_GIR = jnp.round(x_GIR * (TOP / jnp.where(top_G1R > 0, top_G1R, 1.0)))
     y = _in_blocks(weight.values, q_GIR.astype(jnp.int8), jnp.int32)
