@@ -14,9 +14,11 @@ from treespec_jax.checkpoints.drafters import (
     LoadedDrafter,
     load_drafter,
 )
+from treespec_jax.checkpoints.files import cache_folder
 from treespec_jax.checks import from_mapping
 from treespec_jax.config import SpeculativeConfig
 from treespec_jax.errors import UserError
+from treespec_jax.models import product_forms
 from treespec_jax.models.weight_types import check_weights, is_int8
 
 Model = Description | LoadedModel
@@ -99,12 +101,13 @@ def loaded(
     if weights is not None:
         check_weights(weights)
     if isinstance(model, Description):
-        return load(model, dtype, mesh=mesh, weights=weights)
-    if mesh is not None:
+        model = load(model, dtype, mesh=mesh, weights=weights)
+    elif mesh is not None:
         raise UserError(
             "a loaded model stays where it is; give its path, or pass the mesh to "
             "checkpoints.load instead"
         )
+    product_forms.prepare(model.model, cache_folder())
     return model
 
 

@@ -24,6 +24,7 @@ from treespec_jax.checkpoints.catalogue import Model
 from treespec_jax.commands import benchmark_job, loading, settings
 from treespec_jax.config import SamplingParams, SpeculativeConfig
 from treespec_jax.errors import UserError
+from treespec_jax.models.transformer import Transformer
 
 KINDS = {
     "eagle3": eagle_config(),
@@ -99,7 +100,9 @@ def test_token_ids_are_stored_without_loss_in_bfloat16(tiny_target, tmp_path):
 
 
 def test_drafters_take_the_dtype_of_their_target(tiny_target, target, stored):
-    half = dataclasses.replace(target, dtype=np.dtype(jnp.bfloat16))
+    dtype = jnp.bfloat16
+    model = Transformer(target.config, dtype=dtype, rngs=nnx.Rngs(0))
+    half = dataclasses.replace(target, model=model, dtype=np.dtype(dtype))
     about = drafters.describe_drafter(stored / "own", half)
     found = drafters.load_drafter(about, half)
     assert found.model.fc[...].dtype == jnp.bfloat16 == found.dtype

@@ -1,23 +1,48 @@
 """How many rows a product takes at once: a table per weight type, measured or built in.
 
 On a CPU the cost of a product does not grow evenly with its rows: libraries change
-their method at some counts. `blocks` pads rows and cuts them into blocks accordingly.
+their method at some counts, and not at the same ones on all processors. `blocks` pads
+rows and cuts them into blocks accordingly. `measure` fills the table of a type for
+this machine; without, a built-in one only pads.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import time
+import zlib
+from pathlib import Path
 
-# Weight type -> milliseconds by row count, of no machine in particular. On a CPU 5 to
-# 7 float32 rows cost a fifth more than 8, 9 to 15 up to 1.4 times 16, and 17 to 31 as
-# much as 32; one bfloat16 or int8 row goes to a loop that takes ten times as long as
-# the product of two.
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+# Weight type -> cost by row count, of no machine in particular. On a CPU 5 to 7 float32
+# rows cost a fifth more than 8, 9 to 15 up to 1.4 times 16, and 17 to 31 as much as 32;
+# one bfloat16 or int8 row goes to a loop that takes ten times as long as the product of
+# two.
 _BUILT_IN = {
     "float32": {1: 1.0, 2: 1.3, 3: 1.35, 4: 1.4, 8: 1.6, 16: 1.9, 32: 2.9},
     "bfloat16": {2: 1.0, 4: 1.0, 8: 1.0, 16: 1.1, 32: 2.2},
     "int8": {2: 1.0, 4: 1.0, 8: 1.1, 16: 1.4, 32: 2.8},
 }
-_tables: dict[str, dict[int, float]] = {k: dict(v) for k, v in _BUILT_IN.items()}
+_measured: dict[str, dict[int, float]] = {}
+
+# Row counts to try: 15 and 16 go different ways in one library.
+_ROWS = (1, 2, 4, 8, 12, 15, 16, 24, 32)
+_SHAPE, _BYTES, _TIMES = (4096, 768), 24 << 20, 7
+# Blocks must win by this factor: each reads the weights once more.
+_CLEAR = 0.9
+# Costs that are the same but for noise.
+_NEAR = 1.05
 
 
 def blocks(rows: int, dtype) -> tuple[int, ...]:
@@ -29,6 +54,118 @@ def blocks(rows: int, dtype) -> tuple[int, ...]:
       rows: R.
       dtype: of the weights.
     """
-    table = _tables.get(np.dtype(dtype).name, {})
-    large = [(cost, size) for size, cost in table.items() if size >= rows]
-    return (min(large)[1],) if large else (rows,)
+    name = np.dtype(dtype).name
+    table = _measured.get(name) or _BUILT_IN.get(name, {})
+    large = {size: cost for size, cost in table.items() if size >= rows}
+    if not large:
+        return (rows,)
+    cost = min(large.values())
+    size = min(size for size, own in large.items() if own <= _NEAR * cost)
+    if name in _measured:
+        several, sizes = _cheapest(rows, tuple(sorted(table.items())))
+        if several < _CLEAR * cost:
+            return sizes
+    return (size,)
+
+
+@functools.cache
+def _cheapest(rows: int, table) -> tuple[float, tuple[int, ...]]:
+    """The blocks of least cost together, the largest first."""
+    best = [(0.0, ())]
+    for count in range(1, rows + 1):
+        rest = ((*best[max(0, count - size)], size, cost) for size, cost in table)
+        best.append(
+            min((done + cost, (*before, size)) for done, before, size, cost in rest)
+        )
+    cost, sizes = best[rows]
+    return cost, tuple(sorted(sizes, reverse=True))
+
+
+def measure(dtype, folder: Path | None = None) -> dict[int, float]:
+    """Measures this machine's table of a weight type, once; takes about a second.
+
+    Only for products on a CPU. What an earlier process measured on this machine is
+    read again.
+
+    Args:
+      dtype: of the weights.
+      folder: where the table is kept; None: in this process only.
+
+    Returns:
+      milliseconds by row count.
+    """
+    name = np.dtype(dtype).name
+    if name not in _BUILT_IN or name in _measured:
+        return _measured.get(name, {})
+    file = folder and folder / f"products-{_machine()}.json"
+    kept: dict[str, dict[str, float]] = {}
+    with contextlib.suppress(OSError, LookupError, ValueError, AttributeError):
+        kept = dict(json.loads(file.read_text("utf-8")))
+        _measured[name] = {int(rows): float(ms) for rows, ms in kept[name].items()}
+    if name not in _measured:
+        _measured[name] = _timed(name)
+        with contextlib.suppress(OSError, AttributeError):
+            kept[name] = _measured[name]
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(kept), "utf-8")
+            partial.replace(file)
+    return _measured[name]
+
+
+def prepare(model: nnx.Module, folder: Path | None = None) -> None:
+    """Measures what a model's products want, if it is large and lies on a CPU.
+
+    Args:
+      model: with weights.
+      folder: as of `measure`.
+    """
+    arrays = jax.tree.leaves(nnx.state(model))
+    on_cpu = {device.platform for device in arrays[0].devices()} == {"cpu"}
+    if on_cpu and sum(array.nbytes for array in arrays) >= _LARGE:
+        measure(max(arrays, key=lambda array: array.nbytes).dtype, folder)
+
+
+def _machine() -> str:
+    """Names what the costs depend on: processor, cores and jax."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        numbers = [line.partition(":")[2].strip() for line in lines[:20]]
+        model = " ".join(itertools.islice(filter(None, numbers), 1, 6))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    text = f"{model} {cores or os.cpu_count()} {jax.__version__}"
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _timed(name: str) -> dict[int, float]:
+    sums = jnp.int32 if name == "int8" else jnp.float32
+    rng = np.random.default_rng(0)
+    count = max(1, _BYTES // (math.prod(_SHAPE) * np.dtype(name).itemsize))
+    weights = [
+        jnp.asarray(rng.integers(-99, 99, _SHAPE, np.int8), name) for _ in range(count)
+    ]
+
+    def products(weights, x):
+        numbers = (((1,), (0,)), ((), ()))
+        exact = lax.Precision.HIGHEST if name == "float32" else None
+        return [
+            lax.dot_general(w, x, numbers, exact, preferred_element_type=sums)
+            for w in weights
+        ]
+
+    runs = {}
+    for rows in _ROWS:
+        if rows == 1 and name != "float32":
+            continue
+        x = jnp.ones((_SHAPE[1], rows), name)
+        run = jax.jit(products).lower(weights, x).compile()
+        jax.block_until_ready(run(weights, x))
+        runs[rows] = functools.partial(run, weights, x)
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(_TIMES):
+        for rows, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            best[rows] = min(best[rows], (time.perf_counter() - start) * 1e3)
+    return best
