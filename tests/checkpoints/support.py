@@ -74,9 +74,9 @@ def same_parameters(first, second) -> bool:
     """Whether two models hold equal values of equal dtypes under equal names."""
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (first, second))
     return ours.keys() == theirs.keys() and all(
-        ours[path][...].dtype == theirs[path][...].dtype
-        and np.array_equal(np.asarray(ours[path][...]), np.asarray(theirs[path][...]))
+        a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
         for path in ours
+        for a, b in zip(*map(jax.tree.leaves, (ours[path], theirs[path])), strict=True)
     )
 
 

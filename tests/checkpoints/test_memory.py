@@ -70,10 +70,11 @@ def status(name):
     return next(int(x.split()[1]) << 10 for x in lines if x.startswith(name))
 
 
-load(small, dtype, mesh=mesh)  # imports and starts all there is
+kind = {"dtype": "float32", "weights": dtype, "mesh": mesh}
+load(small, **kind)  # imports and starts all there is
 pathlib.Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-loaded = load(path, dtype, mesh=mesh)
+loaded = load(path, **kind)
 peak = status("VmHWM") - before
 final = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(loaded.model)))
 print(json.dumps([peak, final]))
@@ -141,6 +142,7 @@ def folders(tmp_path_factory):
         ("bfloat16", "float32", 1),
         ("float32", "bfloat16", 1),
         ("float32", "float32", 2),
+        ("float32", "int8:128", 1),
         ("float32 native", "float32", 1),
         ("bfloat16 native", "float32", 1),
         ("float32 native", "bfloat16", 1),

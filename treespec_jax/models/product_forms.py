@@ -17,6 +17,7 @@ import os
 import platform
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -39,7 +40,7 @@ _measured: dict[str, dict[int, float]] = {}
 # Row counts to try: 15 and 16 go different ways in one library.
 _ROWS = (1, 2, 4, 8, 12, 15, 16, 24, 32)
 _SHAPE, _BYTES, _TIMES = (4096, 768), 24 << 20, 7
-# Blocks must win by this factor: each reads the weights once more.
+# Blocks must win by this factor.
 _CLEAR = 0.9
 # Costs that are the same but for noise.
 _NEAR = 1.05
@@ -55,30 +56,40 @@ def blocks(rows: int, dtype) -> tuple[int, ...]:
       dtype: of the weights.
     """
     name = np.dtype(dtype).name
-    table = _measured.get(name) or _BUILT_IN.get(name, {})
-    large = {size: cost for size, cost in table.items() if size >= rows}
-    if not large:
-        return (rows,)
-    cost = min(large.values())
-    size = min(size for size, own in large.items() if own <= _NEAR * cost)
     if name in _measured:
-        several, sizes = _cheapest(rows, tuple(sorted(table.items())))
-        if several < _CLEAR * cost:
-            return sizes
-    return (size,)
+        return cut(rows, _measured[name])
+    return (padded(rows, _BUILT_IN.get(name, {})),)
 
 
-@functools.cache
-def _cheapest(rows: int, table) -> tuple[float, tuple[int, ...]]:
-    """The blocks of least cost together, the largest first."""
-    best = [(0.0, ())]
+def padded(rows: int, table: Mapping[int, float]) -> int:
+    """The row count of a table that is the cheapest with so many rows or more.
+
+    More rows than the table knows are left as they are.
+
+    Args:
+      rows: R.
+      table: cost by row count.
+    """
+    large = {size: cost for size, cost in table.items() if size >= rows}
+    least = min(large.values(), default=0.0)
+    return min((s for s, cost in large.items() if cost <= _NEAR * least), default=rows)
+
+
+def cut(rows: int, table: Mapping[int, float]) -> tuple[int, ...]:
+    """The blocks of least cost together, the largest first; arguments as of `padded`.
+
+    One block is taken unless several are clearly cheaper: each reads the weights again.
+    """
+    single = padded(rows, table)
+    if single not in table:
+        return (single,)
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for count in range(1, rows + 1):
-        rest = ((*best[max(0, count - size)], size, cost) for size, cost in table)
-        best.append(
-            min((done + cost, (*before, size)) for done, before, size, cost in rest)
-        )
+        rests = ((best[max(0, count - size)], size, table[size]) for size in table)
+        best.append(min((done + cost, (*s, size)) for (done, s), size, cost in rests))
     cost, sizes = best[rows]
-    return cost, tuple(sorted(sizes, reverse=True))
+    clear = cost < _CLEAR * table[single]
+    return tuple(sorted(sizes, reverse=True)) if clear else (single,)
 
 
 def measure(dtype, folder: Path | None = None) -> dict[int, float]:

@@ -1,0 +1,140 @@
+"""Weights in int8: what they stand for, and products that no other row changes."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treespec_jax.errors import UserError
+from treespec_jax.models import product_forms
+from treespec_jax.models.linear import linear, rows_of, weight_of
+from treespec_jax.models.quantized import Quantized, quantize
+from treespec_jax.models.weight_types import types_of
+
+apply = jax.jit(linear, static_argnums=2)
+KINDS = ["int8", "int8:32"]
+
+
+def numbers(weight: Quantized) -> np.ndarray:
+    """What a weight stands for, float64 [*out, I]."""
+    wide = np.asarray(weight.values, np.float64) * np.asarray(weight.scales)[..., None]
+    return np.moveaxis(wide, 0, -2).reshape(*wide.shape[1:-1], -1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def weight(request):
+    values = np.random.default_rng(0).normal(size=(2, 40, 96)).astype(np.float32)
+    return weight_of(jnp.asarray(values), types_of("float32", request.param), 1)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("int8", 1), ("int8:32", 3)])
+def test_a_weight_is_within_half_a_step(kind, groups):
+    """Of its scale's grid, the largest of every scale at 127; zeros stay zeros."""
+    values = np.random.default_rng(1).normal(size=(5, 12, 8))
+    values[2] = 0.0
+    inputs, types = 2, types_of("float32", kind)
+    found = quantize(values, inputs, types.groups(96))
+    assert found.values.shape == (groups, 5, 96 // groups)
+    assert found.shape == (5, 12, 8) and found.values.dtype == np.int8
+    error = np.abs(numbers(found) - values.reshape(5, 96)).reshape(5, groups, -1)
+    assert (0.5001 * found.scales >= error.max(-1).T).all()
+    top = np.abs(found.values).max(-1)
+    assert (np.delete(top, 2, axis=1) == 127).all() and not found.values[:, 2].any()
+
+
+def test_rounding_what_is_rounded_changes_nothing(weight):
+    again = quantize(numbers(weight), 1, weight.scales.shape[0])
+    np.testing.assert_array_equal(again.values, weight.values)
+    np.testing.assert_array_equal(again.scales, weight.scales)
+
+
+def test_groups_are_of_equal_size():
+    """Of at most 128 inputs; 576 are not divided by 128, but by 96."""
+    types = types_of("float32", "int8:128")
+    assert [types.groups(n) for n in (128, 64, 768, 576, 97)] == [1, 1, 6, 6, 1]
+
+
+def test_product_is_of_rounded_rows(weight):
+    """The oracle rounds rows and sums integers in float64."""
+    x = np.random.default_rng(2).normal(size=(96, 3)).astype(np.float32)
+    groups = weight.scales.shape[0]
+    wide = x.reshape(groups, -1, 3)
+    step = np.abs(wide).max(1, keepdims=True) / 127
+    rounded = (np.rint(wide / step) * step).reshape(96, 3)
+    want = np.einsum("poi,ir->por", numbers(weight), rounded)
+    np.testing.assert_allclose(apply(weight, x), want, atol=1e-4)
+    full = np.einsum("poi,ir->por", numbers(weight), x)
+    assert np.abs(want - full).max() > 1e-3, "nothing is rounded: a dead test"
+
+
+def test_rows_beside_change_no_bit(weight):
+    """Integer sums do not care about order: 1, 2, 8, 16 rows and more."""
+    x = np.random.default_rng(3).normal(size=(96, 40)).astype(np.float32)
+    one = [np.asarray(apply(weight, x[:, j : j + 1]))[..., 0] for j in range(40)]
+    for rows in (2, 8, 15, 16, 40):
+        found = np.asarray(apply(weight, x[:, :rows]))
+        for j in range(rows):
+            np.testing.assert_array_equal(found[..., j], one[j])
+
+
+def test_other_activations_multiply_converted_weights(weight):
+    """bfloat16 rows are rounded on a CPU too; elsewhere weights are converted."""
+    x = np.random.default_rng(4).normal(size=(96, 2)).astype(jnp.bfloat16)
+    found = apply(weight, x, jnp.float32)
+    wide = apply(weight, x.astype(np.float32))
+    np.testing.assert_array_equal(found, wide)
+    text = (
+        jax.jit(linear).trace(weight, x).lower(lowering_platforms=("cuda",)).as_text()
+    )
+    dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(dots) == 1 and dots[0].count("bf16") == 2
+
+
+def test_embedding_rows(weight):
+    table = weight[0]
+    rows = rows_of(table, jnp.asarray([3, 39, 3]), jnp.float32)
+    np.testing.assert_allclose(rows, numbers(weight)[0, [3, 39, 3]].T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8:", "int8:0", "int8:x", 8])
+def test_unknown_types_are_named(name):
+    with pytest.raises(UserError, match=f"weights must be one of .* got {name!r}"):
+        types_of("float32", name)
+
+
+def test_blocks_hold_all_rows():
+    """In one block unless the table says that several are clearly quicker."""
+    table = {2: 1.0, 8: 1.2, 15: 2.0, 16: 4.0, 32: 5.0}
+    for rows in range(1, 70):
+        sizes = product_forms.cut(rows, table)
+        assert sum(sizes) >= rows and sum(sizes) - rows < max(sizes)
+    cases = {1: (2,), 3: (8,), 9: (15,), 16: (8, 8), 17: (15, 2), 32: (32,)}
+    assert {rows: product_forms.cut(rows, table) for rows in cases} == cases
+    assert product_forms.cut(33, table) == (33,)
+    assert product_forms.padded(16, {**table, 16: 1.0}) == 16
+    # No type is cut on a table that was not measured.
+    for dtype in ("float32", "bfloat16", "int8", "float16"):
+        assert all(len(product_forms.blocks(rows, dtype)) == 1 for rows in range(1, 70))
+    assert product_forms.blocks(1, "int8") == (2,)
+
+
+def test_a_measured_table_is_kept(tmp_path, monkeypatch):
+    """Another process reads it from the folder."""
+    monkeypatch.setattr(product_forms, "_measured", {})
+    first = product_forms.measure("int8", tmp_path)
+    assert set(first) >= {2, 8, 16, 32} and all(ms > 0 for ms in first.values())
+    (file,) = tmp_path.iterdir()
+    kept = json.loads(file.read_text())
+    kept["int8"]["16"] = 1234.5
+    file.write_text(json.dumps(kept))
+    assert product_forms.measure("int8", tmp_path) == first
+    monkeypatch.setattr(product_forms, "_measured", {})
+    assert product_forms.measure("int8", tmp_path)[16] == 1234.5
+    assert product_forms.blocks(16, "int8") != (16,)
+    file.write_text("damaged")
+    monkeypatch.setattr(product_forms, "_measured", {})
+    assert product_forms.measure("int8", tmp_path)[16] < 1000
