@@ -24,7 +24,11 @@ ENDS = (7, 9)
 # Asks for everything that a slot can hold.
 GREEDY = {
     "max_tokens": 8,
-    "logprobs": True,
+    "logprobs": 3,
+    "min_tokens": 2,
+    "bad_words": ((4,), (5, 6)),
+    "allowed_token_ids": tuple(range(50)),
+    "logits_processors": max,
     "repetition_penalty": 1.5,
     "presence_penalty": 0.5,
     "frequency_penalty": 0.25,
@@ -49,7 +53,10 @@ def arrays(settings: SlotSettings) -> dict[str, np.ndarray]:
 
 
 def test_a_cleared_slot_is_as_new():
-    """In every array there is; a request that asks for all of them changed each."""
+    """In every array there is; a request that asks for all of them changed each.
+
+    No program is compiled for what nobody asks for any more.
+    """
     settings = SlotSettings(3, 16, ENDS, 97)
     new = copy.deepcopy(arrays(settings))
     assert len(new) >= 10
@@ -60,6 +67,9 @@ def test_a_cleared_slot_is_as_new():
     settings.clear(1)
     for name, value in arrays(settings).items():
         np.testing.assert_array_equal(value, new[name], name)
+    text = settings.text({0: ([1], [2])})
+    parts = ("repeats", "masks", "bad_words", "processors")
+    assert not settings.top and all(text[name] is None for name in parts)
 
 
 def test_settings_of_what_runs_leave_the_others_out():
@@ -85,6 +95,8 @@ def values(plan) -> dict[str, np.ndarray]:
     """A plan's arrays by name."""
     found = dataclasses.asdict(dataclasses.replace(plan, slots={}))
     text = found.pop("text") or {}
+    for part in [name for name, value in text.items() if isinstance(value, dict)]:
+        text |= text.pop(part)
     return {**found.pop("sampling"), **text, **found}
 
 
@@ -187,12 +199,18 @@ def emitted(plan):
     counts = np.zeros((steps, batch), int)
     for index, slot in plan.slots.items():
         counts[: slot.limit - slot.length, index] = 1
+    top = types.SimpleNamespace(
+        tokens=np.zeros((steps, batch, 1, 8), int),
+        log_probs=np.zeros((steps, batch, 1, 8)),
+        ranks=np.ones((steps, batch, 1), int),
+    )
     emission = types.SimpleNamespace(
         tokens=np.full((steps, batch, 1), 5),
         counts=counts,
         ranks=None,
         sources=None,
         logprobs=np.zeros((steps, batch, 1)),
+        top=top,
         trees=None,
     )
     return types.SimpleNamespace(emission=emission, steps=steps)
