@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.scripts.support import CONFIG
-from treespec_jax import speculation
+from treespec_jax import LLM, speculation
 from treespec_jax.config import SpeculativeConfig
 
 pytestmark = pytest.mark.slow
@@ -200,6 +200,40 @@ def test_plain_decoding_needs_no_drafter(run_script, files):
     result = run_script("generate.py", *args, "--max_tokens=3", "--ignore_eos")
     assert result.code == 0
     assert "acceptance by depth" in result.err
+
+
+def test_settings_of_a_text(generate):
+    """Each flag reaches the text or its report."""
+    args = ["--prompt=a dog", "--max_tokens=6", "--json", "--seed=-1", "--logprobs=2"]
+    args += ["--temperature=1", "--bad_words=a", "--bad_words=b", "--prompt_logprobs=1"]
+    args += ["--allowed_token_ids=" + ",".join(map(str, range(259, 280)))]
+    report = json.loads(generate(*args, "--min_tokens=6", "--top_k=-1").out)
+    (completion,) = report["completions"]
+    sampling = report["settings"]["sampling"]
+    assert completion["seed"] == sampling["seed"] >= 0 and sampling["top_k"] == 0
+    assert sampling["bad_words"] == ["a", "b"] and sampling["min_tokens"] == 6
+    assert len(completion["token_ids"]) == 6
+    assert set(completion["token_ids"]) <= set(range(261, 280))
+    assert not set(completion["text"]) & set("ab")
+    for some, token in zip(
+        completion["top_logprobs"], completion["token_ids"], strict=True
+    ):
+        assert token in [one["token_id"] for one in some] and len(some) in (2, 3)
+        assert some[0]["logprob"] >= some[1]["logprob"] and some[0]["rank"] == 1
+    assert completion["prompt_logprobs"][0] is None
+    prompts = completion["prompt_top_logprobs"], completion["prompt_logprobs"]
+    # A token that begins the text, and a space in front of the first word.
+    assert (
+        list(map(len, prompts)) == [len(completion["prompt_token_ids"])] * 2 == [7] * 2
+    )
+
+
+def test_a_tokenizer_by_its_path(files):
+    """As the flag: the checkpoint has none."""
+    bare = dict(speculative=None, max_len=64, max_batch=1)
+    llm = LLM(files.bare, tokenizer=files.tokenizer, **bare)
+    assert llm.tokenizer.decode(llm.tokenizer.encode("a dog")) == "a dog"
+    assert LLM(files.bare, **bare).tokenizer is None
 
 
 def test_tokenizer_by_flag_and_stop(run_script, files):

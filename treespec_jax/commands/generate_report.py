@@ -12,7 +12,7 @@ from treespec_jax.measurement import tables
 
 def completion(done) -> dict[str, Any]:
     """A `Completion` for JSON."""
-    names = ["prompt", "text", "token_ids", "finish_reason", "seed"]
+    names = ["prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "seed"]
     values = {name: getattr(done, name) for name in names}
     values["stats"] = done.stats.as_dict()
     for name in ("", "top_", "prompt_", "prompt_top_"):
