@@ -24,10 +24,12 @@ from absl.flags import (
 
 from treespec_jax.checkpoints import drafters
 from treespec_jax.commands import flags, loading, runtime, setting_flags
-from treespec_jax.commands.settings import Experiment
+from treespec_jax.commands.settings import Experiment, fields_of
 from treespec_jax.config import SamplingParams, SpeculativeConfig
 from treespec_jax.errors import UserError
 
+# What texts may be asked for here.
+_ASKED = ("max_tokens", "top_k", "top_p", "min_p", "seed", "ignore_eos")
 _SETTINGS = setting_flags.SettingFlags(
     defaults={
         "sampling.max_tokens": 512,
@@ -38,9 +40,7 @@ _SETTINGS = setting_flags.SettingFlags(
     },
     # By text, or of no use here.
     without=(
-        *("sampling.temperature", "sampling.stop", "sampling.logprobs"),
-        *("sampling.repetition_penalty", "sampling.presence_penalty"),
-        *("sampling.frequency_penalty", "sampling.logit_bias"),
+        *(s.dotted for s in fields_of("sampling") if s.name not in _ASKED),
         *("speculative.recycle_table", "engine.record"),
     ),
 )

@@ -48,7 +48,8 @@ def check(target: str, draft: str | None, sampling: SamplingParams) -> None:
             )
     default = SamplingParams()
     penalties = "presence_penalty", "frequency_penalty", "logit_bias"
-    for name in (*penalties, "stop", "stop_token_ids"):
+    forbidden = "min_tokens", "bad_words", "allowed_token_ids", "logits_processors"
+    for name in (*penalties, *forbidden, "stop", "stop_token_ids"):
         if getattr(sampling, name) != getattr(default, name):
             raise UserError(
                 f"--peers=transformers has no counterpart of {name}; leave one out"
