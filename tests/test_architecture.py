@@ -167,6 +167,7 @@ def test_no_function_is_too_long():
 
 # Entry points whose arguments are their users' settings.
 MANY = {
+    "treespec_jax.checkpoints.conversion:convert",
     "treespec_jax.checkpoints.loading:load",
     "treespec_jax.llm:__init__",
     "treespec_jax.models.transformer:__call__",

@@ -40,6 +40,8 @@ _measured: dict[str, dict[int, float]] = {}
 # Row counts to try: 15 and 16 go different ways in one library.
 _ROWS = (1, 2, 4, 8, 12, 15, 16, 24, 32)
 _SHAPE, _BYTES, _TIMES = (4096, 768), 24 << 20, 7
+# Bytes of a model whose products are worth a second at the first start.
+_LARGE = 64 << 20
 # Blocks must win by this factor.
 _CLEAR = 0.9
 # Costs that are the same but for noise.
