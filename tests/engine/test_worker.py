@@ -267,7 +267,7 @@ def test_a_reader_that_fails_ends_its_own_call(llm, script):
     stream, other = llm.stream(script.prompt), llm.stream(script.prompt)
     broken = stream._reader
 
-    def push(token):
+    def push(token, early=False):
         raise UnicodeError("no such token")
 
     with stream._call.lock:
