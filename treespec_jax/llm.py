@@ -201,7 +201,7 @@ class LLM:
             wiring.check(target.model, draft.model, texts, draft.source)
         self.engine.reset()
 
-    def warm_up(self, penalties: bool = False) -> float:
+    def warm_up(self, params: SamplingParams | None = None) -> float:
         """Compiles all that `generate` and `chat` run, before the first request does.
 
         Nothing needs it: what is not compiled is compiled when it is first used.
@@ -209,14 +209,15 @@ class LLM:
         Calls of other threads wait meanwhile.
 
         Args:
-          penalties: also what requests with penalties or a logit bias run, which are
-            programs of their own. So are those of other settings that look at the
-            text, which come as they are needed.
+          params: settings of requests to come. Most of them are numbers of one
+            program. Penalties and bias, bad and allowed words, processors, and
+            log-probabilities of several tokens or of prompts take others.
 
         Returns:
           seconds that it took.
         """
-        return self._worker.run(functools.partial(_warm_up, penalties=penalties))
+        request = Request([0], self.engine_params(as_params(params)))
+        return self._worker.run(functools.partial(_warm_up, request=request))
 
     def reset(self) -> None:
         """Forgets all texts, and what they taught the drafter, as if it were new.
@@ -495,10 +496,10 @@ class LLM:
         return Reader(prompt, request, self.tokenizer, context)
 
 
-def _warm_up(engine: Engine, penalties: bool) -> float:
+def _warm_up(engine: Engine, request: Request) -> float:
     before = engine.compile_seconds
     sizes = engine.config.prefill_chunks
-    engine.compile(sizes, penalties=penalties, resuming=True)
+    engine.compile(sizes, resuming=True, request=request)
     return engine.compile_seconds - before
 
 

@@ -23,7 +23,7 @@ from treespec_jax.drafting.protocol import Drafter
 from treespec_jax.drafting.rates import Rates
 from treespec_jax.drafting.recycle import RecycleState, table_of, with_table
 from treespec_jax.engine.executor import Executor, fetch
-from treespec_jax.engine.plan import prefill_plan
+from treespec_jax.engine.plan import idle_chunk, prefill_plan
 from treespec_jax.engine.scheduler import Scheduler
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.speculation import Speculation
@@ -134,7 +134,9 @@ class Bench:
     def __init__(self, target: Transformer, speculation: Speculation):
         drafter = Untaught(speculation.drafter)
         self.speculation = dataclasses.replace(speculation, drafter=drafter)
-        self._scheduler = Scheduler(CONFIG, (), speculation.depth + 1)
+        self._scheduler = Scheduler(
+            CONFIG, (), speculation.depth + 1, target.config.vocab_size
+        )
         pages = self._scheduler.num_pages
         self._executor = Executor(
             target, self.speculation, CONFIG, pages, self._scheduler.clock
@@ -162,7 +164,7 @@ class Bench:
         tokens[0, :count] = text.prompt[start : start + count]
         following[0, :count] = text.prompt[start + 1 : start + count + 1]
         chunk = dataclasses.replace(
-            self._scheduler.idle_chunk(size),
+            idle_chunk(size, CONFIG),
             slot=slot,
             tokens=tokens,
             following=following,

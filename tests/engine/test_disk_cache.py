@@ -41,9 +41,9 @@ def model(tiny_draft):
 
 def test_after_a_warm_up_nothing_is_compiled(model, stages):
     llm = LLM(model, speculative=None, **SIZES)
-    assert llm.warm_up(penalties=True) > 0
-    stages.clear()
     penalised = SamplingParams(max_tokens=3, presence_penalty=1.0, ignore_eos=True)
+    assert llm.warm_up(penalised) > 0
+    stages.clear()
     prompts = [[5] * 3, [5] * 16, [5] * 30]
     found = llm.generate(prompts, [PARAMS, penalised, PARAMS]).stats
     assert found.tokens == 15 and found.compile_seconds == 0

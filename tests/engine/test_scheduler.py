@@ -181,44 +181,6 @@ def test_every_request_gets_its_tokens(seed, num_pages, ahead):
         assert request in cancelled or count == max(0, want)
 
 
-def begun(scheduler, request):
-    """The plan in which a request has just got the only slot."""
-    scheduler.submit(request)
-    scheduler.admit()
-    while chunks := scheduler.chunks():
-        for chunk in chunks:
-            scheduler.fed(chunk, 0.0)
-    return scheduler.plan()[0]
-
-
-def test_a_slot_that_is_taken_over_keeps_nothing():
-    """Neither end tokens, settings, nor pages past its own."""
-    config = EngineConfig(
-        max_batch=1, max_len=64, page_size=8, prefill_chunks=(32,), steps_per_dispatch=1
-    )
-    scheduler = Scheduler(config, (7, 9), 1)
-    asked = SamplingParams(
-        temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, seed=4, logprobs=True
-    )
-    whole = begun(scheduler, Request([1] * 60, asked))
-    assert whole.eos.tolist() == [[7, 9]] and whole.want_logprobs.all()
-    assert (whole.page_table != TRASH_PAGE).sum() == 8
-    check(scheduler)
-    (first,) = [slot.request for slot in whole.slots.values()]
-    scheduler.cancel(first)
-    idle = scheduler.idle_plan()
-    assert (idle.page_table == TRASH_PAGE).all() and (idle.eos == -1).all()
-    assert not idle.want_logprobs.any()
-    plan = begun(scheduler, Request([1], SamplingParams(ignore_eos=True)))
-    check(scheduler)
-    # A text of two tokens, on one page.
-    assert (plan.eos == -1).all() and not plan.want_logprobs.any()
-    assert (plan.page_table != TRASH_PAGE).sum() == 1
-    fresh = begun(Scheduler(config, (7, 9), 1), Request([1], SamplingParams()))
-    for name, values in fresh.sampling.items():
-        np.testing.assert_array_equal(plan.sampling[name], values)
-
-
 def test_a_value_that_no_array_holds_takes_no_page():
     """Admission fails, and everything is as before."""
     scheduler = Scheduler(EngineConfig(max_batch=1, max_len=16, page_size=8), (), 1, 97)

@@ -16,7 +16,7 @@ from treespec_jax.engine import rehearsal
 from treespec_jax.engine.branching import CachedTexts
 from treespec_jax.engine.chooser import Choice, Chooser
 from treespec_jax.engine.executor import Executor, fetch
-from treespec_jax.engine.plan import DraftCache, Plan
+from treespec_jax.engine.plan import DraftCache, Plan, idle_chunk
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Scheduler
 from treespec_jax.engine.slots import SlotSettings
@@ -88,6 +88,8 @@ class Engine:
             config, eos_ids, speculation.depth + 1, self._vocab_size, drafted
         )
         self._clock = self._scheduler.clock
+        # Whether a drafter has to be told of beginnings that are in the caches.
+        self._resumes = config.prefix_cache and drafted.hears_all
         self._executor = Executor(
             target, speculation, config, self._scheduler.num_pages, self._clock
         )
@@ -255,25 +257,34 @@ class Engine:
         self,
         chunks: Sequence[int] = (),
         every_shape: bool = True,
-        penalties: bool = False,
         resuming: bool = False,
+        request: Request | None = None,
     ) -> None:
         """Compiles programs side by side, which else their first use does in turn.
 
         Args:
           chunks: sizes of prefills, of `EngineConfig.prefill_chunks`.
           every_shape: dispatches of all shapes, not of the first alone.
-          penalties: also the dispatches of requests that have some.
           resuming: also what tells a drafter of cached beginnings, if it has to be.
+          request: also what one with its settings runs.
         """
-        scheduler, shapes = self._scheduler, self.speculation.shapes
-        pieces = [scheduler.idle_chunk(size) for size in chunks]
+        plans, shapes = [self._scheduler.idle_plan()], self.speculation.shapes
+        pieces = [idle_chunk(size, self.config) for size in chunks]
+        if resuming and self._resumes:
+            largest = self.config.prefill_chunks[-1]
+            pieces.append(idle_chunk(largest, self.config, cached=True))
+        if request is not None:
+            settings = self._settings_of(request.params)
+            text = settings.text({}) if request.penalised else None
+            if text is not None or settings.top:
+                plan = dataclasses.replace(plans[0], text=text, top=settings.top)
+                plans.append(plan)
+            top = settings.prompt_top(request)
+            if top is not None:
+                scored = (idle_chunk(size, self.config) for size in chunks)
+                pieces += [dataclasses.replace(chunk, top=top) for chunk in scored]
         with self._clock.stopped():
-            self._executor.compile(
-                [scheduler.idle_plan(p) for p in (False, True)[: 1 + penalties]],
-                shapes if every_shape else shapes[:1],
-                pieces + (scheduler.idle_resumptions() if resuming else []),
-            )
+            self._executor.compile(plans, shapes if every_shape else shapes[:1], pieces)
         self._chooser.compiled |= every_shape
 
     def advance(
@@ -360,6 +371,13 @@ class Engine:
         with self._recovery():
             while self._flights:
                 self._land()
+
+    def _settings_of(self, params: SamplingParams) -> SlotSettings:
+        """As if a request with these had the first slot, and nobody the others."""
+        sizes = self.config.max_batch, self.config.max_len
+        settings = SlotSettings(*sizes, self._eos_ids, self._vocab_size)
+        settings.insert(0, params)
+        return settings
 
     def _choose(self, max_steps: int | None, shape: TreeShape | None) -> Choice:
         """What the next dispatch does."""

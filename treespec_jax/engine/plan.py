@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from treespec_jax.cache.allocator import TRASH_PAGE
 from treespec_jax.cache.prefixes import HeldPages
+from treespec_jax.config import EngineConfig
 from treespec_jax.engine.clock import Stopwatch
 from treespec_jax.engine.request import Request
 
@@ -168,6 +170,19 @@ class Slot:
     def bound(self) -> int:
         """Tokens that it may hold once all dispatches under way are done."""
         return min(self.limit, self.length + self.planned)
+
+
+def idle_chunk(size: int, config: EngineConfig, cached: bool = False) -> ChunkPlan:
+    """A prefill of nothing, for the shapes of its arrays.
+
+    Args:
+      size: T, of `EngineConfig.prefill_chunks`.
+      config: fixed sizes.
+      cached: as of rows that are in the caches already.
+    """
+    tokens, one = np.zeros((1, size), np.int32), np.zeros(1, np.int32)
+    table = np.full((1, -(-config.max_len // config.page_size)), TRASH_PAGE, np.int32)
+    return ChunkPlan(0, tokens, tokens, one, one, one, table, cached=cached)
 
 
 def prefill_plan(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]]:

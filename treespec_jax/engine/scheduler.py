@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax.cache.allocator import TRASH_PAGE
 from treespec_jax.cache.prefixes import HeldPages
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine.clock import SteadyClock, Stopwatch
@@ -396,28 +395,9 @@ class Scheduler:
             enough &= len(slot.pages) * self.config.page_size > slot.bound
         return enough
 
-    def idle_chunk(self, size: int) -> ChunkPlan:
-        """A prefill of nothing, for the shapes of its arrays."""
-        tokens, one = np.zeros((1, size), np.int32), np.zeros(1, np.int32)
-        table = np.full_like(self.pages.table[:1], TRASH_PAGE)
-        return ChunkPlan(0, tokens, tokens, one, one, one, table)
-
-    def idle_resumptions(self) -> list[ChunkPlan]:
-        """The same of what is in the caches already, if the drafter has to be told."""
-        if not (self.config.prefix_cache and self._drafted.hears_all):
-            return []
-        chunk = self.idle_chunk(self.config.prefill_chunks[-1])
-        return [dataclasses.replace(chunk, cached=True)]
-
-    def idle_plan(self, penalised: bool = False) -> Plan:
-        """A dispatch in which nobody runs, for the shapes of its arrays.
-
-        Args:
-          penalised: as if a request had penalties, which is another program.
-        """
-        plan = self._plan_of({}, self.config.steps_per_dispatch)
-        text = self._settings.text({}) if penalised else None
-        return dataclasses.replace(plan, text=text)
+    def idle_plan(self) -> Plan:
+        """A dispatch in which nobody runs, for the shapes of its arrays."""
+        return self._plan_of({}, self.config.steps_per_dispatch)
 
     def _planned(self, steps: int) -> Plan | None:
         ready = {i: slot for i, slot in self._occupied().items() if slot.ready}
