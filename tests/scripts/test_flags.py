@@ -161,6 +161,9 @@ def test_subcommands_are_the_scripts(run_script):
         configured = "SettingFlags(" in source or "config_file." in source
         configured |= "shape_study." in source
         assert ("--config:" in told.out) == configured, name
+        if configured and "config_file." not in source:  # it runs a model
+            for flag in ("mesh", "cache_dtype", "top_p"):
+                assert f"--{flag}:" in told.out, (name, flag)
         assert "--" in told.out and run_script(f"{name}.py", "-h").out == told.out
 
 

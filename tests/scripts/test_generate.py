@@ -77,6 +77,7 @@ def test_compare_in_words(generate):
     result = generate(*args, "--compare")
     assert result.err.count("tok/s") == 2
     said = result.err.splitlines()[-1]
+    assert "tokens per pass of the target" in said
     assert "times the speed of plain decoding" in said
     assert said.endswith("The tokens are identical to plain decoding.")
     quiet = generate(*args, "--quiet")

@@ -274,7 +274,7 @@ def _report(job: Job, in_force, completions, stats, measured) -> None:
     if job.pictures.file:
         output.say(f"trace: {job.pictures.file}")
     if comparison:
-        output.say("\n" + generate_report.gain(comparison, settings))
+        output.say("\n" + generate_report.gain(comparison, stats, settings))
 
 
 def _completions(job: Job, llm, params):

@@ -93,11 +93,12 @@ def table(
     return tables.aligned(rows)
 
 
-def gain(comparison: Mapping[str, Any], settings: Experiment) -> str:
+def gain(comparison: Mapping[str, Any], stats, settings: Experiment) -> str:
     """One line: what the tree gained over plain decoding, and whether the text is so.
 
     Args:
       comparison: see `verdict`.
+      stats: of the tree.
       settings: as given.
     """
     text = tables.verdict(settings.as_dict())
@@ -112,5 +113,8 @@ def gain(comparison: Mapping[str, Any], settings: Experiment) -> str:
     ratio = comparison["speedup"]
     if not ratio:
         return text
-    slower = "" if ratio >= 1 else ", so it does not pay here"
-    return f"{ratio:.2f} times the speed of plain decoding{slower}. {text}"
+    passes = f"{stats.tokens_per_step:.2f} tokens per pass of the target"
+    slower = (
+        "" if ratio >= 1 else " (it does not pay with these models on this machine)"
+    )
+    return f"{passes}, {ratio:.2f} times the speed of plain decoding{slower}. {text}"
