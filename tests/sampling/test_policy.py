@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -23,18 +22,20 @@ def noise_of(seed_B, positions_BC, vocab):
     return noise.gumbel(seed_B[:, None], positions_BC, vocab)
 
 
-def settings(*params: SamplingParams) -> Sampling:
-    """One slot per request."""
-    fields = {f.name: f.name for f in dataclasses.fields(Sampling)}
-    dtypes = {"top_k": np.int32, "seed": np.uint32}
-    return Sampling(
-        **{
-            name: jnp.array(
-                [getattr(p, name) for p in params], dtypes.get(name, np.float32)
-            )
-            for name in fields
-        }
-    )
+def settings(*params: SamplingParams, straight: bool = False) -> Sampling:
+    """One slot per request; `straight` as in a program without conditionals."""
+    dtypes = {
+        "temperature": np.float32,
+        "top_k": np.int32,
+        "top_p": np.float32,
+        "min_p": np.float32,
+        "seed": np.uint32,
+    }
+    values = {
+        name: np.array([getattr(p, name) for p in params], dtype)
+        for name, dtype in dtypes.items()
+    }
+    return jax.tree.map(jnp.asarray, policy.from_host(values, straight))
 
 
 def kept_by_hand(logits, params: SamplingParams) -> np.ndarray:
@@ -70,7 +71,13 @@ SETTINGS = [
 
 def check(logits, params) -> None:
     """Columns go slot by slot; each slot follows its own settings."""
-    got = np.asarray(truncate(jnp.asarray(logits), settings(*params)))
+    for straight in (False, True):
+        given = settings(*params, straight=straight)
+        got = np.asarray(truncate(jnp.asarray(logits), given))
+        compare(got, logits, params)
+
+
+def compare(got, logits, params) -> None:
     nodes = logits.shape[1] // len(params)
     for column in range(logits.shape[1]):
         own = params[column // nodes]

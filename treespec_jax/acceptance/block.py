@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from treespec_jax.acceptance import families, uniform
@@ -80,6 +81,18 @@ def _last_passing(tree, target, uniforms, w_BT, valid_BT):
         node_B = deepest(open_BT)
         done_B |= passed_B | pick(plain_BT, node_B)
         return node_B, done_B, open_BT, probability_BT
+
+    if target.sampling.known.straight:
+        # All are asked at once; those below the last that passes were asked in vain.
+        nodes = np.asarray(tree.proposal.nodes)
+        q_VBE = families.drafted(tree.proposal, slice(None), V)
+        w_BE = w_BT[:, nodes]
+        uncovered_VBE = jnp.maximum(w_BE * target.of(nodes) - q_VBE, 0.0)
+        passing_BE = families.covered(jnp.sum(uncovered_VBE, axis=0), w_BE)
+        passing_BT = w_BT.at[:, nodes].set(passing_BE)
+        node_B = deepest(open_BT & (plain_BT | (uniforms.accept < passing_BT)))
+        asked_BT = open_BT & ~plain_BT & (node_T >= node_B[:, None])
+        return node_B, jnp.where(asked_BT, passing_BT, w_BT)
 
     node_B = deepest(open_BT)
     carry = node_B, pick(plain_BT, node_B), open_BT, w_BT

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from treespec_jax.acceptance import families
+from treespec_jax.branches import on_gpu
 from treespec_jax.sampling import select
 from treespec_jax.trees.token_tree import TokenTree
 
@@ -78,7 +79,10 @@ class Cascade:
             point = (token_V11 == self.choice(p_VBE, q_VBE)).astype(mixture.dtype)
             return jnp.where(greedy_B[:, None], point, mixture)
 
-        pi_VBE = lax.cond(jnp.any(greedy_B), with_points, lambda: mixture)
+        pi_VBE = on_gpu(
+            with_points,
+            lambda: lax.cond(jnp.any(greedy_B), with_points, lambda: mixture),
+        )
         return scores_VBT.at[:, :, nodes].set(jnp.log(pi_VBE))
 
     def mixture(self, p: jax.Array, q: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from treespec_jax.acceptance.protocol import Verdict, columns, path_to
+from treespec_jax.branches import branch
 from treespec_jax.sampling import policy, select
 from treespec_jax.trees.token_tree import TokenTree
 
@@ -39,7 +40,15 @@ class ExactMatch:
 
             return walk(tree, choose, max_depth)
 
-        return lax.cond(jnp.all(sampling.greedy), greedy, sampled)
+        def sampled_at_once():
+            noise_VBT = noise.of_nodes(tree.depth, max_depth)
+            choice_R = policy.choose(logits_VR, noise_VBT, sampling)
+            return exact_match(tree, choice_R.reshape(B, T), max_depth)
+
+        straight = sampling.known.straight
+        return branch(
+            sampling.all_greedy, greedy, sampled_at_once if straight else sampled
+        )
 
 
 def walk(tree: TokenTree, choose, max_depth: int) -> Verdict:

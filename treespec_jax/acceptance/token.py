@@ -10,10 +10,10 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
-from jax import lax
 
 from treespec_jax.acceptance import families, uniform
 from treespec_jax.acceptance.protocol import UNSEEN, Judgement
+from treespec_jax.branches import branch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,11 @@ def _walk(tree, target, uniforms):
         *(functools.partial(visit, count) for count in proposal.max_children),
         end,
     ]:
-        state = lax.cond(jnp.any(state[1]), work, lambda state: state, state)
+        # Where nobody walks any more, it changes nothing.
+        straight = target.sampling.known.straight
+        walking = True if straight else jnp.any(state[1])
+        state = branch(
+            walking, functools.partial(work, state), functools.partial(tuple, state)
+        )
     node_B, _, distribution_VB, probability_BT = state
     return Judgement(node_B, distribution_VB, probability_BT)

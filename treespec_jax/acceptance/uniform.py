@@ -12,6 +12,7 @@ from jax import lax
 
 from treespec_jax.acceptance.exact import exact_match
 from treespec_jax.acceptance.protocol import Judgement, columns, finalize
+from treespec_jax.branches import branch
 from treespec_jax.sampling import policy, select
 from treespec_jax.sampling.policy import Sampling
 from treespec_jax.sampling.streams import Uniforms
@@ -49,7 +50,7 @@ class UniformRule(abc.ABC):
             return finalize(tree, judgement, uniforms, max_depth)
 
         # For point masses every rule comes to the same; this is the cheap way to it.
-        return lax.cond(jnp.all(sampling.greedy), greedy, sampled)
+        return branch(sampling.all_greedy, greedy, sampled)
 
 
 @jax.tree_util.register_dataclass

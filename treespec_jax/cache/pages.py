@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.tree_attention import quantize_rows
+from treespec_jax.branches import on_gpu
 from treespec_jax.cache.allocator import TRASH_PAGE
 from treespec_jax.config import ModelConfig
 from treespec_jax.models.views import Pages
@@ -191,15 +192,29 @@ def _put(pages, rows_BK2T, corners, many: bool, scatter: bool):
       many: too many rows to write each by an operation of its own.
       scatter: many rows are written by a scatter, not in a loop.
     """
+    rows_BK2T = rows_BK2T.astype(pages.dtype)
+    arguments = pages, rows_BK2T, corners
+    if many and scatter:
+        return _scatter(*arguments)
+    # On a GPU every write is a kernel, and a loop waits for the host.
+    one_by_one = functools.partial(_put_rows, loop=many)
+    return on_gpu(_scatter, one_by_one, *arguments)
+
+
+def _scatter(pages, rows_BK2T, corners):
+    """`_put` as one operation."""
+    path_BC, ids_BC, row_BC = corners
+    part = tuple(map(slice, rows_BK2T.shape[4:]))
+    rows_BTK2 = jnp.moveaxis(rows_BK2T, 3, 1)
+    rows_BCK2 = rows_BTK2[jnp.arange(len(path_BC))[:, None], path_BC]
+    return pages.at[ids_BC, :, :, row_BC, *part].set(rows_BCK2)
+
+
+def _put_rows(pages, rows_BK2T, corners, loop: bool):
+    """`_put` as one operation per row, in place."""
     path_BC, ids_BC, row_BC = corners
     B, C = path_BC.shape
-    rows_BK2T = rows_BK2T.astype(pages.dtype)
     K, wide = rows_BK2T.shape[1], rows_BK2T.shape[4:]
-    if many and scatter:
-        part = tuple(map(slice, wide))
-        rows_BTK2 = jnp.moveaxis(rows_BK2T, 3, 1)
-        rows_BCK2 = rows_BTK2[jnp.arange(B)[:, None], path_BC]
-        return pages.at[ids_BC, :, :, row_BC, *part].set(rows_BCK2)
 
     def write_row(pages, source):
         slot, node, page_id, row = source
@@ -217,7 +232,7 @@ def _put(pages, rows_BK2T, corners, many: bool, scatter: bool):
 
     slots = [i // C for i in range(B * C)]
     sources = [x.reshape(-1) for x in (path_BC, ids_BC, row_BC)]
-    if many:
+    if loop:
         sources = [jnp.asarray(slots), *sources]
 
         def body(i, pages):

@@ -13,8 +13,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from treespec_jax.branches import branch
 from treespec_jax.checks import check_bool, check_int
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
@@ -155,7 +155,9 @@ class AutoWithModel(SourceDrafter):
                 like = jax.eval_shape(ask)
                 return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
-            model, rows = lax.cond(copying, skip, ask)
+            # Without conditionals the model is asked for nothing.
+            straight = context.sampling.known.straight
+            model, rows = branch(False if straight else copying, skip, ask)
             silent = jnp.where(copying, -jnp.inf, model.log_prob)
             model = dataclasses.replace(model, log_prob=silent)
             return _beside(model, guesses), (known, rows)

@@ -24,8 +24,8 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from treespec_jax.branches import branch
 from treespec_jax.drafting.protocol import DraftContext, Guesses, Scores
 from treespec_jax.sampling import draw, policy
 from treespec_jax.sampling.noise import EULER
@@ -129,8 +129,8 @@ class Likeliest:
                 return policy.truncate(scores, self.sampling)
             return policy.perturbed(scores, rows_CVB[depth], self.sampling)
 
-        found = lax.cond(
-            jnp.all(self.sampling.greedy),
+        found = branch(
+            self.sampling.all_greedy,
             lambda: _best(scores, count, self.tau),
             lambda: _best(perturbed(), count, self.tau),
         )
@@ -140,8 +140,8 @@ class Likeliest:
         log_BWK = guesses.log_prob
         if self.randomness is not None:
             noise = self.randomness.noise()
-            log_BWK = lax.cond(
-                jnp.all(self.sampling.greedy),
+            log_BWK = branch(
+                self.sampling.all_greedy,
                 lambda: log_BWK,
                 lambda: self._leaning(guesses, noise.of(guesses.tokens, depth)),
             )
@@ -220,16 +220,14 @@ class Sampled:
                 log_q_VR, uniforms.reshape(B * W, X, 2), self.replacement
             )
             found = tokens, jnp.log(shares), remaining
-            return lax.cond(
-                jnp.any(self.sampling.greedy), lambda: mixed(found), lambda: found
-            )
+            return branch(self.sampling.any_greedy, lambda: mixed(found), lambda: found)
 
         def mixed(found):
             greedy_R1 = jnp.repeat(self.sampling.greedy, W)[:, None]
             pairs = zip(likeliest(), found, strict=True)
             return tuple(jnp.where(greedy_R1, a, b) for a, b in pairs)
 
-        found = lax.cond(jnp.all(self.sampling.greedy), likeliest, sampled)
+        found = branch(self.sampling.all_greedy, likeliest, sampled)
         tokens, log_prob, remaining = (x.reshape(B, W, X) for x in found)
         log_q_VBW, source = log_q_VR.reshape(-1, B, W), _source(scores, tokens)
         return Family(tokens, log_prob, log_q_VBW, remaining, source)

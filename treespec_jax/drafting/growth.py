@@ -27,7 +27,7 @@ from treespec_jax.drafting.protocol import (
     Level,
     Scores,
 )
-from treespec_jax.sampling.select import top_k_rows
+from treespec_jax.sampling.select import ascending, top_k_rows
 from treespec_jax.trees.shapes import (
     AllottedShape,
     BestFirstShape,
@@ -282,7 +282,7 @@ def _select(shape: BestFirstShape, root_B, levels: list[_Candidates]) -> TokenTr
     B, seen = path.shape
     nodes = min(shape.nodes, seen)
     _, best_BN = top_k_rows(path, nodes)
-    chosen_BN = jnp.sort(best_BN, axis=1)
+    chosen_BN = ascending(best_BN)
     # Node number of every candidate; those that were not chosen are never asked.
     number = jnp.zeros((B, seen), jnp.int32)
     number = number.at[jnp.arange(B)[:, None], chosen_BN].set(jnp.arange(1, nodes + 1))

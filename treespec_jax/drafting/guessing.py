@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from treespec_jax.branches import branch
 from treespec_jax.drafting.protocol import Guesses
 from treespec_jax.sampling import policy
 from treespec_jax.sampling.policy import Sampling
@@ -49,8 +49,7 @@ def best_guesses(
         values_RK = log_VR[tokens_RK, column_R1]
         return tokens_RK, _log_softmax(values_RK, log_VR.T)
 
-    quiet = jnp.all(sampling.greedy)
-    tokens_RK, log_RK = lax.cond(quiet, greedy, sampled)
+    tokens_RK, log_RK = branch(sampling.all_greedy, greedy, sampled)
     shape = slots, width, count
     tokens, log_prob = tokens_RK.reshape(shape), log_RK.reshape(shape)
     return Guesses(tokens, log_prob, jnp.full(shape, source, jnp.int32))

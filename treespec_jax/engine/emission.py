@@ -6,9 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from treespec_jax.acceptance.protocol import Verdict
+from treespec_jax.branches import branch
 from treespec_jax.engine.state import Control, Emission, TopTokens, Trees
 from treespec_jax.sampling import select
 from treespec_jax.trees.token_tree import TokenTree
@@ -97,8 +97,9 @@ def _logprobs(logits_VR, verdict: Verdict, control: Control):
         chosen = jnp.take_along_axis(rows_BCV, verdict.emitted[:, :, None], axis=2)
         return chosen[..., 0] - jax.nn.logsumexp(rows_BCV, axis=-1)
 
-    chosen = lax.cond(
-        jnp.any(control.want_logprobs),
+    said = control.sampling.known.logprobs
+    chosen = branch(
+        jnp.any(control.want_logprobs) if said is None else said,
         compute,
         lambda: jnp.zeros(verdict.path.shape, jnp.float32),
     )

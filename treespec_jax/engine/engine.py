@@ -26,6 +26,8 @@ from treespec_jax.sampling import constraints
 from treespec_jax.speculation import PLAIN, Speculation
 from treespec_jax.trees.shapes import TreeShape
 
+GREEDY = SamplingParams()
+
 
 @dataclasses.dataclass
 class _Flight:
@@ -154,14 +156,20 @@ class Engine:
         self._prepare = prepare
         self.draft_state = prepare(self.draft_state)
 
-    def program(self) -> tuple[Callable, tuple]:
+    def program(
+        self, params: SamplingParams = GREEDY, straight: bool | None = None
+    ) -> tuple[Callable, tuple]:
         """The function of a dispatch and its arguments, to compile ahead of time.
 
         The second argument, the state, is donated. An engine of abstract models
         (`Transformer` without `rngs`) can do this and nothing else.
+
+        Args:
+          params: of every request, where programs are compiled for them.
+          straight: see `Executor.program`.
         """
-        plan = self._scheduler.idle_plan()
-        return self._executor.program(plan, self.speculation.shape)
+        plan = self._scheduler.idle_plan().asking(params)
+        return self._executor.program(plan, self.speculation.shape, straight)
 
     def check(self, request: Request) -> None:
         """Raises UserError for a request that cannot run.
@@ -259,6 +267,7 @@ class Engine:
         every_shape: bool = True,
         resuming: bool = False,
         request: Request | None = None,
+        params: SamplingParams = GREEDY,
     ) -> None:
         """Compiles programs side by side, which else their first use does in turn.
 
@@ -267,8 +276,11 @@ class Engine:
           every_shape: dispatches of all shapes, not of the first alone.
           resuming: also what tells a drafter of cached beginnings, if it has to be.
           request: also what one with its settings runs.
+          params: how every slot samples without a request; see `program`.
         """
-        plans, shapes = [self._scheduler.idle_plan()], self.speculation.shapes
+        params = params if request is None else request.params
+        plans = [self._scheduler.idle_plan().asking(params)]
+        shapes = self.speculation.shapes
         pieces = [idle_chunk(size, self.config) for size in chunks]
         if resuming and self._resumes:
             largest = self.config.prefill_chunks[-1]

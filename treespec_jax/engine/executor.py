@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treespec_jax.branches import is_gpu
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.pages import PageCopies
 from treespec_jax.cache.prefill import Chunk
@@ -26,8 +27,8 @@ from treespec_jax.engine.state import Control, DecodeState, Outbox
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import Pages
+from treespec_jax.sampling import policy
 from treespec_jax.sampling.penalties import TextSoFar
-from treespec_jax.sampling.policy import Sampling
 from treespec_jax.speculation import Speculation
 from treespec_jax.trees.shapes import TreeShape
 
@@ -77,6 +78,7 @@ class Executor:
             config.lanes or (TPU_LANES if placement.on_tpu(target) else 1),
             self._placement,
         )
+        self._straight = is_gpu(placement.device(target))
         # Where the weights are: a state that is bound to no device becomes bound in
         # its first call, and the second would compile again.
         first = self._target.leaves[0]
@@ -185,7 +187,7 @@ class Executor:
             token = self._choose(
                 logits[None],
                 np.array([position], np.int32),
-                Sampling(**sampling),
+                policy.from_host(sampling, self._straight),
                 TextSoFar.of(text) if text is not None else None,
             )
         return int(token)
@@ -195,7 +197,8 @@ class Executor:
 
     def dispatch(self, plan: Plan, shape: TreeShape, rehearse: bool = False) -> Outbox:
         """Starts a dispatch; its outbox is still on the device."""
-        program, control = self._dispatch(shape), _control(plan, rehearse)
+        program = self._dispatch(shape)
+        control = _control(plan, self._straight, rehearse)
         with compile_time.measured(self._clock):
             self._state, outbox = program(self._leaves, self._state, control)
         return outbox
@@ -213,7 +216,7 @@ class Executor:
         """
         state = self._leaves, self._state
         jobs = [
-            (self._dispatch(shape), (*state, _control(plan)))
+            (self._dispatch(shape), (*state, _control(plan, self._straight)))
             for plan in plans
             for shape in shapes
         ]
@@ -229,12 +232,22 @@ class Executor:
             for job in under_way:
                 job.result()
 
-    def program(self, plan: Plan, shape: TreeShape) -> tuple[Callable, tuple]:
+    def program(
+        self, plan: Plan, shape: TreeShape, straight: bool | None = None
+    ) -> tuple[Callable, tuple]:
         """The function of a dispatch and its arguments, to compile ahead of time.
 
         The second argument, the state, is donated.
+
+        Args:
+          plan: with the sampling settings of the program.
+          shape: of its trees.
+          straight: whether it must have no conditional (`branches.Known`); None: as
+            where the weights lie.
         """
-        control = placement.described(_control(plan), self._placement.mesh)
+        straight = self._straight if straight is None else straight
+        control = _control(plan, straight)
+        control = placement.described(control, self._placement.mesh)
         return self._traced_dispatch(shape), (self._leaves, self._state, control)
 
     @property
@@ -349,13 +362,15 @@ def _copies(pairs: Sequence[tuple[int, int]], size: int) -> tuple:
     return *rows, np.int32(len(pairs))
 
 
-def _control(plan: Plan, rehearse: bool = False) -> Control:
+def _control(plan: Plan, straight: bool, rehearse: bool = False) -> Control:
+    running, wanted = sorted(plan.slots), plan.want_logprobs
+    logprobs = bool(wanted[running or slice(None)].any())
     return Control(
         page_table=plan.page_table,
         limits=plan.limits,
         eos=plan.eos,
-        sampling=Sampling(**plan.sampling),
-        want_logprobs=plan.want_logprobs,
+        sampling=policy.from_host(plan.sampling, straight, running, logprobs),
+        want_logprobs=wanted,
         max_steps=plan.max_steps,
         rehearse=np.bool_(rehearse),
         top=plan.top,

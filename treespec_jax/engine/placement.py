@@ -35,6 +35,11 @@ def placement(target: nnx.Module, draft: nnx.Module | None) -> Placement:
     return Placement(mesh, axis, device.device_kind if device is not None else None)
 
 
+def device(target: nnx.Module) -> jax.Device | None:
+    """One that holds parameters, one to compile for included; None: not known."""
+    return _of(target)[2]
+
+
 def on_tpu(target: nnx.Module) -> bool:
     """Whether the parameters lie on a TPU, one to compile for included."""
     device = _of(target)[2]

@@ -10,9 +10,10 @@ import numpy as np
 
 from treespec_jax.cache.allocator import TRASH_PAGE
 from treespec_jax.cache.prefixes import HeldPages
-from treespec_jax.config import EngineConfig
+from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine.clock import Stopwatch
 from treespec_jax.engine.request import Request
+from treespec_jax.engine.slots import sampling_of_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,11 @@ class Plan:
     top: int
     max_steps: np.ndarray
     slots: Mapping[int, Slot]
+
+    def asking(self, params: SamplingParams) -> Plan:
+        """The same, as if every slot sampled like `params`."""
+        sampling = sampling_of_all(len(self.limits), params)
+        return dataclasses.replace(self, sampling=sampling)
 
 
 @dataclasses.dataclass(eq=False)

@@ -32,6 +32,14 @@ _PENALTIES = {
 }
 
 
+def sampling_of_all(batch: int, params: SamplingParams) -> dict[str, np.ndarray]:
+    """Fields of `sampling.policy.Sampling`, if all slots ask for the same."""
+    return {
+        name: np.full(batch, getattr(params, name), dtype)
+        for name, (dtype, _) in _SAMPLING.items()
+    }
+
+
 class SlotSettings:
     """What each slot's request asked for.
 

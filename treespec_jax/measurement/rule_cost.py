@@ -13,17 +13,19 @@ from flax import nnx
 from jax import lax
 
 from treespec_jax.acceptance import compatibility, rules
-from treespec_jax.config import EngineConfig, SpeculativeConfig
+from treespec_jax.branches import is_gpu
+from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
+from treespec_jax.engine.slots import sampling_of_all
 from treespec_jax.measurement import step_cost, tables
 from treespec_jax.measurement.machine import versions
 from treespec_jax.measurement.output import say
 from treespec_jax.measurement.timing import in_turn, spread, timed
 from treespec_jax.models import presets
 from treespec_jax.models.transformer import Transformer
+from treespec_jax.sampling import policy
 from treespec_jax.sampling.noise import Noise
-from treespec_jax.sampling.policy import Sampling
 from treespec_jax.sampling.randomness import Given, Randomness
 from treespec_jax.trees import shapes
 from treespec_jax.trees.shapes import StaticShape
@@ -61,13 +63,9 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
     and of one that has the very same, whose nodes are mostly accepted.
     """
     vocab = _TARGET.vocab_size
-    sampling = Sampling(
-        temperature=jnp.full(1, temperature, jnp.float32),
-        top_k=jnp.zeros(1, jnp.int32),
-        top_p=jnp.full(1, top_p, jnp.float32),
-        min_p=jnp.zeros(1, jnp.float32),
-        seed=jnp.ones(1, jnp.uint32),
-    )
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=1)
+    settings = sampling_of_all(1, params)
+    sampling = jax.tree.map(jnp.asarray, policy.from_host(settings, is_gpu(None)))
     rng = np.random.default_rng(0)
     # Zipf's distribution, as texts have it; the likeliest token has 0.4.
     falling_V = -1.5 * np.log1p(np.arange(vocab, dtype=np.float32))

@@ -82,7 +82,9 @@ class Bench:
         )
         config = engine.config
         steps, length = config.steps_per_dispatch, len(self.prefix)
-        return step_cost.draft_phases(speculation, self.target, config, length, steps)
+        return step_cost.draft_phases(
+            speculation, self.target, config, length, steps, self.params
+        )
 
     def _rest(self) -> tuple[tuple[int, float], ...]:
         points = []

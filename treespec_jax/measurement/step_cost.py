@@ -17,18 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from treespec_jax.branches import is_gpu
 from treespec_jax.cache import pages as paging
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.drafting.protocol import Committed, DraftContext, Sizes
+from treespec_jax.engine import placement
 from treespec_jax.engine import step as stepping
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.plan import prefill_plan
 from treespec_jax.engine.request import Request
+from treespec_jax.engine.slots import sampling_of_all
 from treespec_jax.measurement.timing import in_turn, paired, spread, timed
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import CacheView
-from treespec_jax.sampling import select
+from treespec_jax.sampling import policy, select
 from treespec_jax.sampling.policy import Sampling
 from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.speculation import Speculation
@@ -85,7 +88,7 @@ def warm_up(
         for _, size, _ in prefill_plan(len(prompt) - 1, config.prefill_chunks)
     }
     if not (one.penalised or one.min_tokens or one.logprobs):
-        llm.engine.compile(sorted(sizes), every_shape)
+        llm.engine.compile(sorted(sizes), every_shape, params=one)
     for token, size in enumerate(sorted(sizes)):
         length = min(size + 1, config.max_len - 1)
         # Greedy or not is one program. No prompt begins like another one, or it would
@@ -148,7 +151,9 @@ def step_cost(
         "target": target_passes(target, speculation.shape, config, length, steps),
     }
     if speculation.depth:
-        programs["draft"] = draft_phases(speculation, target, config, length, steps)
+        programs["draft"] = draft_phases(
+            speculation, target, config, length, steps, params
+        )
     seconds = in_turn(programs, rounds)
     draft = seconds.get("draft", [0.0] * rounds)
     target_shares = paired(seconds["target"], seconds["step"])
@@ -238,10 +243,11 @@ def draft_phases(
     config: EngineConfig,
     length: int,
     steps: int,
+    params: SamplingParams,
 ) -> Callable[[], float]:
     """A program of a drafter's part of `steps` steps whose trees are accepted whole.
 
-    Arguments as for `target_passes`; slots are greedy.
+    Arguments as for `target_passes`; every slot samples as `params` say.
     """
     drafter, shape = speculation.drafter, speculation.shape
     B, width, vocab = config.max_batch, shape.depth + 1, target.config.vocab_size
@@ -249,9 +255,11 @@ def draft_phases(
     flats = FlatModule(drafter.module), FlatModule(target)
     layout, table = _layout(config)
     feature = jnp.zeros((B, width, target.config.embed_dim))
-    logits_VR = jax.random.normal(jax.random.key(0), (vocab, B * shape.num_nodes))
     features = (feature,) * len(drafter.needs.feature_layers)
-    zeros, sampling = jnp.zeros(B, jnp.int32), _greedy(B)
+    logits_VR = jax.random.normal(jax.random.key(0), (vocab, B * shape.num_nodes))
+    zeros, sampling = jnp.zeros(B, jnp.int32), _sampling(target, B, params)
+    # The last nodes, as if they were accepted.
+    path_BC = jnp.tile(jnp.arange(shape.num_nodes - width, shape.num_nodes), (B, 1))
 
     def phases(leaves, state, table, lengths, steps):
         module, model = (f.bind(x) for f, x in zip(flats, leaves, strict=True))
@@ -283,7 +291,12 @@ def draft_phases(
                 page_table=table,
                 # Logits that depend on the tree, so that no loop keeps their best.
                 successors=stepping.successors_of(
-                    logits_VR + 1e-6 * root[0], tree.tokens, tree.valid, zeros, count
+                    logits_VR + 1e-6 * root[0],
+                    tree.tokens,
+                    tree.valid,
+                    zeros,
+                    count,
+                    path_BC,
                 ),
             )
             return bound.ingest(state, committed), lengths + width, emitted[:, -1]
@@ -292,9 +305,25 @@ def draft_phases(
 
     sizes = Sizes(B, config.max_len, shape.depth, layout, vocab, width)
     state = drafter.init(sizes)
+    state = _filled(drafter, state, table, length, (features, logits_VR))
+    leaves = tuple(flat.leaves for flat in flats)
+    args = leaves, state, table, jnp.full(B, length, jnp.int32), np.int32(steps)
+    return timed(jax.jit(phases), *args, passes=steps)
+
+
+def _filled(drafter, state, table, length: int, rows):
+    """The state of a drafter whose slots hold `length` tokens each.
+
+    Args:
+      drafter: bound.
+      state: of empty slots.
+      table: int32 [B, max_pages].
+      length: tokens.
+      rows: features and logits, of which the first stand for all.
+    """
+    features, logits_VR = rows
     row, one = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-    for slot in range(B):
-        # The state of a slot that holds `length` tokens.
+    for slot in range(len(table)):
         committed = Committed(
             slot=jnp.int32(slot),
             tokens=row,
@@ -305,19 +334,18 @@ def draft_phases(
             features=tuple(x[:1, :1] for x in features),
             page_table=table[slot : slot + 1],
             successors=stepping.successors_of(
-                logits_VR[:, :1], row, row > 0, one * 0, count
+                logits_VR[:, :1], row, row > 0, one * 0, drafter.needs.successors, row
             ),
         )
         state = drafter.ingest(state, committed)
-    leaves = tuple(flat.leaves for flat in flats)
-    args = leaves, state, table, jnp.full(B, length, jnp.int32), np.int32(steps)
-    return timed(jax.jit(phases), *args, passes=steps)
+    return state
 
 
-def _greedy(batch: int) -> Sampling:
-    zeros = jnp.zeros(batch, jnp.int32)
-    zero = zeros * 0.0
-    return Sampling(zero, zeros, zero + 1, zero, zeros.astype(jnp.uint32))
+def _sampling(target: Transformer, batch: int, params: SamplingParams) -> Sampling:
+    """Settings of slots that ask for the same, as an engine compiles them."""
+    settings = sampling_of_all(batch, params)
+    straight = is_gpu(placement.device(target))
+    return policy.from_host(settings, straight)
 
 
 def weight_bytes(target: Transformer) -> int:

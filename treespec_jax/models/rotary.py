@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treespec_jax.branches import on_gpu
 from treespec_jax.config import RotaryConfig
 
 
@@ -74,9 +75,12 @@ def rotary_angles(config: RotaryConfig, head_dim: int, positions_R: jax.Array):
         pair = jnp.cos(angles), jnp.sin(angles)
         return pair if by == 1 else (pair[0] * by, pair[1] * by)
 
-    # The result of a conditional is not fused into its users: a CPU would compute
-    # sines and cosines again for every head of every layer.
-    return jax.lax.cond(positions_R[0] >= 0, table, lambda: (angles, angles))
+    def apart():
+        # The result of a conditional is not fused into its users: a CPU would compute
+        # sines and cosines again for every head of every layer.
+        return jax.lax.cond(positions_R[0] >= 0, table, lambda: (angles, angles))
+
+    return on_gpu(table, apart)
 
 
 def apply_rotary(x_xHR: jax.Array, cos_sin) -> jax.Array:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from treespec_jax.branches import branch
+
 # Mean of standard Gumbel noise.
 EULER = float(np.euler_gamma)
 _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
@@ -67,7 +69,24 @@ class Noise:
         position = (self.first + depth).reshape(-1, *ones)
         return _gumbel(seed, position, tokens.astype(jnp.uint32))
 
-    def with_rows(self, count: int, quiet: jax.Array) -> Noise:
+    def of_nodes(self, depth_BT: jax.Array, most: int) -> jax.Array:
+        """[V, B, T], of the token after each node of a tree.
+
+        Args:
+          depth_BT: int32, of the nodes.
+          most: the greatest depth that may be, static.
+        """
+        count = 0 if self.rows is None else self.rows.shape[0]
+        rows = [] if self.rows is None else [self.rows[: most + 1]]
+        if count <= most:
+            missing = self.first[:, None] + jnp.arange(count, most + 1, dtype=jnp.int32)
+            made_VBC = gumbel(self.seed[:, None], missing, self.vocab)
+            rows.append(made_VBC.transpose(2, 0, 1))
+        rows_CVB = jnp.concatenate(rows)
+        slot_B1 = jnp.arange(depth_BT.shape[0])[:, None]
+        return rows_CVB.transpose(1, 2, 0)[:, slot_B1, depth_BT]
+
+    def with_rows(self, count: int, quiet: bool | jax.Array) -> Noise:
         """With rows of the first `count` depths, of zeros if `quiet`: for a drafter."""
         positions_NB = self.first + jnp.arange(count, dtype=jnp.int32)[:, None]
 
@@ -76,7 +95,7 @@ class Noise:
             return rows.transpose(2, 0, 1)
 
         zeros = jnp.zeros((count, self.vocab, self.seed.shape[0]), jnp.float32)
-        rows = lax.cond(quiet, lambda: zeros, make)
+        rows = branch(quiet, lambda: zeros, make)
         return dataclasses.replace(self, rows=rows)
 
 

@@ -8,11 +8,16 @@ the highest of the three. A token that ties with the threshold is kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from treespec_jax import branches
+from treespec_jax.branches import branch
 from treespec_jax.sampling import select
 
 # Temperatures below this are greedy: logits / temperature would overflow.
@@ -20,9 +25,15 @@ MIN_TEMPERATURE = 1e-5
 # Sorted candidates looked at before the whole vocabulary is sorted. Distributions that
 # need more (a flat one with top-p, or a larger top-k) take the slow path, same result.
 SHORT_LIST = 256
+# Bits of a threshold that one pass over the scores finds where there is no loop.
+SEARCH_BITS = 4
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("temperature", "top_k", "top_p", "min_p", "seed"),
+    meta_fields=("known",),
+)
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Settings per slot, as arrays, so that they may differ within a batch.
@@ -33,6 +44,7 @@ class Sampling:
       top_p: float32 [B].
       min_p: float32 [B].
       seed: uint32 [B].
+      known: static, what of all slots is known beforehand.
     """
 
     temperature: jax.Array
@@ -40,11 +52,35 @@ class Sampling:
     top_p: jax.Array
     min_p: jax.Array
     seed: jax.Array
+    known: branches.Known = branches.NOTHING
 
     @property
     def greedy(self) -> jax.Array:
         """bool [B]."""
         return self.temperature < MIN_TEMPERATURE
+
+    @property
+    def all_greedy(self) -> bool | jax.Array:
+        """Whether every slot is greedy: known, or bool []."""
+        said = self.known.all_greedy
+        return jnp.all(self.greedy) if said is None else said
+
+    @property
+    def any_greedy(self) -> bool | jax.Array:
+        """Whether some slot may be greedy: known, or bool []."""
+        said = self.known.any_greedy
+        return jnp.any(self.greedy) if said is None else said
+
+    @property
+    def truncated(self) -> bool | jax.Array:
+        """Whether top-k or top-p cut some slot that samples: known, or bool []."""
+        said = self.known.truncated
+        return jnp.any(self.cuts) if said is None else said
+
+    @property
+    def cuts(self) -> jax.Array:
+        """bool [B]: slots that sample, with top-k or top-p."""
+        return ~self.greedy & ((self.top_k > 0) | (self.top_p < 1.0))
 
     def neutral(self) -> Sampling:
         """Settings that leave log p as it is, for scores that are already the policy's.
@@ -57,6 +93,7 @@ class Sampling:
             top_p=jnp.ones_like(self.top_p),
             min_p=jnp.zeros_like(self.min_p),
             seed=self.seed,
+            known=dataclasses.replace(self.known, truncated=False),
         )
 
     def softened(self) -> Sampling:
@@ -68,7 +105,39 @@ class Sampling:
             top_p=jnp.where(greedy, 1.0, self.top_p),
             min_p=jnp.where(greedy, 0.0, self.min_p),
             seed=self.seed,
+            known=dataclasses.replace(self.known, all_greedy=False, any_greedy=False),
         )
+
+
+def from_host(
+    settings: Mapping[str, np.ndarray],
+    straight: bool,
+    running: Sequence[int] = (),
+    logprobs: bool = False,
+) -> Sampling:
+    """Settings that the host has, with what it knows of them.
+
+    Args:
+      settings: fields of `Sampling`, NumPy arrays.
+      straight: whether they are for a program without conditionals, which is compiled
+        for what the running slots want (`branches.Known`).
+      running: these slots; empty: all.
+      logprobs: whether one of them wants log probabilities.
+    """
+    if not straight:
+        return Sampling(**settings)
+    rows = list(running) or slice(None)
+    greedy = settings["temperature"][rows] < MIN_TEMPERATURE
+    cuts = (settings["top_k"][rows] > 0) | (settings["top_p"][rows] < 1.0)
+    known = branches.Known(
+        straight=True,
+        all_greedy=bool(greedy.all()),
+        # Which would make programs of its own, for next to nothing.
+        any_greedy=True,
+        truncated=bool((cuts & ~greedy).any()),
+        logprobs=logprobs,
+    )
+    return Sampling(**settings, known=known)
 
 
 def truncate(logits_VR: jax.Array, sampling: Sampling) -> jax.Array:
@@ -99,13 +168,12 @@ def _bounds(logits_VR, settings: Sampling):
     scale_R = 1.0 / jnp.where(settings.greedy, 1.0, settings.temperature)
     best_R = jnp.max(logits_VR, axis=0) * scale_R
     floor_R = best_R + jnp.log(jnp.where(settings.greedy, 0.0, settings.min_p))
-    cuts_R = ~settings.greedy & ((settings.top_k > 0) | (settings.top_p < 1.0))
-    cut_R = lax.cond(
-        jnp.any(cuts_R),
+    cut_R = branch(
+        settings.truncated,
         lambda: _rank_threshold(logits_VR * scale_R, best_R, settings),
         lambda: jnp.full_like(best_R, -jnp.inf),
     )
-    floor_R = jnp.maximum(floor_R, jnp.where(cuts_R, cut_R, -jnp.inf))
+    floor_R = jnp.maximum(floor_R, jnp.where(settings.cuts, cut_R, -jnp.inf))
     return scale_R, best_R, floor_R
 
 
@@ -170,8 +238,8 @@ def distributions(logits_VR: jax.Array, sampling: Sampling) -> Distributions:
     """The policy after every column. Arguments as for `truncate`."""
     settings = _per_column(sampling, logits_VR.shape[1])
     scale_R, best_R, floor_R = _bounds(logits_VR, settings)
-    point_R = lax.cond(
-        jnp.any(settings.greedy),
+    point_R = branch(
+        settings.any_greedy,
         lambda: jnp.where(settings.greedy, select.argmax(logits_VR), -1),
         lambda: jnp.full(settings.greedy.shape, -1, jnp.int32),
     )
@@ -229,20 +297,25 @@ def _rank_threshold(scaled_VR, best_R, sampling):
 
     if vocab <= SHORT_LIST:
         return from_list(vocab)[0]
+    if sampling.known.straight:
+        return _searched_threshold(scaled_VR, best_R, sampling)
     short, decided = from_list(SHORT_LIST)
     return lax.cond(
         decided,
         lambda: short,
-        lambda: _searched_threshold(scaled_VR, best_R, top_k[:, 0], top_p[:, 0]),
+        lambda: _searched_threshold(scaled_VR, best_R, sampling),
     )
 
 
-def _searched_threshold(scaled_VR, best_R, top_k_R, top_p_R):
+def _searched_threshold(scaled_VR, best_R, settings: Sampling):
     """Lowest kept score [R], by bisection over the values that a float can have.
 
     Sorting whole columns would cost an accelerator's compiler about as much as the rest
-    of the program.
+    of the program. Without a loop, several bits are found in each pass.
     """
+    vocab, top_p_R = scaled_VR.shape[0], settings.top_p
+    limit_R = jnp.minimum(settings.top_k, vocab)
+    top_k_R = jnp.where(settings.top_k > 0, limit_R, vocab)
     bits_VR = lax.bitcast_convert_type(scaled_VR, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     # Unsigned numbers in the order of the floats.
@@ -250,12 +323,20 @@ def _searched_threshold(scaled_VR, best_R, top_k_R, top_p_R):
 
     def largest(enough):
         """The largest number [R] for which `enough`, true of 0, still is."""
+        found_R = jnp.zeros(best_R.shape, jnp.uint32)
+        if settings.known.straight:
+            digits = np.arange(1, 1 << SEARCH_BITS, dtype=np.uint32)
+            for shift in range(32 - SEARCH_BITS, -1, -SEARCH_BITS):
+                trials = [found_R | np.uint32(digit << shift) for digit in digits]
+                count_R = sum(enough(t).astype(jnp.uint32) for t in trials)
+                found_R |= count_R << np.uint32(shift)
+            return found_R
 
         def body(i, found_R):
             trial_R = found_R | (sign >> i.astype(jnp.uint32))
             return jnp.where(enough(trial_R), trial_R, found_R)
 
-        return lax.fori_loop(0, 32, body, jnp.zeros(best_R.shape, jnp.uint32))
+        return lax.fori_loop(0, 32, body, found_R)
 
     def total_above(least_R):
         weights_VR = jnp.exp(scaled_VR - best_R)
@@ -278,12 +359,14 @@ def perturbed(
 
     Args:
       logits_VR: float32, R = B·W columns, B major; those of a slot are at one depth.
-      noise_VB: float32, of the position after them (`noise.Noise.after`).
+      noise_VB: float32, of the position after them (`noise.Noise.after`); or [V, B, W],
+        where they are at depths of their own.
       sampling: settings per slot.
     """
-    V, B = noise_VB.shape
-    quiet_VB = jnp.where(sampling.greedy, 0.0, noise_VB)
-    spread = jnp.broadcast_to(quiet_VB[:, :, None], (V, B, logits_VR.shape[1] // B))
+    V, B = noise_VB.shape[:2]
+    noise_VBW = noise_VB.reshape(V, B, -1)
+    quiet_VBW = jnp.where(sampling.greedy[:, None], 0.0, noise_VBW)
+    spread = jnp.broadcast_to(quiet_VBW, (V, B, logits_VR.shape[1] // B))
     return truncate(logits_VR, sampling) + spread.reshape(logits_VR.shape)
 
 

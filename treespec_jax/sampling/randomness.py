@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from treespec_jax.sampling import streams
 from treespec_jax.sampling.noise import Noise
@@ -50,7 +49,7 @@ class Randomness:
     def noise_rows(self) -> jax.Array:
         """The same of depths 0..C-1, float32 [C, V, B]; zeros if all are greedy."""
         if self._noise.rows is None:
-            quiet = jnp.all(self._sampling.greedy)
+            quiet = self._sampling.all_greedy
             self._noise = self._noise.with_rows(self._depth, quiet)
         return self._noise.rows
 

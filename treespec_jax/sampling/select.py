@@ -8,9 +8,17 @@ times as long.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from treespec_jax.branches import on_gpu
+
+# Comparisons up to which the best of rows are found by comparing all entries of a row
+# with all on a GPU: one kernel, where a sort of short rows is several.
+MOST_COMPARISONS = 1 << 26
 
 
 def block_size(vocab: int) -> int | None:
@@ -48,7 +56,7 @@ def top_k(x_VR: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     # The count best entries lie in the count blocks with the best maxima; sorted, so
     # that ties still go to the lower index.
     _, blocks = top_k_rows(jnp.max(x, axis=1).T, count)
-    blocks = jnp.sort(blocks, axis=1)
+    blocks = ascending(blocks)
     inside = _columns(x, blocks.T).transpose(2, 0, 1).reshape(R, count * size)
     values, columns = top_k_rows(inside, count)
     indices = (
@@ -57,8 +65,46 @@ def top_k(x_VR: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return values, indices
 
 
+def ascending(x: jax.Array) -> jax.Array:
+    """Rows of different integers, sorted."""
+    return on_gpu(ascending_by_counting, functools.partial(jnp.sort, axis=-1), x)
+
+
+def ascending_by_counting(x: jax.Array) -> jax.Array:
+    """`ascending` without a sort."""
+    rank = jnp.sum(x[..., None, :] < x[..., None], axis=-1, dtype=jnp.int32)
+    number = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    mine = rank[..., None, :] == number[:, None]
+    return jnp.sum(jnp.where(mine, x[..., None, :], 0), axis=-1, dtype=x.dtype)
+
+
 def top_k_rows(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """`lax.top_k` along the last axis, with int32 indices."""
+    if x.size * x.shape[-1] <= MOST_COMPARISONS:
+        return on_gpu(
+            functools.partial(top_k_by_counting, count=count),
+            functools.partial(_top_k_by_sorting, count=count),
+            x,
+        )
+    return _top_k_by_sorting(x, count)
+
+
+def top_k_by_counting(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`top_k_rows` of short rows, for a device on which a sort is many kernels.
+
+    An entry's rank is the number of entries before it.
+    """
+    number = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    before = (x[..., None, :] > x[..., None]) | (
+        (x[..., None, :] == x[..., None]) & (number < number[:, None])
+    )
+    rank = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    found = rank[..., None, :] == jnp.arange(count, dtype=jnp.int32)[:, None]
+    indices = jnp.sum(jnp.where(found, number, 0), axis=-1, dtype=jnp.int32)
+    return jnp.take_along_axis(x, indices, axis=-1), indices
+
+
+def _top_k_by_sorting(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     values, indices = lax.top_k(x, count)
     # Behind the barrier nobody's slice is merged with those that make it a top-k: for
     # a CPU it would be a sort of everything, by a comparator, at ten times the cost.

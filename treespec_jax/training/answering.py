@@ -231,7 +231,9 @@ class _Run:
         lengths = {len(self._prompts[i].ids) for i in missing}
         plans = [prefill_plan(length - 1, chunks) for length in lengths]
         sizes = {size for plan in plans for _, size, _ in plan}
-        self._engine.compile(sorted(sizes), every_shape=False)
+        first = missing[0]
+        params = self._settings.params(first, self._prompts[first])
+        self._engine.compile(sorted(sizes), every_shape=False, params=params)
 
     def _generate(self, missing: Iterator[int], writer: Writer, bar, interruption):
         """Runs until all is done, time is over or a signal comes; texts written."""
