@@ -44,6 +44,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -144,11 +145,13 @@ def widen(loaded: LoadedModel, config: ModelConfig, seed: int = 0) -> LoadedMode
         for path, leaf in parameters_of(loaded.model).items()
     }
     graph, state, shapes = abstract_parameters(config, types_of(loaded.dtype))
-    rng = np.random.default_rng(seed)
-    wide = {
-        path: _random(rng, path, leaf.shape, config).astype(loaded.dtype)
-        for path, leaf in shapes.items()
-    }
+    rngs = np.random.default_rng(seed).spawn(len(shapes))
+
+    def make(rng, path):
+        return _random(rng, path, shapes[path].shape, config).astype(loaded.dtype)
+
+    with ThreadPoolExecutor() as pool:
+        wide = dict(zip(shapes, pool.map(make, rngs, shapes), strict=True))
     positions = _layer_positions(old, config.num_layers)
     for i in range(config.num_layers):
         if i in positions:

@@ -36,6 +36,7 @@ def define() -> None:
     words = "take all sizes from this model (list_models names them)"
     DEFINE_bool("overwrite", False, "replace a model in the output folder")
     DEFINE_string("like", None, words)
+    DEFINE_string("dtype", None, "of the weights; default: as they are stored")
     DEFINE_integer("seed", 0, "of the random weights", lower_bound=0)
     for name, what in _SIZES.items():
         DEFINE_integer(name, None, f"{what}; default: that of --like, or as it is")
@@ -60,7 +61,7 @@ def main(given) -> None:
     for note in about.notes:
         print(f"note: {note}", file=sys.stderr)
     config = widening.widened_config(about.config, sizes)
-    small = checkpoints.load(about)
+    small = checkpoints.load(about, given.dtype)
     checkpoints.save(widening.widen(small, config, given.seed), given.output)
     print(
         f"wrote {given.output}: {parameter_count(config):,} parameters that compute "
