@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -313,24 +314,28 @@ def run(settings: Settings, log: Callable[[str], Any] = lambda _: None) -> dict:
       ValueError: the named implementation cannot run here.
     """
     inputs = make_operands(settings)
+    cells = [(method, T) for T in settings.nodes for method in settings.methods]
+    log(f"compiling {len(cells)} programs side by side")
+    # A compiler keeps one core busy, or few.
+    with ThreadPoolExecutor() as pool:
+        wants = {T: pool.submit(_exact, settings, inputs[T]) for T in settings.nodes}
+        jobs = {
+            (method, T): pool.submit(_compiled, settings, inputs[T], method)
+            for method, T in cells
+        }
     results: list[dict[str, Any]] = []
     timers: dict[tuple[str, int], Timer] = {}
-    for T in settings.nodes:
-        want = _exact(settings, inputs[T])
-        for method in settings.methods:
-            log(f"compiling {method}, T={T}")
-            entry: dict[str, Any] = {"method": method, "nodes": T}
-            results.append(entry)
-            try:
-                function, args = candidate(settings, inputs[T], method)
-                out = jax.jit(function)(*args)
-                entry["error"] = relative_error(out, want)
-                many = repeated(function, settings.calls)
-                timers[method, T] = Timer(many, args, settings.calls)
-            except Exception as error:  # whatever a back end cannot do
-                if method == KERNEL and settings.implementation is not None:
-                    raise
-                entry["unavailable"] = _first_line(error)
+    for method, T in cells:
+        entry: dict[str, Any] = {"method": method, "nodes": T}
+        results.append(entry)
+        try:
+            one, many, args = jobs[method, T].result()
+            entry["error"] = relative_error(one(*args), wants[T].result())
+            timers[method, T] = Timer(many, args, settings.calls)
+        except Exception as error:  # whatever a back end cannot do
+            if method == KERNEL and settings.implementation is not None:
+                raise
+            entry["unavailable"] = _first_line(error)
     tops = ceilings(settings)
     for number in range(settings.rounds):
         log(f"round {number + 1} of {settings.rounds}")
@@ -348,6 +353,13 @@ def run(settings: Settings, log: Callable[[str], Any] = lambda _: None) -> dict:
         "ceilings": {"copy_bytes_per_s": bandwidth, "matmul_flop_per_s": rate},
         "results": results,
     }
+
+
+def _compiled(settings: Settings, operands: Operands, method: str):
+    """One call, and many in one program, compiled; and their arguments."""
+    function, args = candidate(settings, operands, method)
+    programs = jax.jit(function), repeated(function, settings.calls)
+    return *(program.lower(*args).compile() for program in programs), args
 
 
 def _figures(settings, T, timer, first, bandwidth, rate) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def define() -> None:
     DEFINE_list("nodes", ["1", "16", "32", "64"], "sizes of trees")
     DEFINE_integer("heads", 32, "query heads")
     DEFINE_string("dtype", "bfloat16", "bfloat16, float16 or float32")
+    words = "what to time: tree_attention, xla gathered, nn xla, nn cudnn; default: all"
+    DEFINE_list("methods", None, words)
     DEFINE_string("implementation", None, "of tree attention; default: by platform")
     DEFINE_integer("rounds", 7, "measurements of each, in turn")
     DEFINE_integer("calls", 20, "calls per measurement")
@@ -45,12 +47,14 @@ def main(given) -> None:
     runtime.set_up(given.compilation_cache)
     from pallas_kernels.tree_attention import benchmark
 
+    methods = {"methods": tuple(given.methods)} if given.methods else {}
     try:
         settings = benchmark.Settings(
             slots=given.max_batch,
             nodes=flags.numbers("nodes", given.nodes),
             page=given.page_size,
             copy_bytes=given.copy_mib << 20,
+            **methods,
             **{name: given[name].value for name in (*_MODEL, *_TIMING)},
         )
     except ValueError as error:
