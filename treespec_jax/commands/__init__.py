@@ -27,6 +27,7 @@ COMMANDS = (
     "train_drafter",
     "train_lm",
     "tpu_report",
+    "gpu_report",
     "tune_kernel",
     "benchmark_attention",
 )
