@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from tests.engine.support import speculate
+from treespec_jax.cache.pages import PageCopies
 from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.sharing import Additions, SlotCopies
 
 pytestmark = pytest.mark.usefixtures("optimised_programs")
 
@@ -35,15 +38,29 @@ def build(target, draft) -> Engine:
 
 def compiled(engine: Engine, what: str):
     """The optimised program of a dispatch or a prefill, as the engine calls it."""
-    i32 = np.int32
+    i32, executor = np.int32, engine._executor
+    one, tokens = np.zeros(1, i32), np.zeros((1, 16), i32)
+    table = np.zeros((1, MAX_LEN // PAGE), i32)
+    leaves, state = executor._leaves, executor._state
+    copies = PageCopies(np.zeros(64, i32), np.zeros(64, i32), i32(1))
     if what == "dispatch":
         function, args = engine.program()
-    else:
-        one, tokens = np.zeros(1, i32), np.zeros((1, 16), i32)
-        chunk = Chunk(tokens, one, one, np.zeros((1, MAX_LEN // PAGE), i32))
-        executor = engine._executor
+    elif what == "prefill":
         function = executor._traced_prefill
-        args = executor._leaves, executor._state, i32(0), chunk, (tokens, one)
+        chunk = Chunk(tokens, one, one, table)
+        args = leaves, state, i32(0), chunk, (tokens, one)
+    elif what == "fork":
+        function = executor._traced_fork
+        args = leaves, state, SlotCopies(one, one, i32(1)), copies
+    elif what == "extend":
+        function = functools.partial(executor._traced_extend, scored=True)
+        args = leaves[0], state.pages, Additions(tokens, one, one, table)
+    else:
+
+        def function(_, pages, copies):
+            return executor._traced_copy(pages, copies)
+
+        args = (), state.pages, copies
     return jax.jit(function, donate_argnums=1).lower(*args).compile()
 
 
@@ -54,7 +71,7 @@ def copies(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["dispatch", "prefill"])
+@pytest.mark.parametrize("what", ["dispatch", "prefill", "fork", "extend", "copy"])
 def test_no_copy_of_the_cache(what, tiny_target, tiny_draft):
     """Neither an instruction nor a temporary as large as one layer's pages."""
     engine = build(tiny_target, tiny_draft)
@@ -66,10 +83,9 @@ def test_no_copy_of_the_cache(what, tiny_target, tiny_draft):
     layer = engine._executor._state.pages[0].nbytes
     assert memory.temp_size_in_bytes < layer / 2
     # Every page is given back in the buffer that it came in.
-    cache = sum(
-        x.nbytes
-        for x in (*engine._executor._state.pages, *engine._executor._state.draft.pages)
-    )
+    state = engine._executor._state
+    held = [state.pages, *([] if what in ("extend", "copy") else [state.draft.pages])]
+    cache = sum(x.nbytes for pages in held for x in pages)
     assert memory.alias_size_in_bytes >= cache
 
 
