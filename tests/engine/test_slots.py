@@ -146,6 +146,7 @@ def test_a_text_under_prefill_leaves_the_shortcuts_to_the_others():
 # Where memory may run out while a request is served.
 ALLOCATIONS = (
     (PageAllocator, "take"),
+    (PageAllocator, "share"),
     (SlotSettings, "insert"),
     (SlotSettings, "running"),
     (SlotSettings, "text"),
@@ -220,7 +221,7 @@ def submit(scheduler: Scheduler) -> list[Request]:
     requests = [
         Request([1, 2, 3], SamplingParams(**GREEDY)),
         Request(list(range(20)), EVERYTHING),
-        Request([4] * 9, SamplingParams(max_tokens=6)),
+        Request(list(range(18)), SamplingParams(max_tokens=6)),
     ]
     for request in requests:
         request.stats.emitted_counts = [0, 0]
@@ -249,5 +250,6 @@ def test_memory_that_runs_out_anywhere_loses_no_page(after):
         serve(scheduler)
         counts = [len(request.tokens) for request in again]
         assert counts == [r.params.max_tokens for r in again], number
+        assert again[2].stats.shared_pages == 2
         number += 1
     assert calls > 30

@@ -63,17 +63,22 @@ class PageAllocator:
             self._free.pop()
         return into[first:]
 
-    def share(self, pages: Iterable[int]) -> None:
+    def share(self, pages: Iterable[int], into: list[int] | None = None) -> None:
         """Adds a holder to pages that are held, or free and named.
+
+        Args:
+          pages: to hold.
+          into: the holder's list, as for `take`.
 
         Raises:
           ValueError: a page that nobody holds and that has no name.
         """
+        into = [] if into is None else into
         for page in pages:
-            if page in self._idle:
-                del self._idle[page]
-            else:
+            if page not in self._idle:
                 self._check(page)
+            into.append(page)
+            self._idle.pop(page, None)
             self._holders[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:

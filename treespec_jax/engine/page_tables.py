@@ -48,9 +48,7 @@ class PageTables:
 
     def share(self, index: int, slot: Slot, pages: Sequence[int]) -> None:
         """A new slot holds pages of others, too."""
-        for page in pages:
-            self.allocator.share([page])
-            slot.pages.append(page)
+        self.allocator.share(pages, slot.pages)
         self.table[index, : len(pages)] = pages
         slot.request.stats.shared_pages += len(pages)
 
