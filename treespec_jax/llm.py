@@ -14,13 +14,14 @@ import numpy as np
 
 from treespec_jax import disk_cache, limits, pairs, speculation
 from treespec_jax.arguments import (
+    as_params,
     as_prompt,
     as_prompts,
     each_params,
     single_params,
     with_token_ids,
 )
-from treespec_jax.checkpoints import LoadedModel, drafters
+from treespec_jax.checkpoints import drafters
 from treespec_jax.checkpoints.chat import check_conversations, check_messages
 from treespec_jax.checkpoints.drafters import LoadedDrafter
 from treespec_jax.checkpoints.recycle_table import Table, TableFile
@@ -28,7 +29,7 @@ from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.checks import as_bool, as_int, from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, OnFinish, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
-from treespec_jax.drafting import recycle, wiring
+from treespec_jax.drafting import recycle
 from treespec_jax.drafting.protocol import Drafter
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
@@ -42,8 +43,6 @@ from treespec_jax.worker import AsyncBell, Bell, Call, Worker
 
 __all__ = ["LLM", "AsyncStream", "Completion", "Generation", "Stream"]
 
-# Texts, and tokens of each, on which a drafter is tried.
-_TEXTS, _CHECKED = 4, 64
 # What goes with the target.
 FITTING = SpeculativeConfig()
 
@@ -167,39 +166,10 @@ class LLM:
             target.config.eos_ids,
         )
         if isinstance(draft, LoadedDrafter) and config.check_drafter:
-            self._check_drafter(target, draft)
+            pairs.try_drafter(self.engine, target, draft)
         if table is not None:
             self.engine.begin_with(functools.partial(_with_table, self.drafter, table))
         self._worker = Worker(self.engine)
-
-    def _check_drafter(self, target: LoadedModel, draft: LoadedDrafter) -> None:
-        """Tries a drafter on text that the target writes; see `drafting.wiring`."""
-        settings = self.engine.config
-        count = min(_CHECKED, settings.max_len - 1)
-        if draft.known or count < 3:
-            return
-        config = target.config
-        begins = [config.bos_id, *config.eos_ids, 0]
-        begin = next(token for token in begins if token is not None)
-        requests = [
-            Request(
-                [begin],
-                SamplingParams(
-                    max_tokens=count, temperature=1.0, seed=seed, ignore_eos=True
-                ),
-            )
-            for seed in range(min(_TEXTS, settings.max_batch))
-        ]
-        for request in requests:
-            self.engine.submit(request)
-        while self.engine.busy:
-            self.engine.advance()
-        # A pool of few pages may have ended some early.
-        shortest = min(len(request.tokens) for request in requests)
-        if shortest >= 3:
-            texts = np.asarray([r.tokens[:shortest] for r in requests], np.int32)
-            wiring.check(target.model, draft.model, texts, draft.source)
-        self.engine.reset()
 
     def warm_up(self, params: SamplingParams | None = None) -> float:
         """Compiles all that `generate` and `chat` run, before the first request does.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from treespec_jax.checkpoints import Description, LoadedModel, describe, drafters, load
 from treespec_jax.checkpoints.drafters import (
@@ -16,13 +18,18 @@ from treespec_jax.checkpoints.drafters import (
 )
 from treespec_jax.checkpoints.files import cache_folder
 from treespec_jax.checks import from_mapping
-from treespec_jax.config import SpeculativeConfig
+from treespec_jax.config import SamplingParams, SpeculativeConfig
+from treespec_jax.drafting import wiring
+from treespec_jax.engine.engine import Engine
+from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
 from treespec_jax.models import product_forms
 from treespec_jax.models.weight_types import check_weights, is_int8
 
 Model = Description | LoadedModel
 Draft = Model | DrafterDescription | LoadedDrafter
+# Texts, and tokens of each, on which a drafter is tried.
+_TEXTS, _CHECKED = 4, 64
 
 
 def speculative_config(given: Any) -> SpeculativeConfig:
@@ -120,3 +127,38 @@ def weight_notes(target: LoadedModel) -> tuple[str, ...]:
         "speculation changes nothing of what they give"
     )
     return (note,)
+
+
+def try_drafter(engine: Engine, target: LoadedModel, draft: LoadedDrafter) -> None:
+    """Tries a drafter on text that the target writes; see `drafting.wiring`.
+
+    Args:
+      engine: over both, which nobody else uses yet.
+      target: of the engine.
+      draft: of the engine.
+
+    Raises:
+      UserError: it is wired wrongly.
+    """
+    settings = engine.config
+    count = min(_CHECKED, settings.max_len - 1)
+    if draft.known or count < 3:
+        return
+    config = target.config
+    begins = [config.bos_id, *config.eos_ids, 0]
+    begin = next(token for token in begins if token is not None)
+    usual = SamplingParams(max_tokens=count, temperature=1.0, ignore_eos=True)
+    requests = [
+        Request([begin], dataclasses.replace(usual, seed=seed))
+        for seed in range(min(_TEXTS, settings.max_batch))
+    ]
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
+        engine.advance()
+    # A pool of few pages may have ended some early.
+    shortest = min(len(request.tokens) for request in requests)
+    if shortest >= 3:
+        texts = np.asarray([r.tokens[:shortest] for r in requests], np.int32)
+        wiring.check(target.model, draft.model, texts, draft.source)
+    engine.reset()

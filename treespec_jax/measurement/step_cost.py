@@ -88,7 +88,8 @@ def warm_up(
         for _, size, _ in prefill_plan(len(prompt) - 1, config.prefill_chunks)
     }
     if not (one.penalised or one.min_tokens or one.logprobs):
-        llm.engine.compile(sorted(sizes), every_shape, params=one)
+        with llm.exclusive() as engine:
+            engine.compile(sorted(sizes), every_shape, params=one)
     for token, size in enumerate(sorted(sizes)):
         length = min(size + 1, config.max_len - 1)
         # Greedy or not is one program. No prompt begins like another one, or it would
