@@ -62,12 +62,17 @@ def check_int(name: str, value: Any, least: int) -> None:
 
 
 def check_float(
-    name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    wide: bool = False,
 ) -> None:
     """Raises UserError unless `value` is finite and in [low, high] (or (low, high]).
 
     Numbers that float32 cannot tell from 0 or infinity are refused, for that is what
-    they would become.
+    they would become, but for `wide` ones, which the host computes with in float64.
     """
     bracket = "(" if open_low else "["
     span = f"{bracket}{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
@@ -83,7 +88,7 @@ def check_float(
     if not math.isfinite(number) or below or number > high:
         where = f"in {span}" if high < math.inf else span
         raise UserError(f"{name} must be a finite number {where}, got {shown(value)}")
-    if number and not _LEAST <= abs(number) <= _GREATEST:
+    if number and not wide and not _LEAST <= abs(number) <= _GREATEST:
         meant = "0" if abs(number) < 1 else "infinity"
         raise UserError(
             f"{name}={value!r} cannot be told from {meant} in float32; give a number "

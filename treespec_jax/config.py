@@ -86,7 +86,8 @@ class RotaryConfig:
                 f"{', '.join(self.SCALINGS)}"
             )
         least = 1 if self.scaling == "yarn" else 0
-        check_float("rotary.theta", self.theta, least, open_low=True)
+        # Widening a head of 8 to one of 128 takes the sixteenth power of it.
+        check_float("rotary.theta", self.theta, least, open_low=True, wide=True)
         check_float("rotary.factor", self.factor, 0, open_low=True)
         for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             check_float(f"rotary.{name}", getattr(self, name), 0, open_low=True)
