@@ -303,7 +303,7 @@ class DrafterContract:
         name = self.shapes[0]
         stepped_on = ingest(filled, stepped(texts, [20] * B, [4, 0, 3]))
         state = ingest(stepped_on, chunk(0, texts[1], 0, 8))
-        fresh = ingest(filled, chunk(1, texts[1], 0, 8))
+        fresh = ingest(stepped_on, chunk(1, texts[1], 0, 8))
         lengths = [8, 20, 20]
         one, _ = propose(state, [texts[1], texts[1], texts[2]], lengths, name)
         two, _ = propose(fresh, [texts[0], texts[1], texts[2]], [20, 8, 20], name)
