@@ -51,6 +51,17 @@ def test_after_a_warm_up_nothing_is_compiled(model, stages):
     assert not stages
 
 
+def test_after_a_warm_up_for_some_settings_too(model, stages):
+    """Whichever programs they need, of dispatches and of prefills."""
+    llm = LLM(model, speculative=None, **SIZES)
+    asked = dict(logprobs=2, prompt_logprobs=1, bad_words=[[3], [4, 5]], min_tokens=1)
+    llm.warm_up(asked)
+    stages.clear()
+    params = SamplingParams(max_tokens=3, ignore_eos=True, **asked)
+    assert llm.generate([[5] * 3, [5] * 30], params).stats.compile_seconds == 0
+    assert not stages
+
+
 def test_programs_are_kept_where_asked(model, jax_cache, tmp_path):
     folder = tmp_path / "some" / "folder"
     llm = LLM(model, speculative=None, compilation_cache=folder, **SIZES)

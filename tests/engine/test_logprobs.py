@@ -68,6 +68,11 @@ def test_of_tokens_and_prompts(tiny_target, tiny_draft, ragged_prompts):
         assert request.prompt_logprobs[0] is None and request.prompt_top[0] is None
         args = prompt[1:], request.prompt_logprobs[1:], request.prompt_top[1:]
         check(logits[: len(prompt) - 1], *args, params.prompt_logprobs)
+    # Pages of an equal prompt save no pass of one that is to be scored.
+    (same,) = serve(engine, [Request(ragged_prompts[3], PARAMS[0])])
+    assert same.stats.prefix_hits == 0
+    logits = full_logits(tiny_target, same.prompt)[:-1]
+    check(logits, same.prompt[1:], same.prompt_logprobs[1:], same.prompt_top[1:], 2)
     # Nobody asked: neither program has any of it.
     compiled = dict(engine.compilations)
     again = serve(engine, [Request(ragged_prompts[0], PARAMS[4])])
