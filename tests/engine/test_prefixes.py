@@ -109,16 +109,18 @@ def test_a_hit_changes_neither_text_nor_acceptance(engine, prefix):
         answer([*prefix, 7])
         # It leaves the others where a page ends, and has one token more.
         answer([*prefix[: 2 * PAGE], 96, 95])
+        # All but its newest token is known: a row is computed nevertheless.
+        answer([*prefix[: 2 * PAGE], 96])
         answer([*texts[0].prompt, *texts[0].tokens, 8, 9])
         found.append(texts)
     for warm, cold in zip(*found, strict=True):
         same(warm, cold)
         assert not cold.stats.prefix_hits and warm.stats.prefix_hits == 1
-    first, second, turn = found[0]
+    first, second, third, turn = found[0]
     assert first.stats.shared_pages == len(prefix) // PAGE
     # Where a row depends on the token after it, the second page is another one.
     pages = 2 - engine.speculation.drafter.needs.next_tokens
-    assert second.stats.shared_pages == pages
+    assert second.stats.shared_pages == pages and third.stats.shared_pages == 1
     # The second turn finds what the first one wrote, but for what is under way.
     assert turn.stats.shared_pages > (len(prefix) + 4) // PAGE
 
