@@ -277,12 +277,14 @@ def _boxes(sharding: NamedSharding, shape) -> dict[Box, list[jax.Device]]:
 
 
 def _parts(box: Box, width: int) -> Iterator[Box]:
-    """Cuts a box of rows, each of `width` elements, into blocks of `_PART` bytes."""
+    """Cuts a box of rows, each of `width` elements, into blocks that are rounded."""
     sizes = [stop - start for start, stop in box]
+    # Rounding makes four arrays of a block's size beside it.
+    count = _PART // 4 // 4
     axis = 0
-    while axis < len(box) - 1 and math.prod(sizes[axis + 1 :]) * width * 4 > _PART:
+    while axis < len(box) - 1 and math.prod(sizes[axis + 1 :]) * width > count:
         axis += 1
-    run = max(1, _PART // (4 * width * math.prod(sizes[axis + 1 :])))
+    run = max(1, count // (width * math.prod(sizes[axis + 1 :])))
     for lead in itertools.product(*(range(*span) for span in box[:axis])):
         ahead = tuple((i, i + 1) for i in lead)
         for first in range(*box[axis], run):

@@ -115,9 +115,10 @@ def quantize(matrix: np.ndarray, inputs: int, groups: int) -> Quantized:
     scales = (top / TOP).astype(np.float32)
     # A scale may underflow; its weights are zeros then.
     safe = np.where(scales > 0, scales, np.float32(np.inf))
-    values = np.rint(wide / safe[..., None].astype(wide.dtype))
+    steps = wide / safe[..., None].astype(wide.dtype)
+    values = np.clip(np.rint(steps, out=steps), -TOP, TOP, out=steps).astype(np.int8)
     return Quantized(
-        np.moveaxis(np.clip(values, -TOP, TOP).astype(np.int8), -2, 0),
+        np.moveaxis(values, -2, 0),
         np.moveaxis(scales, -1, 0),
         matrix.shape,
     )
