@@ -14,6 +14,7 @@ STARTED = time.perf_counter()
 COMMANDS = (
     "generate",
     "benchmark",
+    "evaluate",
     "compare_rules",
     "measure_rules",
     "calibrate_drafter",

@@ -1,0 +1,58 @@
+"""Measures loss and perplexity of a text, for one or several types of weights.
+
+  evaluate --target=smollm2-135m-instruct --text=book.txt --weights=float32,int8
+
+The text is cut into windows that are read one by one, each without those before it;
+the first token of a window is not judged. With several types, each is compared with
+the first: its loss, and how often both have the same likeliest token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl.flags import DEFINE_integer, DEFINE_list, DEFINE_string
+
+from treespec_jax.checkpoints import catalogue
+from treespec_jax.commands import flags, runtime
+from treespec_jax.errors import UserError
+from treespec_jax.measurement.output import Study
+from treespec_jax.models.weight_types import FLOATS, check_weights
+
+
+def define() -> None:
+    DEFINE_string("target", catalogue.DEFAULT, "checkpoint: a path or name")
+    DEFINE_string("text", None, "file of UTF-8 text", required=True)
+    DEFINE_list("weights", "float32", "float32, bfloat16, int8, int8:128 …")
+    DEFINE_string("dtype", "float32", "of activations")
+    DEFINE_string("tokenizer", None, "tokenizer file; default: the checkpoint's own")
+    DEFINE_integer("tokens", 16384, "of the text, at most", lower_bound=2)
+    DEFINE_integer("window", 512, "tokens read together", lower_bound=2)
+    flags.define("output", "compilation_cache")
+
+
+def main(given) -> None:
+    kinds = list(dict.fromkeys(map(check_weights, given.weights)))
+    if not kinds:
+        raise UserError("--weights is empty; name a type, float32 for example")
+    if given.dtype not in FLOATS:
+        raise UserError(f"--dtype={given.dtype}: give one of {', '.join(FLOATS)}")
+    text = _read(given.text)
+
+    runtime.set_up(given.compilation_cache)
+    from treespec_jax import checkpoints
+    from treespec_jax.measurement import loss
+
+    about = checkpoints.describe(given.target, given.tokenizer)
+    if about.tokenizer is None:
+        raise UserError("the target has no tokenizer; name one with --tokenizer=PATH")
+    windows = loss.windows(about.tokenizer.encode(text), given.tokens, given.window)
+    job = loss.Job(about, given.dtype, kinds, windows)
+    Study(job.measure, loss.table).carry_out(given.output, must_write=False)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"--text={path} is not UTF-8 text; give another file") from None
