@@ -8,8 +8,10 @@ import pytest
 from flax import nnx
 
 from tests.checkpoints.support import same_parameters
-from treespec_jax.checkpoints import conversion, describe, load, save
+from treespec_jax.checkpoints import conversion, describe, load, save, widening
+from treespec_jax.checkpoints.loading import check_floats
 from treespec_jax.checkpoints.placement import Parameters, parameters_of
+from treespec_jax.errors import UserError
 from treespec_jax.models.quantized import Quantized, quantize
 from treespec_jax.sharding import make_mesh
 
@@ -80,3 +82,12 @@ def test_a_mesh_holds_the_same(loaded):
     )
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_integers_are_not_changed(loaded):
+    """What needs every number says so; floats of any type can be widened."""
+    if loaded.weights == "bfloat16":
+        check_floats(loaded)
+        return
+    with pytest.raises(UserError, match="weights are int8.* not trained or changed"):
+        widening.widen(loaded, loaded.config)

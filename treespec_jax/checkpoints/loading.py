@@ -14,6 +14,7 @@ from treespec_jax.checkpoints.formats import Description, describe
 from treespec_jax.checkpoints.placement import Parameters, Progress
 from treespec_jax.checkpoints.tokenizers import Tokenizer
 from treespec_jax.config import ModelConfig
+from treespec_jax.errors import UserError
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sharding import Rules
 
@@ -45,6 +46,19 @@ class LoadedModel:
     def weights(self) -> str:
         """Type of the matrices, see `models.weight_types`."""
         return self.model.types.weights
+
+
+def check_floats(loaded: LoadedModel) -> None:
+    """Checks that a model's numbers can be computed with, not only its products.
+
+    Raises:
+      UserError: its matrices are in int8.
+    """
+    if loaded.model.types.is_int8:
+        raise UserError(
+            f"{loaded.source}: weights are {loaded.weights}, which can be run but not "
+            "trained or changed; take the checkpoint that they were made of"
+        )
 
 
 def load(

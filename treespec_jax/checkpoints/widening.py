@@ -49,7 +49,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from treespec_jax.checkpoints.loading import LoadedModel
+from treespec_jax.checkpoints.loading import LoadedModel, check_floats
 from treespec_jax.checkpoints.placement import (
     abstract_parameters,
     concrete,
@@ -138,7 +138,11 @@ def widen(loaded: LoadedModel, config: ModelConfig, seed: int = 0) -> LoadedMode
       loaded: the small model.
       config: `widened_config` of its configuration.
       seed: of the random weights.
+
+    Raises:
+      UserError: its weights are in int8.
     """
+    check_floats(loaded)
     old = loaded.config
     small = {
         path: np.asarray(leaf[...])

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from treespec_jax.checkpoints import LoadedModel
+from treespec_jax.checkpoints.loading import check_floats
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.training import head_losses
 from treespec_jax.training.answers import MaskedRows
@@ -92,6 +93,7 @@ class Trainer:
     """
 
     def __init__(self, config: DrafterTraining, target: LoadedModel, rows: MaskedRows):
+        check_floats(target)
         self.config = config
         self.student = STUDENTS[config.method]
         drafter = self.student.make(config, target.model, rows)
