@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if not rest or rest[0] in _HELP:
         _list_commands()
         sys.exit(0)
-    name, *rest = rest
+    with ending(argv is None):
+        _main(program, *rest)
+
+
+def _main(program: str, name: str, *rest: str) -> NoReturn:
     if name not in commands.COMMANDS:
         import difflib
 
@@ -42,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one of `commands.COMMANDS` as `run` does."""
-    argv = list(sys.argv if argv is None else argv)
+    with ending(argv is None):
+        _run_command(name, list(sys.argv if argv is None else argv))
+
+
+def _run_command(name: str, argv: list[str]) -> NoReturn:
     _prepare_streams()
     with _one_line_errors(), interrupts.ends_at_once():
         import inspect
@@ -127,6 +135,28 @@ def fail(message: str) -> NoReturn:
     """Prints the message as one line on stderr and exits with code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def ending(process: bool) -> Iterator[None]:
+    """Ends the process with the block, if `process`, whatever is still compiled.
+
+    Python would wait for programs that are compiled beside decoding, which may take
+    half a minute and which nobody needs any more.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        background = sys.modules.get("treespec_jax.engine.background")
+        if not process or background is None or not background.compiling():
+            raise
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        code = 0 if end.code is None else end.code
+        os._exit(code if isinstance(code, int) else 1)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from tests.conftest import TINY
 from tests.scripts.support import SCRIPTS
 from treespec_jax import cli, commands
 from treespec_jax.checkpoints import LoadedModel, load_tokenizer, save
+from treespec_jax.engine import background
 from treespec_jax.models.transformer import Transformer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -121,6 +122,8 @@ def run_script(capsys, monkeypatch, compilation_cache):
         if source.exists() and "compilation_cache" in source.read_text():
             argv.insert(1, f"--compilation_cache={compilation_cache}")
         monkeypatch.setattr(sys, "argv", argv)
+        # Else a command would end this process while a program is being compiled.
+        monkeypatch.setattr(background, "compiling", lambda: False)
         capsys.readouterr()
         try:
             with pytest.raises(SystemExit) as caught:
