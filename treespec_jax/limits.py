@@ -11,7 +11,7 @@ from treespec_jax.config import ModelConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
-from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
+from treespec_jax.trees.shapes import ROOT_ONLY, Ladder, TreeShape
 
 # Length of a slot unless asked for: longer ones take memory that few texts use.
 DEFAULT_MAX_LEN = 4096
@@ -48,29 +48,49 @@ def text_length(max_len: int | None, target: Model, draft: Model | None) -> int:
 def resolve(config: SpeculativeConfig) -> SpeculativeConfig:
     """The same with the method and the tree that were left open filled in.
 
-    A model drafts where one is named, else all that drafts without one; the tree is the
+    A model drafts where one is named, else all that drafts without one. The tree is the
+    method's ladder (`trees.shapes.Ladder`) where the rule takes it, else one tree: the
     method's, or the like of it that the rule takes. An unknown method gets no tree.
     """
     method = config.method or ("draft_model" if config.model else "auto")
     tree = config.tree
-    if not tree and method in METHODS:
-        usual = METHODS[method].tree
-        trees = usual, usual.replace("dynamic", "allotted"), "chain:5"
-        tree = next((name for name in trees if _takes(config, name)), usual)
+    if tree.strip() in ("", "auto") and method in METHODS:
+        known = METHODS[method]
+        like = known.tree.replace("dynamic", "allotted")
+        ladder = (config.model and known.ladder_with_model) or known.ladder
+        trees = ladder, known.tree, like, "chain:5"
+        tree = next((name for name in trees if _takes(config, name)), known.tree)
     return dataclasses.replace(config, method=method, tree=tree)
 
 
 def _takes(config: SpeculativeConfig, tree: str) -> bool:
-    """Whether the rule takes trees of that shape."""
-    rule = config.rule, config.proposal
+    """Whether the rule takes trees of that name."""
     try:
-        compatibility.choose_proposal(*rule, shapes.parse(tree), config.cascade)
+        _check_rule(config, shapes.parse(tree))
     except UserError:
         return False
     return True
 
 
-def check_speculation(config: SpeculativeConfig) -> TreeShape:
+def _check_rule(config: SpeculativeConfig, shape: TreeShape | Ladder) -> None:
+    """Raises UserError: a rule that does not take the shape, or all of a ladder."""
+    if not isinstance(shape, Ladder):
+        if shape.depth or config.cascade:
+            compatibility.choose_proposal(
+                config.rule, config.proposal, shape, config.cascade
+            )
+        return
+    if config.rule != "exact" or config.cascade:
+        what = f"cascade {config.cascade!r}" if config.cascade else config.rule
+        raise UserError(
+            f"a choice of trees needs the rule exact, whose text depends on no tree; "
+            f"give one --tree for {what}, or leave it out"
+        )
+    for one in shape.shapes:
+        _check_rule(config, one)
+
+
+def check_speculation(config: SpeculativeConfig) -> TreeShape | Ladder:
     """The shape of the trees, once method, tree, rule and policy fit together.
 
     Raises:
@@ -83,10 +103,7 @@ def check_speculation(config: SpeculativeConfig) -> TreeShape:
             f"{', '.join(METHODS)}"
         )
     shape = shapes.parse("none" if config.method == "none" else config.tree)
-    if shape.depth or config.cascade:
-        compatibility.choose_proposal(
-            config.rule, config.proposal, shape, config.cascade
-        )
+    _check_rule(config, shape)
     if shape.depth and config.recycle_table:
         check_table(config)
     return shape if shape.depth else ROOT_ONLY

@@ -74,6 +74,7 @@ class SamplingParams:
         [-2, 2].
       logit_bias: added to the logits of tokens, in [-100, 100] each: a mapping from
         ids, kept as sorted pairs; MAX_LOGIT_BIAS tokens at most.
+      speculate: if not, no tree is grown for it, whatever its batch does.
     """
 
     max_tokens: int = 128
@@ -100,6 +101,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    speculate: bool = True
 
     MAX_LOGIT_BIAS: ClassVar = 64
     # Least value, and bits of what holds it.
@@ -128,7 +130,7 @@ class SamplingParams:
         checked["seed"] = None if seed < 0 else seed
         for name in ("logprobs", "prompt_logprobs"):
             checked[name] = as_count(name, getattr(self, name))
-        for name in ("ignore_eos", "include_stop_str_in_output"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "speculate"):
             checked[name] = as_bool(name, getattr(self, name))
         for name, (low, high, open_low) in self._FLOATS.items():
             check_float(name, getattr(self, name), low, high, open_low)

@@ -22,7 +22,7 @@ from treespec_jax.drafting import METHODS
 from treespec_jax.drafting.none import NoDrafter
 from treespec_jax.drafting.protocol import Drafter
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
+from treespec_jax.trees.shapes import ROOT_ONLY, Ladder, TreeShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Speculation:
 
     Attributes:
       drafter: proposes trees.
-      shapes: that it may be asked for; each is a program, compiled on first use. The
-        first is the one in use.
+      shapes: that it may be asked for; each is a program, compiled on first use. Of
+        several the engine chooses before every dispatch (`engine.chooser`), so that
+        they need the exact rule; the first is the one compiled first.
       rule: decides which drafted tokens are kept.
       proposal: how the drafter proposes nodes; "": as the rule usually has it.
       cascade: a lossy policy between drafter and target; None: the target's own.
@@ -60,7 +61,7 @@ class Speculation:
 
     @property
     def shape(self) -> TreeShape:
-        """The shape in use."""
+        """The only shape, or the first of several."""
         return self.shapes[0]
 
     @property
@@ -113,9 +114,5 @@ def make(
     cls, options = find(config)
     drafter = cls.make(model, config.tau or tau or DEFAULT_TAU, options)
     cascade = Cascade(config.cascade, float(config.alpha)) if config.cascade else None
-    shapes = (shape,)
-    skips = getattr(options, "may_skip", False)
-    if skips and config.rule == "exact" and not cascade:
-        # The text depends on no shape: where nothing hits, plain steps are quicker.
-        shapes = (shape, ROOT_ONLY)
+    shapes = shape.shapes if isinstance(shape, Ladder) else (shape,)
     return Speculation(drafter, shapes, rules.make(config), config.proposal, cascade)

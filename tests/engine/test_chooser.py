@@ -1,55 +1,95 @@
-"""Which shape a dispatch grows, by speeds that are scripted."""
+"""Which shape a dispatch grows, by speeds and acceptance that are scripted."""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 
+import numpy as np
 import pytest
 
+from treespec_jax.config import SamplingParams
 from treespec_jax.engine.chooser import (
-    COMPARISONS,
     ENOUGH,
-    MEMORY,
-    PRIOR_COST,
+    EVERY,
     RARELY,
+    RARER,
+    REHEARSAL,
     SOON,
     TRIAL_STEPS,
     WORTH_COMPILING,
+    WORTH_TREES,
     Choice,
     Chooser,
 )
+from treespec_jax.engine.costs import (
+    COMPARISONS,
+    CostCurve,
+    Costs,
+    Known,
+    Load,
+    usual_curve,
+)
+from treespec_jax.engine.expectation import (
+    MEMORY,
+    Expectation,
+    contained,
+    tokens_by_shape,
+)
+from treespec_jax.engine.request import Request
 from treespec_jax.trees import shapes
 from treespec_jax.trees.shapes import ROOT_ONLY
 
-TREE = shapes.parse("dynamic:7@3")
-STEPS, EVERY = 8, 8
+LADDER = shapes.parse("auto:7@4+3@3+15@5+31@7").shapes
+TREE = LADDER[0]
+PAIR = (TREE, ROOT_ONLY)
+STEPS, ONE = 8, Load.of(1, 0)
+
+
+def request(**settings) -> Request:
+    return Request([1], SamplingParams(**settings))
+
+
+def ladder(*steps):
+    """Cost and tokens of a step by shape."""
+    return dict(zip(LADDER[:-1], steps, strict=True))
+
+
+def chooser(ladder=PAIR, known: Known | None = None) -> Chooser:
+    return Chooser(ladder, Costs(usual_curve(True, False), 1, known), with_model=False)
 
 
 @dataclasses.dataclass
 class Script:
-    """An engine of one slot whose steps take as long as they are told.
+    """An engine of some texts whose steps take as long as they are told.
 
     The next dispatch starts before the results of the last one are read.
 
     Attributes:
-      tree: plain steps that a tree's step takes, and its tokens.
-      compiled: whether no dispatch has to be compiled first.
+      steps: plain steps that a step of each tree takes, and its tokens.
+      ready: programs that are compiled; all by default.
+      texts: how many.
     """
 
-    tree: tuple[float, float]
-    compiled: bool = True
+    steps: dict
+    ready: set | None = None
+    texts: int = 1
+    known: Known | None = None
 
     def __post_init__(self):
-        self.chooser = Chooser((TREE, ROOT_ONLY), EVERY)
-        self.chooser.compiled = self.compiled
+        self.ladder = (*self.steps, ROOT_ONLY)
+        self.chooser = chooser(self.ladder, self.known)
+        if self.ready is None:
+            self.ready = {*self.ladder, REHEARSAL}
+        self.requests = [request() for _ in range(self.texts)]
         self.ran: list[Choice] = []
         self._flying, self._known = [], set()
 
     def dispatch(self, count: int = 1) -> list[Choice]:
         """Starts some, and lands all but the last one."""
         for _ in range(count):
-            choice = self.chooser.choose(None)
-            self.chooser.started(choice)
+            choice = self.chooser.choose(None, self.requests, self.ready)
+            self.chooser.started(choice, self.requests)
             self._flying.append(choice)
             self.ran.append(choice)
             if len(self._flying) > 1:
@@ -60,52 +100,56 @@ class Script:
         """Lands all, as where nothing is planned ahead, and begins a text."""
         while self._flying:
             self._land(self._flying.pop(0))
+        self.requests = [*self.requests[1:], request()]
         self.chooser.begin_text()
 
     def _land(self, choice: Choice) -> None:
-        cost, tokens = self.tree if choice.shape == TREE else (1.0, 1)
-        seconds = 0.03 * cost * steps_of(choice)
+        steps, load = steps_of(choice), self.chooser.load(self.requests)
+        seconds = 0.03 * (self.steps | {ROOT_ONLY: (1.0, 1)})[choice.shape][0] * steps
         if choice.shape not in self._known:
             # Whatever a first run takes besides.
             seconds *= 50
         self._known.add(choice.shape)
-        emitted = int(tokens * steps_of(choice))
-        self.chooser.record(choice.shape, steps_of(choice), emitted, 1, seconds)
+        tokens = np.array([*(tokens for _, tokens in self.steps.values()), 1.0])
+        observed = [(one, tokens, steps) for one in self.requests]
+        if choice.shape == ROOT_ONLY:
+            observed = [(one, np.ones(len(tokens)), steps) for one in self.requests]
+        self.chooser.record(choice.shape, observed, steps, load, seconds)
         if choice.rehearse:
-            self.chooser.rehearsed(self.tree[1])
+            self.chooser.rehearsed([(one, tokens) for one in self.requests], load)
 
-    def share(self, count: int) -> float:
+    def share(self, count: int, shape=TREE) -> float:
         """Of the next steps, those that grow a tree."""
-        return share_of(self.dispatch(count))
+        return share_of(self.dispatch(count), shape)
 
 
 def steps_of(choice: Choice) -> int:
     return STEPS if choice.max_steps is None else choice.max_steps
 
 
-def share_of(ran: list[Choice]) -> float:
-    trees = sum(steps_of(choice) for choice in ran if choice.shape == TREE)
+def share_of(ran: list[Choice], shape=TREE) -> float:
+    trees = sum(steps_of(choice) for choice in ran if choice.shape == shape)
     return trees / sum(map(steps_of, ran))
 
 
 def test_one_shape_leaves_no_choice():
-    chooser = Chooser((TREE,))
+    alone, text = chooser((TREE,)), [request()]
     for _ in range(200):
-        assert chooser.choose(5) == Choice(TREE, 5)
-        chooser.started(Choice(TREE, 5))
-        chooser.record(TREE, 5, 5, 1, 9.0)
+        assert alone.choose(5, text, ()) == Choice(TREE, 5)
+        alone.started(Choice(TREE, 5), text)
+        alone.record(TREE, [], 5, ONE, 9.0)
 
 
 def test_a_tree_that_loses_gives_way_to_plain_decoding():
-    script = Script(tree=(1.7, 1.1))
+    script = Script({TREE: (1.7, 1.1)})
     script.dispatch(RARELY)
     assert script.share(4 * RARELY) < 0.003
-    assert script.chooser.cost(TREE) == pytest.approx(1.7)
-    assert script.chooser.expected(TREE) == pytest.approx(1.1)
+    assert script.chooser.costs.relative(TREE, ONE) == pytest.approx(1.7)
+    assert script.chooser.expected(TREE, script.requests) == pytest.approx(1.1, abs=0.1)
 
 
 def test_a_tree_that_gains_is_used_and_plain_decoding_rarely_tried():
-    script = Script(tree=(1.5, 2.0))
+    script = Script({TREE: (1.5, 2.0)})
     script.dispatch(10 * SOON)
     ran = script.dispatch(10 * RARELY)
     trials = [steps_of(choice) for choice in ran if choice.shape == ROOT_ONLY]
@@ -114,13 +158,13 @@ def test_a_tree_that_gains_is_used_and_plain_decoding_rarely_tried():
 
 
 def test_a_tree_that_brings_much_is_not_questioned():
-    script = Script(tree=(9.0, ENOUGH + 0.5))
-    script.dispatch(3)
+    script = Script({TREE: (1.2, ENOUGH + 0.5)})
+    script.dispatch(2 * SOON)
     assert script.share(20 * RARELY) == 1
 
 
 def test_texts_with_nothing_to_copy_take_no_trials_of_their_own():
-    script = Script(tree=(1.7, 1.0))
+    script = Script({TREE: (1.9, 1.0)})
     for _ in range(60):
         script.begin_text()
         script.dispatch(24)
@@ -128,39 +172,63 @@ def test_texts_with_nothing_to_copy_take_no_trials_of_their_own():
     assert timing <= 10 and share_of(script.ran) < 0.003
 
 
-def test_a_reset_forgets_texts_and_not_times():
-    script = Script(tree=(1.7, 1.0))
+@pytest.mark.parametrize(
+    ("tokens", "best"),
+    [
+        ((1.1, 1.1, 1.1, 1.1), ROOT_ONLY),
+        ((1.9, 1.8, 2.0, 2.05), LADDER[1]),
+        ((2.4, 1.9, 2.7, 2.9), TREE),
+        ((3.0, 2.2, 5.2, 5.6), LADDER[2]),
+    ],
+)
+def test_the_best_shape_of_a_ladder_is_found(tokens, best):
+    costs = (1.6, 1.3, 2.4, 4.2)
+    script = Script(ladder(*zip(costs, tokens, strict=True)))
+    script.dispatch(RARELY)
+    assert script.share(2 * RARELY, best) > 0.97
+
+
+def test_a_shape_that_cannot_win_is_neither_timed_nor_compiled():
+    slow = ladder((1.6, 2.4), (1.3, 1.9), (2.4, 2.7), (9.0, 2.9))
+    known = Known(steps={(ONE, "dynamic:31@7"): [9.0]})
+    script = Script(slow, known=known)
     script.dispatch(2 * RARELY)
+    assert LADDER[3] not in {choice.shape for choice in script.ran}
+    assert LADDER[3] not in script.chooser.useful(ONE)
+    assert {TREE, ROOT_ONLY} <= set(script.chooser.useful(ONE))
+
+
+def test_a_reset_forgets_texts_and_not_times():
+    script = Script({TREE: (1.7, 1.3)})
+    script.dispatch(2 * RARELY)
+    before = script.chooser.costs.relative(TREE, ONE)
     script.chooser.reset()
-    assert script.chooser.cost(TREE) == pytest.approx(1.7)
-    ran = script.dispatch(RARELY // 2)
-    # Nothing is known of texts: two steps show what they are like.
-    assert [c for c in ran if c.shape == TREE] == [ran[0]]
-    assert steps_of(ran[0]) == TRIAL_STEPS
-    assert Chooser((TREE, ROOT_ONLY)).cost(TREE) == PRIOR_COST
+    assert before == script.chooser.costs.relative(TREE, ONE) == pytest.approx(1.7)
+    again = script.chooser.expected(TREE, [request()])
+    assert again == chooser().expected(TREE, [request()]) > 1.3
 
 
 def test_rehearsals_bring_the_tree_back_within_a_text():
-    script = Script(tree=(1.5, 1.1))
+    script = Script({TREE: (1.5, 1.1)})
     script.dispatch(2 * RARELY)
-    script.tree = (1.5, 3.0)
-    script.dispatch(MEMORY)
+    script.steps = {TREE: (1.5, 3.0)}
+    script.dispatch(RARER * MEMORY)
     assert script.share(4 * RARELY) > 0.99
-    script.tree = (1.5, 1.0)
+    script.steps = {TREE: (1.5, 1.0)}
     script.dispatch(MEMORY)
     assert script.share(4 * RARELY) < 0.01
 
 
 def test_a_new_text_that_a_tree_fits_gets_it_after_a_few_tokens():
     """Whatever the last text was like; and the next one loses it as quickly."""
-    script = Script(tree=(1.5, 1.1))
+    script = Script({TREE: (1.5, 1.1)})
     script.dispatch(2 * RARELY)
-    script.tree = (1.5, 3.0)
+    script.steps = {TREE: (1.5, 3.0)}
     script.begin_text()
     ran = script.dispatch(4)
-    assert [c.shape for c in ran] == [ROOT_ONLY, ROOT_ONLY, TREE, TREE]
+    assert {c.shape for c in ran[:2]} == {ROOT_ONLY} and TREE in [c.shape for c in ran]
     assert [steps_of(c) for c in ran[:2]] == [TRIAL_STEPS] * 2
-    script.tree = (1.5, 1.0)
+    script.steps = {TREE: (1.5, 1.0)}
     script.begin_text()
     ran = script.dispatch(6)
     assert steps_of(ran[0]) == TRIAL_STEPS
@@ -169,7 +237,7 @@ def test_a_new_text_that_a_tree_fits_gets_it_after_a_few_tokens():
 
 def test_texts_that_begin_all_the_time_leave_most_steps_to_the_quicker_shape():
     for tree, least, highest in (((1.5, 1.1), 0.0, 0.02), ((1.5, 2.0), 0.95, 1.0)):
-        script = Script(tree=tree)
+        script = Script({TREE: tree})
         script.dispatch(RARELY)
         ran = []
         for _ in range(4 * RARELY):
@@ -178,79 +246,166 @@ def test_texts_that_begin_all_the_time_leave_most_steps_to_the_quicker_shape():
         assert least <= share_of(ran) <= highest
 
 
-@pytest.mark.parametrize("steps", [1, 3, STEPS])
-def test_rehearsals_come_once_in_so_many_plain_steps(steps):
-    chooser = Chooser((TREE, ROOT_ONLY), EVERY)
-    chooser.compiled = True
-    plain = rehearsals = 0
-    for _ in range(400):
-        choice = chooser.choose(steps)
-        assert choice.max_steps <= steps
-        chooser.started(choice)
-        seconds = steps_of(choice) * (2.0 if choice.shape == TREE else 1.0)
-        chooser.record(choice.shape, steps_of(choice), steps_of(choice), 1, seconds)
-        assert not (choice.rehearse and choice.shape == TREE)
-        plain += steps_of(choice) * (choice.shape == ROOT_ONLY)
-        rehearsals += choice.rehearse
-    # As often as dispatches allow.
-    period = -(-EVERY // steps) * steps
-    assert rehearsals == pytest.approx(plain / period, abs=2)
+def test_rehearsals_get_rarer_while_no_tree_pays():
+    script = Script({TREE: (1.8, 1.0)})
+    script.dispatch(RARELY)
+    ran = script.dispatch(RARELY)
+    often = sum(map(steps_of, ran)) / sum(choice.rehearse for choice in ran)
+    assert often == pytest.approx(RARER * EVERY, rel=0.1)
+    script.begin_text()
+    ran = script.dispatch(4)
+    assert all(choice.rehearse for choice in ran)
+    assert not any(c.rehearse and c.shape != ROOT_ONLY for c in script.ran)
 
 
 def test_what_a_caller_allows_is_an_upper_bound():
-    script = Script(tree=(1.5, 2.0))
+    script = Script({TREE: (1.5, 2.0)})
     for _ in range(4 * RARELY):
-        assert script.chooser.choose(1).max_steps == 1
+        choice = script.chooser.choose(1, script.requests, script.ready)
+        assert choice.max_steps == 1
         script.dispatch()
 
 
 def test_a_choice_without_a_dispatch_changes_nothing():
     """Where the next dispatch cannot be planned ahead, every second choice is idle."""
-    one, other = Script(tree=(1.5, 2.0)), Script(tree=(1.5, 2.0))
+    one, other = Script({TREE: (1.5, 2.0)}), Script({TREE: (1.5, 2.0)})
     for _ in range(6 * RARELY):
         one.dispatch()
         other.dispatch()
-        other.chooser.choose(None)
+        other.chooser.choose(None, other.requests, other.ready)
     assert one.ran == other.ran
 
 
 def test_times_that_differ_now_and_then_do_not_count():
     """Whatever else the machine does, less often than every second time."""
-    chooser = Chooser((TREE, ROOT_ONLY))
-    chooser.compiled = True
-    chooser.record(TREE, STEPS, STEPS, 1, 9.0)
+    one = chooser()
+    one.record(TREE, [], STEPS, ONE, 9.0)
     for number in range(2 * COMPARISONS):
-        chooser.record(ROOT_ONLY, STEPS, STEPS, 1, STEPS * 1.0)
-        chooser.record(TREE, 2, 2, 1, 2 * (1.6 if number % 3 else 40.0))
-    assert chooser.cost(TREE) == pytest.approx(1.6)
+        one.record(ROOT_ONLY, [], STEPS, ONE, STEPS * 1.0)
+        one.record(TREE, [], 2, ONE, 2 * (1.6 if number % 3 else 40.0))
+    assert one.costs.relative(TREE, ONE) == pytest.approx(1.6)
 
 
 def test_time_that_something_else_took_is_not_compared():
-    """A program compiled, or dispatches of other sizes."""
-    chooser = Chooser((TREE, ROOT_ONLY))
+    """A program compiled, or dispatches under other loads."""
+    one = chooser()
+    before = one.costs.relative(TREE, ONE)
     for shape in (TREE, ROOT_ONLY, TREE, ROOT_ONLY):
-        chooser.record(shape, STEPS, STEPS, 1, None)
-    chooser.record(TREE, STEPS, STEPS, 1, 5.0)
-    chooser.record(ROOT_ONLY, STEPS, 8 * STEPS, 8, 1.0)
-    chooser.record(ROOT_ONLY, 0, 0, 8, 1.0)
-    chooser.record(TREE, STEPS, 8 * STEPS, 8, 9.0)
-    assert chooser.cost(TREE) == PRIOR_COST
+        one.record(shape, [], STEPS, ONE, None)
+    one.record(TREE, [], STEPS, ONE, 5.0)
+    one.record(ROOT_ONLY, [], STEPS, Load.of(8, 0), 1.0)
+    one.record(ROOT_ONLY, [], 0, Load.of(8, 0), 1.0)
+    one.record(TREE, [], STEPS, Load.of(8, 0), 9.0)
+    assert one.costs.relative(TREE, ONE) == before
 
 
-def test_a_batch_has_times_of_its_own():
-    chooser = Chooser((TREE, ROOT_ONLY))
+def test_batches_and_long_texts_have_times_of_their_own():
+    one, eight, long = chooser(), Load.of(8, 0), Load.of(1, 3000)
     for _ in range(2):
-        for slots, cost in ((1, 1.2), (8, 4.0)):
-            chooser.record(ROOT_ONLY, STEPS, slots * STEPS, slots, 1.0)
-            chooser.record(TREE, STEPS, slots * STEPS, slots, cost)
-            chooser.record(ROOT_ONLY, STEPS, slots * STEPS, slots, 1.0)
-    assert chooser.cost(TREE) == pytest.approx(4.0)
-    chooser.record(ROOT_ONLY, STEPS, STEPS, 1, 1.0)
-    assert chooser.cost(TREE) == pytest.approx(1.2)
+        for load, cost in ((ONE, 1.2), (eight, 4.0), (long, 1.4)):
+            one.record(ROOT_ONLY, [], STEPS, load, 1.0)
+            one.record(TREE, [], STEPS, load, cost)
+            one.record(ROOT_ONLY, [], STEPS, load, 1.0)
+    found = [one.costs.relative(TREE, load) for load in (ONE, eight, long)]
+    assert found == pytest.approx([1.2, 4.0, 1.4])
 
 
-def test_a_short_run_compiles_nothing_but_the_tree():
-    script = Script(tree=(2.0, 1.0), compiled=False)
-    ran = script.dispatch(WORTH_COMPILING // STEPS)
-    assert ran == [Choice(TREE, None)] * len(ran)
-    assert ROOT_ONLY in {choice.shape for choice in script.dispatch(SOON)}
+def test_costs_of_another_load_correct_the_curve():
+    costs = Costs(CostCurve(((1, 1.0), (64, 7.3)), 0.0, 0.0, 0.0), slots=8)
+    guess = costs.relative(TREE, Load.of(8, 0))
+    assert guess == pytest.approx(7.3 / 1.7)
+    costs.compare(TREE, ONE, 2 * guess)
+    assert costs.relative(TREE, Load.of(8, 0)) == pytest.approx(2 * guess)
+
+
+def test_known_costs_survive_a_file():
+    kept = []
+    costs = Costs(usual_curve(True, True), 1, keep=kept.append)
+    for number in range(8):
+        costs.compare(LADDER[number % 2], Load.of(2, 2000), 1.5 + number / 10)
+    known = Known.from_dict(kept[-1].as_dict())
+    assert known == kept[-1] and len(kept) == 2
+    again = Costs(usual_curve(True, True), 1, known)
+    for shape in LADDER:
+        for load in (ONE, Load.of(2, 2000)):
+            expected = costs.relative(shape, load)
+            assert again.relative(shape, load) == pytest.approx(expected, rel=1e-3)
+
+
+def test_only_compiled_shapes_run_and_others_are_asked_for():
+    """Plain decoding first, then the first tree; larger ones once they would pay."""
+    gains = ladder((1.6, 2.4), (1.3, 1.9), (2.4, 5.0), (3.9, 5.2))
+    script = Script(gains, ready=set())
+    one, ready = script.chooser, script.ready
+    assert one.wanted(script.requests, ready) is None
+    assert script.dispatch(3) == [Choice(ROOT_ONLY, TRIAL_STEPS)] * 3
+    while not (wanted := one.wanted(script.requests, ready)):
+        script.dispatch()
+    ready.add(ROOT_ONLY)
+    emitted = sum(map(steps_of, script.ran))
+    assert wanted == TREE and emitted <= WORTH_TREES + 3 * STEPS
+    ready.add(TREE)
+    assert one.wanted(script.requests, ready) == REHEARSAL
+    ready.add(REHEARSAL)
+    asked = []
+    for _ in range(2 * WORTH_COMPILING):
+        script.dispatch()
+        if wanted := one.wanted(script.requests, ready):
+            asked.append(wanted)
+            ready.add(wanted)
+    assert LADDER[2] in asked and script.share(RARELY, LADDER[2]) > 0.9
+    assert {c.shape for c in script.ran} <= ready
+
+
+def test_texts_that_do_not_speculate_count_as_plain():
+    one, plain = chooser(), request(speculate=False)
+    assert one.choose(None, [plain], (TREE, ROOT_ONLY)) == Choice(ROOT_ONLY, None)
+    both = one.expected(TREE, [plain, request()])
+    assert both == pytest.approx((1 + one.expected(TREE, [request()])) / 2)
+
+
+class Tosses:
+    """Steps that accept a node of each depth with the same probability.
+
+    The node at depth d has 2d - 1 nodes of other paths before it.
+    """
+
+    def __init__(self, rate, seed):
+        self.rate, self.rng = rate, np.random.default_rng(seed)
+
+    def tokens(self, shape) -> np.ndarray:
+        """Of a step, for each shape of the ladder that is contained in that one."""
+        counts = np.minimum(self.rng.geometric(1 - self.rate), shape.depth + 1)
+        orders = 2 * np.arange(1, shape.depth + 1)
+        counts = np.minimum(counts, 1 + np.sum(orders < shape.num_nodes))
+        tokens = tokens_by_shape(LADDER, counts, orders)
+        return np.where(contained(LADDER, shape), tokens, np.nan)
+
+
+def test_one_deep_shape_tells_of_all_smaller_ones():
+    """And a few of its steps, of what it brings beyond a smaller one."""
+    tosses, text, found = Tosses(0.7, 3), request(), []
+    expectation = Expectation(LADDER, 0.3)
+    largest, small = LADDER[3], LADDER[1]
+    for _ in range(400):
+        tokens = tosses.tokens(largest)
+        found.append(tokens)
+        expectation.add(text, largest, tokens, 1)
+    mean = np.mean(found, axis=0)
+    other = request()
+    np.testing.assert_allclose(expectation.tokens(other), mean, rtol=0.15)
+    for _ in range(60):
+        expectation.add(other, small, tosses.tokens(small), 1)
+    ratio = (expectation.tokens(other) - 1) / (mean - 1 + 1e-9)
+    assert ratio[3] == pytest.approx(ratio[1], rel=0.2)
+
+
+def test_a_request_is_told_apart_from_its_neighbours():
+    expectation = Expectation(LADDER, 0.3)
+    good, bad = request(), request()
+    for _ in range(MEMORY):
+        expectation.add(good, TREE, np.array([4.0, 3.0, np.nan, np.nan, 1.0]), 2)
+        expectation.add(bad, TREE, np.array([1.0, 1.0, np.nan, np.nan, 1.0]), 2)
+    assert expectation.tokens(good)[0] > 3.9 and expectation.tokens(bad)[0] < 1.1
+    middle = statistics.mean([4.0, 1.0])
+    assert expectation.tokens(request())[0] == pytest.approx(middle, abs=0.4)

@@ -15,8 +15,10 @@ from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting.recycle import table_of
 from treespec_jax.engine.chooser import Choice
 from treespec_jax.engine.engine import Engine
-from treespec_jax.engine.rehearsal import Watching, tokens_of_step
+from treespec_jax.engine.expectation import rehearsed_tokens
+from treespec_jax.engine.rehearsal import Watching
 from treespec_jax.engine.request import Request
+from treespec_jax.trees import shapes
 from treespec_jax.trees.shapes import ROOT_ONLY
 from treespec_jax.trees.token_tree import TokenTree, ancestors_of
 
@@ -57,32 +59,45 @@ def walk(tree, log_prob, emitted) -> float:
     return tokens + below(node)
 
 
+def part(tree, log_prob, shape) -> np.ndarray:
+    """Whether each node is one of the best paths that a smaller tree has room for."""
+    path, nodes = np.zeros(len(log_prob)), range(1, len(log_prob))
+    for node in nodes:
+        real = log_prob[node] if tree["valid"][node] else -np.inf
+        path[node] = path[tree["parents"][node]] + real
+    # The sort is stable, and the root is no drafted node.
+    best = sorted(nodes, key=lambda node: -path[node])[: shape.nodes]
+    return np.isin(np.arange(len(path)), [0, *best]) & (tree["depth"] <= shape.depth)
+
+
 def test_tokens_of_a_step_are_those_of_a_walk():
+    """With the whole tree, and with the best part of it."""
     rng = np.random.default_rng(5)
     grown = [random_tree(rng, 12) for _ in range(200)]
-    log_prob = np.log(rng.uniform(0.05, 0.3, (200, 12)))
+    log_prob = np.log(rng.uniform(0.05, 0.3, (200, 12))).astype(np.float32)
     log_prob[:, 0] = 0
     emitted, count = rng.integers(0, 3, (200, STEPS)), rng.integers(0, STEPS + 1, 200)
     stacked = {name: np.stack([tree[name] for tree in grown]) for name in grown[0]}
     log_prob = np.where(stacked["valid"], log_prob, -np.inf).astype(np.float32)
     tree = TokenTree(
         **stacked,
-        ancestors=ancestors_of(jnp.asarray(stacked["parents"]), 11),
-        draft_logprob=jnp.asarray(log_prob),
+        ancestors=np.asarray(ancestors_of(jnp.asarray(stacked["parents"]), 11)),
+        draft_logprob=log_prob,
     )
-    tokens = tokens_of_step(tree, jnp.asarray(emitted), jnp.asarray(count))
-    expected = [
-        walk(*each, seq[:n])
-        for *each, seq, n in zip(grown, log_prob, emitted, count, strict=True)
-    ]
-    np.testing.assert_allclose(tokens, expected, rtol=1e-5)
-    assert len({int(x) for x in expected}) > 3, "the trees are worth a test"
+    parts = [shapes.parse(name) for name in ("dynamic:11@11", "dynamic:4@2", "none")]
+    tokens = rehearsed_tokens(parts, tree, emitted, count)
+    for number, shape in enumerate(parts[:2]):
+        expected = []
+        for one, log, said, real in zip(grown, log_prob, emitted, count, strict=True):
+            smaller = one | {"valid": one["valid"] & part(one, log, shape)}
+            expected.append(walk(smaller, log, said[:real]))
+        np.testing.assert_allclose(tokens[:, number], expected, rtol=1e-5)
+        assert len({int(x) for x in expected}) > 2, "the trees are worth a test"
+    assert (tokens[:, 2] == 1).all()
 
 
 class Told:
     """A chooser that is told what to do, and lists what it hears."""
-
-    compiled = True
 
     def __init__(self):
         self.choices = []
@@ -91,17 +106,23 @@ class Told:
     def reset(self):
         self.tokens, self.heard = [], []
 
-    def choose(self, max_steps):
+    def wanted(self, requests, ready):
+        return None
+
+    def load(self, requests):
+        return None
+
+    def choose(self, max_steps, requests, ready):
         return self.choices[0] if self.choices else Choice(ROOT_ONLY, None)
 
-    def started(self, choice):
+    def started(self, choice, requests):
         self.choices = self.choices[1:]
 
-    def record(self, shape, steps, tokens, slots, seconds):
-        self.tokens.append(tokens / slots)
+    def record(self, shape, observed, steps, load, seconds):
+        self.tokens += [tokens[0] for _, tokens, _ in observed]
 
-    def rehearsed(self, tokens):
-        self.heard.append(tokens)
+    def rehearsed(self, observed, load):
+        self.heard += [tokens[0] for _, tokens in observed]
 
     def begin_text(self):
         pass
@@ -112,9 +133,7 @@ def engine(request, tiny_draft):
     """Drafters with and without a model, which wait for what they are told."""
     layered = request.param == "a layer"
     model = eagle(tiny_draft, 3, few=True) if layered else None
-    settings = SpeculativeConfig(
-        method="auto", tree="dynamic:6@3", model=model and "tiny"
-    )
+    settings = SpeculativeConfig(method="auto", tree="auto:6@3", model=model and "tiny")
     made = speculation.make(settings, model)
     assert Watching.fits(made, STEPS)
     config = EngineConfig(
@@ -177,4 +196,4 @@ def test_plain_steps_teach_a_dispatch_at_once_what_they_teach_one_by_one(engine,
     for state in states[1:]:
         jax.tree.map(np.testing.assert_array_equal, state, states[0])
     assert np.isfinite(states[0][3]).any()
-    assert set(engine.compilations) == {"begin", "prefill", "dispatch"}
+    assert set(engine.compilations) == {"begin", "prefill", "dispatch", "rehearsal"}

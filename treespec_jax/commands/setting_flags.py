@@ -55,15 +55,17 @@ HELP: dict[str, dict[str, str]] = {
         "frequency_penalty": "taken off once per time that a token was emitted",
         "logit_bias": "TOKEN=NUMBER, added to the logit of a token id; repeatable; "
         "default: none",
+        "speculate": "grow trees; --nospeculate decodes plainly",
     },
     "speculative": {
         "method": f"what drafts: {', '.join(METHODS)}; default: that of the "
         "drafter, else auto",
         "model": "drafter's checkpoint: a small model, EAGLE or Medusa; default: the "
         "one for that name, if the target is a name of list_models",
-        "tree": "none, chain:5, regular:4x2x1, dynamic:15@5, allotted:15@5, "
-        "static:0.0.0+0.1+1 (paths of child ranks), medusa:mc_sim_7b_63, "
-        "medusa:mc_sim_7b_63@3 or file:PATH (docs/shapes.md); default: the method's",
+        "tree": "auto (a choice at every step), none, chain:5, regular:4x2x1, "
+        "dynamic:15@5, allotted:15@5, static:0.0.0+0.1+1 (paths of child ranks), "
+        "medusa:mc_sim_7b_63, medusa:mc_sim_7b_63@3 or file:PATH (docs/shapes.md); "
+        "default: auto under the rule exact, else the method's",
         "tau": "temperature of the drafter's estimates; default: the one fitted by "
         "calibrate_drafter, else 0.7",
         "rule": "exact, token, block, traversal, terminal or (LOSSY) typical",

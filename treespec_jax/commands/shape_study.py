@@ -109,7 +109,7 @@ def make(given, trees: Sequence[str]) -> Job:
                 f"tree {tree!r} takes another form at every step; give a fixed one, "
                 "such as chain:3 or static:0.0+1"
             )
-    settings = _never_skipping(settings).with_tree(probe)
+    settings = settings.with_tree(probe)
     takes_model = METHODS[limits.resolve(settings.speculative).method].takes_model
     settings = settings.with_paths(takes_model)
     texts = prompts.read_or_stories(given.prompts_file)
@@ -132,16 +132,6 @@ def _probe(width: int, depth: int) -> str:
             "--probe_width or --probe_depth"
         )
     return paths.text_of(topology)
-
-
-def _never_skipping(settings: Experiment) -> Experiment:
-    """Steps without a tree would be counted as rejections."""
-    speculative = limits.resolve(settings.speculative)
-    options = dict(speculative.options)
-    if speculative.method == "auto":
-        options["may_skip"] = False
-    speculative = dataclasses.replace(speculative, options=tuple(options.items()))
-    return dataclasses.replace(settings, speculative=speculative)
 
 
 def _fitting(settings: Experiment, ids: Sequence[Sequence[int]]) -> Experiment:

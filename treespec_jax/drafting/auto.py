@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from treespec_jax.branches import branch
-from treespec_jax.checks import check_bool, check_int
+from treespec_jax.checks import check_int
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
 from treespec_jax.drafting.eagle import Eagle
@@ -48,17 +48,14 @@ class AutoOptions:
       history: H, tokens of other requests that are searched too; 0 for none.
       successors: of each token that are recycled.
       candidates: runners-up of the newest token.
-      may_skip: grow no tree while plain decoding is quicker, under the exact rule.
     """
 
     longest: int = 16
     history: int = 4096
     successors: int = 8
     candidates: int = 6
-    may_skip: bool = True
 
     def __post_init__(self):
-        check_bool("may_skip", self.may_skip)
         for name in ("longest", "successors", "candidates"):
             check_int(name, getattr(self, name), 1)
         check_int("history", self.history, 0)

@@ -11,7 +11,7 @@ from treespec_jax.acceptance.protocol import Verdict
 from treespec_jax.branches import branch
 from treespec_jax.engine.state import Control, Emission, TopTokens, Trees
 from treespec_jax.sampling import select
-from treespec_jax.trees.token_tree import TokenTree
+from treespec_jax.trees.token_tree import TokenTree, orders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ def emission_of(
         top=top,
         ranks=child_ranks(tree, verdict.path),
         sources=jnp.take_along_axis(sources_BT, verdict.path[:, 1:], axis=1),
+        orders=orders(tree, verdict.path),
         trees=Trees(
             parents=tree.parents,
             log_prob=jnp.where(tree.valid, tree.draft_logprob, -jnp.inf),

@@ -12,40 +12,22 @@ import numpy as np
 
 from treespec_jax import limits
 from treespec_jax.config import EngineConfig, SamplingParams
-from treespec_jax.engine import rehearsal
+from treespec_jax.engine import flights, rehearsal
 from treespec_jax.engine.branching import CachedTexts
-from treespec_jax.engine.chooser import Choice, Chooser
+from treespec_jax.engine.chooser import REHEARSAL, Choice, Chooser, Program
+from treespec_jax.engine.costs import Costs, Load, usual_curve
 from treespec_jax.engine.executor import Executor, fetch
+from treespec_jax.engine.flights import Flight
 from treespec_jax.engine.plan import DraftCache, Plan, idle_chunk
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Scheduler
 from treespec_jax.engine.slots import SlotSettings
-from treespec_jax.engine.state import Outbox
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling import constraints
 from treespec_jax.speculation import PLAIN, Speculation
 from treespec_jax.trees.shapes import TreeShape
 
 GREEDY = SamplingParams()
-
-
-@dataclasses.dataclass
-class _Flight:
-    """A dispatch under way.
-
-    Attributes:
-      plan: what runs.
-      shape: that it grows.
-      outbox: on the device.
-      started: time of its launch, by the engine's clock.
-      timed: whether its time is that of its steps: nothing was compiled meanwhile.
-    """
-
-    plan: Plan
-    shape: TreeShape
-    outbox: Outbox
-    started: float
-    timed: bool
 
 
 class Engine:
@@ -56,6 +38,7 @@ class Engine:
       config: fixed sizes.
       speculation: what drafts and what decides.
       eos_ids: tokens that end a text, unless a request ignores them.
+      costs: of steps, to choose shapes by; None: nothing is known beforehand.
 
     Attributes:
       prefill_seconds: wall time spent in prefill, without compiling.
@@ -72,6 +55,7 @@ class Engine:
         config: EngineConfig,
         speculation: Speculation = PLAIN,
         eos_ids: Sequence[int] = (),
+        costs: Costs | None = None,
     ):
         limits.check_tree(speculation.depth, config.max_len)
         self.config = config
@@ -102,10 +86,12 @@ class Engine:
             drafted.in_pages,
             self._executor,
         )
-        every = rehearsal.every(speculation.drafter)
-        self._chooser = Chooser(speculation.shapes, every)
+        layered = speculation.drafter.module is not None
+        cpu = self._executor.platform == "cpu"
+        costs = costs or Costs(usual_curve(cpu, layered), config.max_batch)
+        self._chooser = Chooser(speculation.shapes, costs, layered)
         # Dispatches under way, the oldest first; at most two.
-        self._flights: collections.deque[_Flight] = collections.deque()
+        self._flights: collections.deque[Flight] = collections.deque()
         self._landed = 0.0
         # Slots whose requests end if what runs now fails; None: all.
         self._concerned: Iterable[int] | None = None
@@ -120,6 +106,11 @@ class Engine:
     def compile_seconds(self) -> float:
         """Wall time spent on tracing, compiling and reading compiled programs."""
         return self._clock.compile_seconds
+
+    @property
+    def costs(self) -> Costs:
+        """What steps cost, as far as is known."""
+        return self._chooser.costs
 
     @property
     def busy(self) -> bool:
@@ -273,14 +264,15 @@ class Engine:
 
         Args:
           chunks: sizes of prefills, of `EngineConfig.prefill_chunks`.
-          every_shape: dispatches of all shapes, not of the first alone.
+          every_shape: all that a full batch may use; nothing is compiled later. Else
+            what decoding begins with: plain steps, if these are among the shapes.
           resuming: also what tells a drafter of cached beginnings, if it has to be.
           request: also what one with its settings runs.
           params: how every slot samples without a request; see `program`.
         """
         params = params if request is None else request.params
         plans = [self._scheduler.idle_plan().asking(params)]
-        shapes = self.speculation.shapes
+        programs = self._programs(every_shape)
         pieces = [idle_chunk(size, self.config) for size in chunks]
         if resuming and self._resumes:
             largest = self.config.prefill_chunks[-1]
@@ -296,8 +288,7 @@ class Engine:
                 scored = (idle_chunk(size, self.config) for size in chunks)
                 pieces += [dataclasses.replace(chunk, top=top) for chunk in scored]
         with self._clock.stopped():
-            self._executor.compile(plans, shapes if every_shape else shapes[:1], pieces)
-        self._chooser.compiled |= every_shape
+            self._executor.compile(plans, programs, pieces, every_shape)
 
     def advance(
         self, max_steps: int | None = None, shape: TreeShape | None = None
@@ -374,6 +365,15 @@ class Engine:
             self.decode_seconds += spent - (self.prefill_seconds - prefilled)
         return touched
 
+    @property
+    def compiling(self) -> bool:
+        """Whether a program is being compiled beside others."""
+        return self._executor.background.busy
+
+    def wait(self) -> None:
+        """Waits until no program is being compiled beside others."""
+        self._executor.background.wait()
+
     def drain(self) -> None:
         """Waits for dispatches under way, and enters what they emitted.
 
@@ -384,6 +384,15 @@ class Engine:
             while self._flights:
                 self._land()
 
+    def _programs(self, every_shape: bool) -> list[Program]:
+        """Dispatches to compile, see `compile`."""
+        shapes = self.speculation.shapes
+        if len(shapes) == 1 or not every_shape:
+            return [shapes[-1]]
+        loads = {Load.of(1, 0), Load.of(self.config.max_batch, 0)}
+        useful = {s for load in loads for s in self._chooser.useful(load)}
+        return [*(shape for shape in shapes if shape in useful), REHEARSAL]
+
     def _settings_of(self, params: SamplingParams) -> SlotSettings:
         """As if a request with these had the first slot, and nobody the others."""
         sizes = self.config.max_batch, self.config.max_len
@@ -393,24 +402,40 @@ class Engine:
 
     def _choose(self, max_steps: int | None, shape: TreeShape | None) -> Choice:
         """What the next dispatch does."""
-        if shape is not None:
-            return Choice(shape, max_steps)
-        return self._chooser.choose(max_steps)
+        if shape is not None or len(self.speculation.shapes) == 1:
+            return Choice(shape or self.speculation.shape, max_steps)
+        plan, executor = self._scheduler.preview(), self._executor
+        requests = [slot.request for slot in plan.slots.values()]
+        variant = executor.variant(plan)
+        ready = executor.ready(variant)
+        if not executor.is_warm(variant):
+            known = ready | executor.refused(variant)
+            wanted = self._chooser.wanted(requests, known)
+            if wanted is not None:
+                executor.compile_behind(plan, wanted)
+        return self._chooser.choose(max_steps, requests, ready)
 
     def _launch(self, plan: Plan | None, choice: Choice) -> None:
         if plan is None:
             return
-        started, compiled = self._clock.now(), self.compilations["dispatch"]
+        started, compiled = self._clock.now(), sum(self.compilations.values())
+        rehearsed = None
         try:
-            outbox = self._executor.dispatch(plan, choice.shape, choice.rehearse)
+            if choice.rehearse:
+                rehearsed = self._executor.rehearse(plan)
+            outbox = self._executor.dispatch(plan, choice.shape)
         except BaseException:
             self._scheduler.abandon(plan)
             raise
-        timed = self.compilations["dispatch"] == compiled
+        timed = sum(self.compilations.values()) == compiled
         for flight in self._flights:
             flight.timed &= timed
-        self._flights.append(_Flight(plan, choice.shape, outbox, started, timed))
-        self._chooser.started(choice)
+        timed &= not self.compiling
+        requests = [slot.request for slot in plan.slots.values()]
+        load = self._chooser.load(requests)
+        flight = Flight(plan, choice.shape, load, outbox, started, timed, rehearsed)
+        self._flights.append(flight)
+        self._chooser.started(choice, requests)
 
     def _land(self) -> list[Request]:
         flight = self._flights[0]
@@ -420,12 +445,9 @@ class Engine:
         now = self._clock.now()
         seconds = now - max(flight.started, self._landed)
         self._landed = now
-        timed = seconds if flight.timed else None
-        tokens, slots = int(done.emission.counts.sum()), len(flight.plan.slots)
-        self._chooser.record(flight.shape, int(done.steps), tokens, slots, timed)
-        if done.rehearsed is not None and done.rehearsed.any():
-            rehearsed = done.rehearsed[done.rehearsed > 0]
-            self._chooser.rehearsed(float(rehearsed.mean()))
+        if len(self.speculation.shapes) > 1:
+            seconds = seconds if flight.timed else None
+            flights.tell(self._chooser, self.speculation.shapes, flight, done, seconds)
         return self._scheduler.file(flight.plan, done, flight.shape.num_nodes - 1)
 
     def _prefill(self) -> list[Request]:

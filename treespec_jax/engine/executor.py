@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,8 @@ from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Sizes
 from treespec_jax.engine import compile_time, placement, rehearsal, sharing
 from treespec_jax.engine import step as stepping
+from treespec_jax.engine.background import Background
+from treespec_jax.engine.chooser import REHEARSAL, Program
 from treespec_jax.engine.clock import SteadyClock
 from treespec_jax.engine.plan import ChunkPlan, ExtendPlan, ForkPlan, Plan
 from treespec_jax.engine.sharing import Additions, SlotCopies
@@ -31,6 +33,7 @@ from treespec_jax.sampling import policy
 from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.speculation import Speculation
 from treespec_jax.trees.shapes import TreeShape
+from treespec_jax.trees.token_tree import TokenTree
 
 # Numbers in a row of a TPU's vector registers.
 TPU_LANES = 128
@@ -51,6 +54,8 @@ class Executor:
 
     Attributes:
       compilations: times that each kind of program was traced and compiled.
+      background: compiles programs while others run.
+      platform: kind of the device, such as "cpu".
 
     Raises:
       UserError: target and drafter lie on different devices.
@@ -71,11 +76,12 @@ class Executor:
         self._speculation = speculation
         self._target, self._draft = FlatModule(target), FlatModule(module)
         self._placement = placement.placement(target, module)
+        self.platform = placement.platform(target)
         self._layout = paging.CacheLayout(
             num_pages + 1,
             config.page_size,
             config.cache_dtype,
-            config.lanes or (TPU_LANES if placement.on_tpu(target) else 1),
+            config.lanes or (TPU_LANES if self.platform == "tpu" else 1),
             self._placement,
         )
         self._straight = is_gpu(placement.device(target))
@@ -96,7 +102,14 @@ class Executor:
             self._traced_extend, donate_argnums=1, static_argnames="scored"
         )
         self._choose = jax.jit(sharing.choose)
-        self._dispatches: dict[TreeShape, Callable] = {}
+        self._programs: dict[Program, Callable] = {
+            REHEARSAL: jax.jit(self._traced_rehearsal)
+        }
+        # Programs that are compiled, by name and variant; and variants of which all
+        # are that will be used.
+        self._compiled: set[tuple[Program, Hashable]] = set()
+        self._warm: set[Hashable] = set()
+        self.background = Background()
 
     def reset(self) -> None:
         """Empties the caches, and all that the drafter has learnt."""
@@ -195,30 +208,64 @@ class Executor:
     def _set_pages(self, pages: Pages) -> None:
         self._state = dataclasses.replace(self._state, pages=pages)
 
-    def dispatch(self, plan: Plan, shape: TreeShape, rehearse: bool = False) -> Outbox:
+    def dispatch(self, plan: Plan, shape: TreeShape) -> Outbox:
         """Starts a dispatch; its outbox is still on the device."""
-        program = self._dispatch(shape)
-        control = _control(plan, self._straight, rehearse)
+        program, control = self._program(shape), self._control(plan)
         with compile_time.measured(self._clock):
             self._state, outbox = program(self._leaves, self._state, control)
+        self._compiled.add((shape, _variant(control)))
         return outbox
+
+    def rehearse(self, plan: Plan) -> TokenTree:
+        """Starts to grow a tree that nobody will verify; it is still on the device."""
+        control = self._control(plan)
+        with compile_time.measured(self._clock):
+            tree = self._program(REHEARSAL)(self._leaves, self._state, control)
+        self._compiled.add((REHEARSAL, _variant(control)))
+        return tree
+
+    def variant(self, plan: Plan) -> Hashable:
+        """What a plan's programs hang on besides their names, such as penalties."""
+        return _variant(self._control(plan))
+
+    def ready(self, variant: Hashable) -> set[Program]:
+        """Programs that are compiled in a variant."""
+        # A thread may add to the second one meanwhile: a list is made at once.
+        compiled = [*self._compiled, *self.background.done]
+        return {program for program, other in compiled if other == variant}
+
+    def refused(self, variant: Hashable) -> set[Program]:
+        """Programs that cannot be compiled."""
+        failed = [*self.background.failed]
+        return {program for program, other in failed if other == variant}
+
+    def is_warm(self, variant: Hashable) -> bool:
+        """Whether all programs are compiled that will be used."""
+        return variant in self._warm
 
     def compile(
         self,
         plans: Sequence[Plan],
-        shapes: Sequence[TreeShape],
+        programs: Sequence[Program],
         chunks: Sequence[ChunkPlan],
+        warm: bool,
     ) -> None:
-        """Compiles dispatches of some shapes and prefills of some sizes, and no more.
+        """Compiles some programs and prefills of some sizes, and no more.
 
         Compilers keep one core busy: the programs are compiled side by side, the
         largest first.
+
+        Args:
+          plans: of dispatches, one of each variant.
+          programs: by name.
+          chunks: of prompts.
+          warm: no others will be used.
         """
         state = self._leaves, self._state
         jobs = [
-            (self._dispatch(shape), (*state, _control(plan, self._straight)))
+            (self._program(name), (*state, self._control(plan)))
             for plan in plans
-            for shape in shapes
+            for name in programs
         ]
         jobs += [
             (self._resume if c.cached else self._prefill, (*state, *_chunk(c)))
@@ -231,6 +278,25 @@ class Executor:
             ]
             for job in under_way:
                 job.result()
+        variants = {self.variant(plan) for plan in plans}
+        self._compiled |= {(name, v) for name in programs for v in variants}
+        self._warm |= variants if warm else set()
+
+    def compile_behind(self, plan: Plan, name: Program) -> None:
+        """Compiles a program while others run, if none is being compiled."""
+        if self.background.busy:
+            return
+        # The state's arrays are given away meanwhile; what they are like stays.
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            self._state,
+        )
+        program, args = self._program(name), (self._leaves, state, self._control(plan))
+
+        def job():
+            program.lower(*args).compile()
+
+        self.background.start((name, self.variant(plan)), job)
 
     def program(
         self, plan: Plan, shape: TreeShape, straight: bool | None = None
@@ -259,12 +325,15 @@ class Executor:
     def draft_state(self, state: Any) -> None:
         self._state = dataclasses.replace(self._state, draft=state)
 
-    def _dispatch(self, shape: TreeShape) -> Callable:
-        if shape not in self._dispatches:
-            self._dispatches[shape] = jax.jit(
-                self._traced_dispatch(shape), donate_argnums=1
+    def _control(self, plan: Plan) -> Control:
+        return _control(plan, self._straight)
+
+    def _program(self, name: Program) -> Callable:
+        if name not in self._programs:
+            self._programs[name] = jax.jit(
+                self._traced_dispatch(name), donate_argnums=1
             )
-        return self._dispatches[shape]
+        return self._programs[name]
 
     @property
     def _leaves(self):
@@ -324,6 +393,10 @@ class Executor:
         done = sharing.extend(target, pages, additions, scored)
         return placement.pin(done, self._placement.mesh)
 
+    def _traced_rehearsal(self, leaves, state, control) -> TokenTree:
+        self.compilations["rehearsal"] += 1
+        return stepping.rehearse(*self._bind(leaves), state, control)
+
     def _traced_dispatch(self, shape: TreeShape) -> Callable:
         def run(leaves, state, control):
             self.compilations["dispatch"] += 1
@@ -362,7 +435,13 @@ def _copies(pairs: Sequence[tuple[int, int]], size: int) -> tuple:
     return *rows, np.int32(len(pairs))
 
 
-def _control(plan: Plan, straight: bool, rehearse: bool = False) -> Control:
+def _variant(control: Control) -> Hashable:
+    """What decides besides a program's name whether it was compiled."""
+    leaves, structure = jax.tree.flatten(control)
+    return structure, tuple(np.shape(leaf) for leaf in leaves)
+
+
+def _control(plan: Plan, straight: bool) -> Control:
     running, wanted = sorted(plan.slots), plan.want_logprobs
     logprobs = bool(wanted[running or slice(None)].any())
     return Control(
@@ -371,8 +450,8 @@ def _control(plan: Plan, straight: bool, rehearse: bool = False) -> Control:
         eos=plan.eos,
         sampling=policy.from_host(plan.sampling, straight, running, logprobs),
         want_logprobs=wanted,
+        speculate=plan.speculate,
         max_steps=plan.max_steps,
-        rehearse=np.bool_(rehearse),
         top=plan.top,
         text=TextSoFar.of(plan.text) if plan.text is not None else None,
     )

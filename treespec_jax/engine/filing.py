@@ -57,6 +57,7 @@ def enter(request: Request, outbox: Any, index: int, nodes: int) -> int:
       tokens that it emitted.
     """
     emission = outbox.emission
+    nodes = nodes if request.params.speculate else 0
     counts_S = emission.counts[: int(outbox.steps), index]
     if not counts_S.all():
         # A text that has ended emits nothing more.

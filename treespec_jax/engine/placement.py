@@ -40,11 +40,13 @@ def device(target: nnx.Module) -> jax.Device | None:
     return _of(target)[2]
 
 
-def on_tpu(target: nnx.Module) -> bool:
-    """Whether the parameters lie on a TPU, one to compile for included."""
+def platform(target: nnx.Module) -> str:
+    """Kind of the devices that hold the parameters, such as "cpu" or "tpu".
+
+    That may be one to compile for; of abstract parameters it is jax's default.
+    """
     device = _of(target)[2]
-    platform = jax.default_backend() if device is None else device.platform
-    return platform == "tpu"
+    return jax.default_backend() if device is None else device.platform
 
 
 def pin(tree, mesh: Mesh | None):

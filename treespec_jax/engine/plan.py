@@ -107,6 +107,7 @@ class Plan:
       limits: int32 [B], tokens that a slot may hold after it; 0 is idle.
       eos: int32 [B, E], padded with -1.
       want_logprobs: bool [B].
+      speculate: bool [B], whether a slot has a tree.
       sampling: fields of `sampling.policy.Sampling`.
       text: fields of `sampling.penalties.TextSoFar`; None if nobody has penalties.
       top: K, see `engine.state.Control`.
@@ -118,6 +119,7 @@ class Plan:
     limits: np.ndarray
     eos: np.ndarray
     want_logprobs: np.ndarray
+    speculate: np.ndarray
     sampling: Mapping[str, np.ndarray]
     text: Mapping[str, np.ndarray] | None
     top: int

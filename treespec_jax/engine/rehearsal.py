@@ -3,8 +3,8 @@
 A plain step is short, so that a drafter's small operations are a share of it, and the
 pass of a drafter's model even more so. Therefore a dispatch of plain steps is, for a
 drafter, one step that emitted all of its tokens: it takes them in once. And before the
-first step a tree may be grown that nobody verifies: the tokens that come anyway say how
-much of it would have been accepted.
+first step a tree may be grown that nobody verifies, by a program of its own: the tokens
+that come anyway say how much of it would have been accepted (`engine.expectation`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ from treespec_jax.drafting.protocol import Committed, Drafter, Successors
 from treespec_jax.engine.state import DecodeState, Emission
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.speculation import Speculation
-from treespec_jax.trees.token_tree import TokenTree
-
-# Plain steps between rehearsals, of drafters without and with a model.
-EVERY, EVERY_WITH_MODEL = 8, 32
-
 
 # Rows of a model's pass over what waits, up to which a few more cost next to nothing.
 FEW_ROWS = 8
@@ -40,41 +35,6 @@ def window(speculation: Speculation, steps: int) -> int:
     least = speculation.depth + 1
     plain = any(shape.depth == 0 for shape in speculation.shapes)
     return max(least, steps) if plain and steps <= max(least, FEW_ROWS) else least
-
-
-def every(drafter: Drafter) -> int:
-    """Plain steps between rehearsals, so that these take next to no time."""
-    return EVERY if drafter.module is None else EVERY_WITH_MODEL
-
-
-def tokens_of_step(
-    tree: TokenTree, emitted_BS: jax.Array, count_B: jax.Array
-) -> jax.Array:
-    """float32 [B]: tokens that a step with this tree would have emitted.
-
-    Where the emitted tokens end within the tree, its own estimates go on.
-
-    Args:
-      tree: grown before the tokens.
-      emitted_BS: int32, after the roots, in order.
-      count_B: int32, how many of them are real.
-    """
-    last = emitted_BS.shape[1] - 1
-    said_BT = jnp.take_along_axis(emitted_BS, jnp.clip(tree.depth - 1, 0, last), axis=1)
-    came_BT = (tree.tokens == said_BT) & tree.valid & (tree.depth <= count_B[:, None])
-    came_BT |= tree.depth == 0
-    accepted_BT = ~jnp.any(tree.ancestors & ~came_BT[:, None], axis=2)
-    depth_BT = jnp.where(accepted_BT, tree.depth, 0)
-    accepted_B = jnp.max(depth_BT, axis=1)
-    deepest_B11 = jnp.argmax(depth_BT, axis=1)[:, None, None]
-    # The nodes below the deepest accepted one, by their paths from there.
-    above_B1T = jnp.take_along_axis(tree.ancestors, deepest_B11, axis=1)
-    below_BT = jnp.take_along_axis(tree.ancestors, deepest_B11, axis=2)[:, :, 0]
-    below_BT &= tree.valid & ~accepted_BT
-    path_BTT = jnp.where(tree.ancestors & ~above_B1T, tree.draft_logprob[:, None], 0.0)
-    rest_BT = jnp.where(below_BT, jnp.exp(jnp.sum(path_BTT, axis=2)), 0.0)
-    rest_B = jnp.where(accepted_B == count_B, jnp.sum(rest_BT, axis=1), 0.0)
-    return 1.0 + accepted_B + rest_B
 
 
 @jax.tree_util.register_dataclass

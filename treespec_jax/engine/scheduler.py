@@ -399,6 +399,10 @@ class Scheduler:
         """A dispatch in which nobody runs, for the shapes of its arrays."""
         return self._plan_of({}, self.config.steps_per_dispatch)
 
+    def preview(self) -> Plan:
+        """Who would run now, and by arrays of which shapes; nothing is reserved."""
+        return self._planned(0) or self.idle_plan()
+
     def _planned(self, steps: int) -> Plan | None:
         ready = {i: slot for i, slot in self._occupied().items() if slot.ready}
         return self._plan_of(ready, steps) if ready else None
@@ -409,10 +413,7 @@ class Scheduler:
             room = len(slot.pages) * self.config.page_size
             limits_B[index] = min(slot.limit, room)
         penalised = any(slot.request.penalised for slot in ready.values())
-        texts = {
-            index: (slot.request.prompt, slot.request.tokens)
-            for index, slot in ready.items()
-        }
+        texts = {i: (s.request.prompt, s.request.tokens) for i, s in ready.items()}
         settings = self._settings
         if len(ready) < len(self._occupied()):
             settings = settings.running(ready)
@@ -422,6 +423,7 @@ class Scheduler:
             eos=settings.eos,
             # A record has them, whether or not the request asked.
             want_logprobs=settings.want_logprobs | self.config.record,
+            speculate=settings.speculate,
             sampling=settings.sampling(),
             text=settings.text(texts) if penalised else None,
             top=settings.top,

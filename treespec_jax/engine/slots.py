@@ -74,6 +74,7 @@ class SlotSettings:
         }
         self._eos = np.full((batch, max(1, len(self._eos_ids))), -1, np.int32)
         self._want_logprobs = np.zeros(batch, bool)
+        self._speculate = np.ones(batch, bool)
         bias = batch, SamplingParams.MAX_LOGIT_BIAS
         self._bias_tokens = np.full(bias, NO_TOKEN)
         self._bias = np.zeros(bias, np.float32)
@@ -90,6 +91,7 @@ class SlotSettings:
         self._top = max(self._top, self._rounded(params.logprobs or 0))
         self._allowed[slot] = self._allowed_bits(params)
         self._ends[slot] = self._end_bits(params)
+        self._speculate[slot] = params.speculate
         for column, (token, bias) in enumerate(params.logit_bias):
             self._bias_tokens[slot, column] = token
             self._bias[slot, column] = bias
@@ -107,6 +109,7 @@ class SlotSettings:
             values[slot] = self._defaults[name]
         self._eos[slot] = -1
         self._want_logprobs[slot] = False
+        self._speculate[slot] = True
         self._bias_tokens[slot] = NO_TOKEN
         self._bias[slot] = 0
 
@@ -132,6 +135,11 @@ class SlotSettings:
     def want_logprobs(self) -> np.ndarray:
         """bool [B]."""
         return self._want_logprobs.copy()
+
+    @property
+    def speculate(self) -> np.ndarray:
+        """bool [B]."""
+        return self._speculate.copy()
 
     @property
     def top(self) -> int:

@@ -46,11 +46,10 @@ class Control:
       eos: int32 [B, E], tokens that end a slot's text, padded with -1.
       sampling: settings per slot.
       want_logprobs: bool [B].
+      speculate: bool [B], whether a slot has a tree; the others decode plainly.
       max_steps: int32 [], steps to run at most, up to the compiled bound.
       top: K, tokens whose log p is told beside that of an emitted one; another number
         is another program.
-      rehearse: bool [], whether plain steps begin with a tree that nobody verifies
-        (`engine.rehearsal`).
       text: what penalties look at; None, another program, if no request has any.
     """
 
@@ -59,8 +58,8 @@ class Control:
     eos: jax.Array
     sampling: Sampling
     want_logprobs: jax.Array
+    speculate: jax.Array
     max_steps: jax.Array
-    rehearse: jax.Array
     text: TextSoFar | None = None
     top: int = dataclasses.field(default=0, metadata=dict(static=True))
 
@@ -129,6 +128,7 @@ class Emission:
       logprobs: float32 [B, C + 1], log p of those tokens where asked for.
       ranks: int32 [B, C], which child of its parent each accepted node was.
       sources: int32 [B, C], where each accepted node comes from (`Drafter.sources`).
+      orders: int32 [B, C], of the accepted nodes, see `trees.token_tree.orders`.
       top: of those tokens [B, C + 1]; None if K is 0.
       trees: if they are recorded.
     """
@@ -138,6 +138,7 @@ class Emission:
     logprobs: jax.Array
     ranks: jax.Array
     sources: jax.Array
+    orders: jax.Array
     top: TopTokens | None
     trees: Trees | None
 
@@ -164,13 +165,10 @@ class Outbox:
     Attributes:
       emission: every array with a leading axis S, the compiled number of steps.
       steps: int32 [], steps that ran.
-      rehearsed: float32 [B], tokens that a step with a tree would have emitted; 0
-        of an idle slot, or if no tree was asked for. None of steps with trees.
     """
 
     emission: Emission
     steps: jax.Array
-    rehearsed: jax.Array | None = None
 
     @classmethod
     def empty(cls, config: EngineConfig, shape: TreeShape, top: int = 0) -> Outbox:
@@ -202,6 +200,7 @@ class Outbox:
             logprobs=jnp.zeros((*lead, width), jnp.float32),
             ranks=jnp.zeros((*lead, width - 1), jnp.int32),
             sources=jnp.zeros((*lead, width - 1), jnp.int32),
+            orders=jnp.zeros((*lead, width - 1), jnp.int32),
             top=top_tokens if top else None,
             trees=trees if config.record else None,
         )

@@ -17,7 +17,7 @@ from treespec_jax.cache.prefill import Chunk, run_chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Committed, DraftContext, Successors
 from treespec_jax.engine.emission import Decided, emission_of, log_probs_of
-from treespec_jax.engine.rehearsal import Watching, tokens_of_step
+from treespec_jax.engine.rehearsal import Watching
 from treespec_jax.engine.state import (
     Control,
     DecodeState,
@@ -32,7 +32,7 @@ from treespec_jax.sampling.penalties import Penalties
 from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.speculation import Speculation
 from treespec_jax.trees.shapes import TreeShape
-from treespec_jax.trees.token_tree import TokenTree
+from treespec_jax.trees.token_tree import TokenTree, only_roots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,8 @@ def step(
     """Advances every active slot by one tree of the given shape."""
     turn = _turn(target, shape, state, control, penalties)
     proposed = propose(target, speculation, shape, state, turn)
-    tree = proposed.tree
+    tree = only_roots(proposed.tree, ~control.speculate)
+    proposed = dataclasses.replace(proposed, tree=tree)
     verified = verify(
         target,
         tree,
@@ -297,18 +298,17 @@ def dispatch(
     penalties = None
     if control.text is not None:
         penalties = control.text.tables(target.config.vocab_size)
-    before, tree, watching = state, None, None
-    if speculation.depth > shape.depth == 0:
-        tree = _rehearse(target, speculation, state, control, penalties)
-        if Watching.fits(speculation, config.steps_per_dispatch):
-            # What waits goes through a drafter's model now.
-            turn = _turn(target, shape, state, control, penalties)
-            caught_up = propose(target, speculation, shape, state, turn).draft
-            before = dataclasses.replace(state, draft=caught_up)
-            watching = Watching(speculation.drafter, config.steps_per_dispatch)
-            seen = watching.begin(config.max_batch, target)
-            speculation = dataclasses.replace(speculation, drafter=watching)
-            state = dataclasses.replace(state, draft=seen)
+    before, watching = state, None
+    plain = speculation.depth > shape.depth == 0
+    if plain and Watching.fits(speculation, config.steps_per_dispatch):
+        # What waits goes through a drafter's model now.
+        turn = _turn(target, shape, state, control, penalties)
+        caught_up = propose(target, speculation, shape, state, turn).draft
+        before = dataclasses.replace(state, draft=caught_up)
+        watching = Watching(speculation.drafter, config.steps_per_dispatch)
+        seen = watching.begin(config.max_batch, target)
+        speculation = dataclasses.replace(speculation, drafter=watching)
+        state = dataclasses.replace(state, draft=seen)
 
     def run(state, penalties) -> StepResult:
         result = step(target, speculation, shape, state, control, penalties)
@@ -339,36 +339,24 @@ def dispatch(
     state, _, outbox = lax.while_loop(unfinished, body, (state, penalties, outbox))
     if watching is not None:
         state = watching.finish(before, state, outbox.emission, control.page_table)
-    if tree is not None:
-        count_B = state.lengths - before.lengths
-        tokens_B = tokens_of_step(tree, outbox.emission.tokens[:, :, 0].T, count_B)
-        grown_B = control.rehearse & (count_B > 0)
-        outbox = dataclasses.replace(
-            outbox, rehearsed=jnp.where(grown_B, tokens_B, 0.0)
-        )
     return state, outbox
 
 
-def _rehearse(
+def rehearse(
     target: Transformer,
     speculation: Speculation,
     state: DecodeState,
     control: Control,
-    penalties: Penalties | None,
 ) -> TokenTree:
-    """The tree of the first shape, which nobody will verify, if it is asked for.
+    """The tree of the first shape, as a step would grow it now; nobody verifies it.
 
-    What the drafter found for it is forgotten.
+    What the drafter finds for it is forgotten.
     """
+    penalties = None
+    if control.text is not None:
+        penalties = control.text.tables(target.config.vocab_size)
     turn = _turn(target, speculation.shape, state, control, penalties)
-
-    def grow():
-        return propose(target, speculation, speculation.shape, state, turn).tree
-
-    def skip():
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grow))
-
-    return lax.cond(control.rehearse, grow, skip)
+    return propose(target, speculation, speculation.shape, state, turn).tree
 
 
 def prefill(

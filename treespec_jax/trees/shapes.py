@@ -91,10 +91,36 @@ class AllottedShape:
 TreeShape = StaticShape | BestFirstShape | AllottedShape
 ROOT_ONLY = StaticShape(Topology((-1,)))
 
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """Shapes to choose from before every dispatch, plain decoding among them.
+
+    Attributes:
+      shapes: best-first ones, the first to be compiled first; then `ROOT_ONLY`.
+    """
+
+    shapes: tuple[TreeShape, ...]
+
+    @property
+    def depth(self) -> int:
+        """C, of the deepest shape."""
+        return max(shape.depth for shape in self.shapes)
+
+    @property
+    def num_nodes(self) -> int:
+        """T, of the largest shape."""
+        return max(shape.num_nodes for shape in self.shapes)
+
+
+# Shapes of a ladder at most, plain decoding included; and the one called `auto`.
+MAX_RUNGS = 5
+LADDER = "auto:7@4+3@3+15@5+31@7"
+
 _GRAMMAR = (
     "none, chain:LENGTH, regular:AxBxC, dynamic:NODES@DEPTH, allotted:NODES@DEPTH, "
-    "static:PATH+PATH (child ranks, as in 0.0+1), medusa:NAME, medusa:NAME@DEPTH or "
-    "file:PATH"
+    "static:PATH+PATH (child ranks, as in 0.0+1), medusa:NAME, medusa:NAME@DEPTH, "
+    "file:PATH, auto or auto:NODES@DEPTH+NODES@DEPTH"
 )
 
 
@@ -103,8 +129,8 @@ def is_chain(shape: TreeShape) -> bool:
     return isinstance(shape, StaticShape) and shape.depth == shape.num_nodes - 1
 
 
-def parse(text: str) -> TreeShape:
-    """Reads the name of a tree shape.
+def parse(text: str) -> TreeShape | Ladder:
+    """Reads the name of a tree shape, or of several to choose from.
 
     `none` is plain decoding; `chain:5` five nodes in a row; `regular:4x2x1` four
     children of the root, two of each of those, one of each of those (20 nodes);
@@ -119,6 +145,9 @@ def parse(text: str) -> TreeShape:
     its first three levels.
     `file:PATH` reads a JSON file (`trees.paths.read_file`).
 
+    `auto:7@4+3@3+15@5` is a `Ladder` of dynamic trees, the first of which is compiled
+    first, and plain decoding; `auto` one of LADDER.
+
     Raises:
       UserError: not of that grammar, more than MAX_NODES nodes, or a file that cannot
         be read.
@@ -127,6 +156,9 @@ def parse(text: str) -> TreeShape:
     kind, _, rest = text.partition(":")
     if text == "none":
         return ROOT_ONLY
+    if text == "auto":
+        text = LADDER
+        kind, _, rest = text.partition(":")
     try:
         shape = _PARSERS[kind](rest) if kind in _PARSERS else None
     except UserError:
@@ -220,7 +252,25 @@ def _parse_file(rest: str) -> TreeShape | None:
     return parse(tree) if isinstance(tree, str) else StaticShape(tree)
 
 
+def _parse_auto(rest: str) -> Ladder | None:
+    rungs = list(dict.fromkeys(map(_parse_dynamic, rest.split("+"))))
+    if None in rungs:
+        return None
+    if len(rungs) >= MAX_RUNGS:
+        raise ValueError(f"has too many shapes; {MAX_RUNGS - 1} fit at most")
+    return Ladder((*rungs, ROOT_ONLY))
+
+
+def text_of(shape: TreeShape) -> str:
+    """A name that `parse` reads."""
+    if isinstance(shape, StaticShape):
+        return paths.text_of(shape.topology) if shape.depth else "none"
+    kind = "dynamic" if isinstance(shape, BestFirstShape) else "allotted"
+    return f"{kind}:{shape.nodes}@{shape.depth}"
+
+
 _PARSERS = {
+    "auto": _parse_auto,
     "chain": _parse_chain,
     "regular": _parse_regular,
     "dynamic": _parse_dynamic,

@@ -102,3 +102,35 @@ def ancestors_of(parents_BT: jax.Array, depth: int) -> jax.Array:
         at_BT = jnp.take_along_axis(parents_BT, at_BT, axis=1)
         seen |= at_BT[:, :, None] == node_T
     return seen
+
+
+def only_roots(tree: TokenTree, slots_B: jax.Array) -> TokenTree:
+    """The tree without nodes below the root in some slots (bool [B])."""
+    if tree.tokens.shape[1] == 1:
+        return tree
+    exists_BT = ~slots_B[:, None] | (tree.depth == 0)
+    return dataclasses.replace(
+        tree,
+        valid=tree.valid & exists_BT,
+        draft_logprob=jnp.where(exists_BT, tree.draft_logprob, -jnp.inf),
+    )
+
+
+def orders(tree: TokenTree, path_BC: jax.Array) -> jax.Array:
+    """int32 [B, C]: nodes that stand before those of a path by estimated probability.
+
+    That is the probability of the whole path to a node; the root (1) always comes
+    first, and of equal nodes the one of lower number.
+
+    Args:
+      tree: see `TokenTree`.
+      path_BC: int32 [B, C + 1], nodes from the root down.
+    """
+    log_BT = jnp.where(tree.valid, tree.draft_logprob, -jnp.inf)
+    worth_BT = jnp.sum(jnp.where(tree.ancestors, log_BT[:, None], 0.0), axis=2)
+    node_BC = path_BC[:, 1:]
+    mine_BC1 = jnp.take_along_axis(worth_BT, node_BC, axis=1)[:, :, None]
+    node_T = jnp.arange(worth_BT.shape[1])
+    before_BCT = worth_BT[:, None] > mine_BC1
+    before_BCT |= (worth_BT[:, None] == mine_BC1) & (node_T < node_BC[:, :, None])
+    return jnp.sum(before_BCT, axis=2, dtype=jnp.int32)

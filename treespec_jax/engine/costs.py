@@ -1,0 +1,219 @@
+"""What a step of each shape costs, relative to a plain step; free of jax.
+
+Three sources, the best one first: times of neighbouring dispatches, of this engine
+(`Costs.compare`) and of earlier runs; the curve of `treespec measure_costs` (`Known`);
+and a rough curve of the kind of device.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from treespec_jax.trees import shapes as naming
+from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
+
+# Comparisons of times whose median counts.
+COMPARISONS = 5
+# Tokens of context from which on costs are learnt apart; again at every doubling.
+CONTEXT = 1024
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Load:
+    """What a step's cost depends on besides its shape, in classes.
+
+    Attributes:
+      slots: class of the number of texts, its binary length.
+      context: class of the longest text, 0 below CONTEXT tokens.
+    """
+
+    slots: int
+    context: int
+
+    @classmethod
+    def of(cls, slots: int, context: int) -> Load:
+        """Of so many texts, the longest of so many tokens."""
+        return cls(max(slots, 1).bit_length(), context_class(context))
+
+
+def context_class(context: int) -> int:
+    """Of a text of so many tokens: 0 below CONTEXT, 1 below twice that, …"""
+    return (context // CONTEXT).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class CostCurve:
+    """Seconds, or any other unit, of the parts of a step.
+
+    For example `CostCurve(((1, 2.0), (16, 3.0)), 0.1, 0.2, 0.1)`: a plain step takes
+    2.1, and one with a chain of three nodes 2.8.
+
+    Attributes:
+      verify: (rows, seconds) of the target's pass, ascending in rows, which are slots
+        times nodes; linear between and beyond.
+      root: of a drafter's part that needs no level.
+      level: of a level of the drafter.
+      rest: of deciding, committing and the host.
+    """
+
+    verify: tuple[tuple[float, float], ...]
+    root: float
+    level: float
+    rest: float
+
+    def step(self, shape: TreeShape, slots: int) -> float:
+        """Of a step; slots without a text have their rows, too."""
+        draft = self.root + self.level * (shape.depth - 1) if shape.depth else 0.0
+        return self._verify(slots * shape.num_nodes) + draft + self.rest
+
+    def relative(self, shape: TreeShape, slots: int) -> float:
+        """Of a step, in plain steps."""
+        return self.step(shape, slots) / self.step(ROOT_ONLY, slots)
+
+    def _verify(self, rows: int) -> float:
+        sizes, seconds = np.array(self.verify, float).T
+        if rows <= sizes[-1] or len(sizes) == 1:
+            return float(np.interp(rows, sizes, seconds))
+        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+        return float(seconds[-1] + max(0.0, slope) * (rows - sizes[-1]))
+
+
+def usual_curve(cpu: bool, with_model: bool) -> CostCurve:
+    """A rough curve, in passes of one row, for what was never measured.
+
+    On a CPU the products soon take more time than reading the weights; on an
+    accelerator a few hundred rows are as quick as one.
+
+    Args:
+      cpu: the device is one.
+      with_model: the drafter runs passes of a model.
+    """
+    level = 0.05 if with_model else 0.015
+    if cpu:
+        return CostCurve(((1, 1.0), (64, 6.0)), level, level, 0.05)
+    return CostCurve(((1, 1.0), (32, 1.13), (256, 2.0)), level, level, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What earlier runs found out.
+
+    Attributes:
+      curves: by class of context, see `context_class`.
+      steps: costs of a step in plain steps, by load and name of the shape.
+    """
+
+    curves: Mapping[int, CostCurve] = dataclasses.field(default_factory=dict)
+    steps: Mapping[tuple[Load, str], Sequence[float]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, which `from_dict` reads."""
+        return {
+            "curves": {str(n): dataclasses.asdict(c) for n, c in self.curves.items()},
+            "steps": [
+                {"slots": load.slots, "context": load.context, "shape": name}
+                | {"costs": [round(cost, 4) for cost in costs]}
+                for (load, name), costs in sorted(self.steps.items())
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Known:
+        """Raises KeyError, TypeError or ValueError for what `as_dict` never wrote."""
+        curves = {
+            int(context): CostCurve(
+                tuple((float(n), float(s)) for n, s in curve["verify"]),
+                *(float(curve[name]) for name in ("root", "level", "rest")),
+            )
+            for context, curve in values["curves"].items()
+        }
+        steps = {
+            (Load(int(e["slots"]), int(e["context"])), str(e["shape"])): [
+                float(cost) for cost in e["costs"]
+            ]
+            for e in values["steps"]
+        }
+        return cls(curves, steps)
+
+
+class Costs:
+    """Costs of steps in plain steps.
+
+    Args:
+      usual: what to go by where nothing was measured.
+      slots: B of the engine.
+      known: of earlier runs.
+      keep: is given what is known by now, a few times in a run; None: nobody keeps it.
+    """
+
+    def __init__(
+        self,
+        usual: CostCurve,
+        slots: int,
+        known: Known | None = None,
+        keep: Callable[[Known], None] | None = None,
+    ):
+        known = known or Known()
+        self._usual, self._slots = usual, slots
+        self._curves, self._keep = dict(known.curves), keep
+        self._compared: dict[tuple[Load, str], collections.deque[float]] = {}
+        for key, costs in known.steps.items():
+            self._compared[key] = collections.deque(costs, COMPARISONS)
+        self._fresh: collections.Counter[tuple[Load, str]] = collections.Counter()
+
+    def relative(self, shape: TreeShape, load: Load) -> float:
+        """Of a step of that shape, in plain steps."""
+        if not shape.depth:
+            return 1.0
+        name = naming.text_of(shape)
+        compared = self._compared.get((load, name))
+        if compared:
+            return statistics.median(compared)
+        guess = self._guess(shape, load)
+        # Another load tells how far the curve is off.
+        near = [
+            (abs(other.slots - load.slots), abs(other.context - load.context), other)
+            for (other, known), costs in self._compared.items()
+            if known == name and costs
+        ]
+        if not near:
+            return guess
+        other = min(near)[2]
+        measured = statistics.median(self._compared[other, name])
+        return guess * measured / self._guess(shape, other)
+
+    def is_measured(self, shape: TreeShape, load: Load) -> bool:
+        """Whether this engine compared such a step with another one."""
+        return self._fresh[load, naming.text_of(shape)] > 0
+
+    def compare(self, shape: TreeShape, load: Load, cost: float) -> None:
+        """Takes in what a step cost, in plain steps."""
+        key = load, naming.text_of(shape)
+        self._compared.setdefault(key, collections.deque(maxlen=COMPARISONS))
+        self._compared[key].append(cost)
+        self._fresh[key] += 1
+        # Rarely, since it writes a file: after 4, 8, 16, … comparisons.
+        count = sum(self._fresh.values())
+        if self._keep and count >= 4 and count.bit_count() == 1:
+            self._keep(self.known)
+
+    @property
+    def known(self) -> Known:
+        """All that is known by now."""
+        return Known(
+            dict(self._curves), {key: list(c) for key, c in self._compared.items()}
+        )
+
+    def _guess(self, shape: TreeShape, load: Load) -> float:
+        """By the curve of the nearest context."""
+        curves = self._curves or {0: self._usual}
+        nearest = min(curves, key=lambda context: abs(context - load.context))
+        return curves[nearest].relative(shape, self._slots)

@@ -1,0 +1,184 @@
+"""How many tokens a step of each shape brings, request by request; free of jax.
+
+A step tells of more shapes than the one that ran. Its tree's nodes are ordered by the
+estimated probability of their paths, so that a smaller best-first tree would have been
+the first of them: where each accepted node stands in that order says how far each
+smaller shape would have come. What a larger one brings beyond is estimated from steps
+that showed both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from treespec_jax.trees.shapes import TreeShape
+from treespec_jax.trees.token_tree import TokenTree
+
+# Steps that a running mean remembers: of a request, of all, and of pairs of shapes.
+MEMORY, LONG_MEMORY = 16, 256
+# Steps that count for a new request's mean, which begins as the mean of all.
+CARRIED = 2
+# Steps that a guess made beforehand counts for.
+PRIOR = 4
+# Accepted nodes that doubling a tree adds, until steps show it: of drafters with a
+# model, and without.
+GAIN_OF_MODEL, GAIN = 0.4, 0.25
+
+
+def contained(shapes: Sequence[TreeShape], shape: TreeShape) -> np.ndarray:
+    """bool [K]: shapes whose nodes are the first ones of that shape's."""
+    return np.array(
+        [s.num_nodes <= shape.num_nodes and s.depth <= shape.depth for s in shapes]
+    )
+
+
+def tokens_by_shape(
+    shapes: Sequence[TreeShape], counts: np.ndarray, orders: np.ndarray
+) -> np.ndarray:
+    """float [..., K]: tokens that a step of each shape would have emitted.
+
+    Right for the shapes that are `contained` in the one that ran.
+
+    Args:
+      shapes: K.
+      counts: int [...], tokens that the step emitted; 0 of an idle slot.
+      orders: int [..., C], see `engine.state.Emission`.
+    """
+    depth_C = np.arange(1, orders.shape[-1] + 1)
+    accepted = depth_C < counts[..., None]
+    reached = [
+        np.sum(accepted & (orders < s.num_nodes) & (depth_C <= s.depth), axis=-1)
+        for s in shapes
+    ]
+    return 1.0 + np.stack(reached, axis=-1)
+
+
+def rehearsed_tokens(
+    shapes: Sequence[TreeShape], tree: TokenTree, emitted: np.ndarray, count: np.ndarray
+) -> np.ndarray:
+    """float [B, K]: tokens that steps would have emitted, had they grown that tree.
+
+    Where the emitted tokens end within the tree, its own estimates go on.
+
+    Args:
+      shapes: K.
+      tree: grown before the tokens, of NumPy arrays.
+      emitted: int [B, S], after the roots, in order.
+      count: int [B], how many of them are real.
+    """
+    last = emitted.shape[1] - 1
+    said_BT = np.take_along_axis(emitted, np.clip(tree.depth - 1, 0, last), axis=1)
+    came_BT = (tree.tokens == said_BT) & tree.valid & (tree.depth <= count[:, None])
+    came_BT |= tree.depth == 0
+    accepted_BT = ~np.any(tree.ancestors & ~came_BT[:, None], axis=2)
+    order_BT = order_of(tree)
+    found = []
+    for shape in shapes:
+        inside_BT = (order_BT < shape.num_nodes) & (tree.depth <= shape.depth)
+        depth_BT = np.where(accepted_BT & inside_BT, tree.depth, 0)
+        accepted_B = np.max(depth_BT, axis=1)
+        deepest_B11 = np.argmax(depth_BT, axis=1)[:, None, None]
+        # The nodes below the deepest accepted one, by their paths from there.
+        above_B1T = np.take_along_axis(tree.ancestors, deepest_B11, axis=1)
+        below_BT = np.take_along_axis(tree.ancestors, deepest_B11, axis=2)[:, :, 0]
+        below_BT = below_BT & inside_BT & tree.valid & ~accepted_BT
+        path_BTT = np.where(
+            tree.ancestors & ~above_B1T, tree.draft_logprob[:, None], 0.0
+        )
+        rest_BT = np.where(below_BT, np.exp(np.sum(path_BTT, axis=2)), 0.0)
+        rest_B = np.where(accepted_B == count, np.sum(rest_BT, axis=1), 0.0)
+        found.append(1.0 + accepted_B + rest_B)
+    return np.stack(found, axis=1)
+
+
+def order_of(tree: TokenTree) -> np.ndarray:
+    """int [B, T]: nodes that stand before each one by the probability of its path."""
+    log_BT = np.where(tree.valid, tree.draft_logprob, -np.inf)
+    path_BT = np.where(tree.ancestors, log_BT[:, None], 0.0).sum(axis=2)
+    # Parents stand before their children, and equal paths in the order of the tree.
+    best_BT = np.argsort(-path_BT, axis=1, kind="stable")
+    order_BT = np.empty_like(best_BT)
+    np.put_along_axis(order_BT, best_BT, np.arange(path_BT.shape[1])[None], axis=1)
+    return order_BT
+
+
+@dataclasses.dataclass
+class _Means:
+    """Running means of accepted nodes.
+
+    Attributes:
+      values: float [K].
+      weight: steps that they stand for.
+    """
+
+    values: np.ndarray
+    weight: float
+
+    def add(self, values: np.ndarray, steps: float, memory: float) -> None:
+        self.weight = min(self.weight + steps, memory)
+        self.values += min(1.0, steps / self.weight) * (values - self.values)
+
+
+class Expectation:
+    """Learns what each shape brings, and says what the next step should bring.
+
+    Args:
+      shapes: K, trees and perhaps the root alone.
+      gain: see `GAIN`.
+    """
+
+    def __init__(self, shapes: Sequence[TreeShape], gain: float):
+        self._shapes = tuple(shapes)
+        sizes = np.array([s.num_nodes for s in shapes])
+        depths = np.array([s.depth for s in shapes])
+        self._prior = np.minimum(gain * np.log2(sizes), depths)
+        self._contained = {s: contained(shapes, s) for s in shapes}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all texts."""
+        self._all = _Means(self._prior.copy(), PRIOR)
+        self._requests: weakref.WeakKeyDictionary[Any, _Means] = (
+            weakref.WeakKeyDictionary()
+        )
+        count = len(self._shapes)
+        # [k, s]: accepted nodes of shape k in steps that showed both k and s.
+        self._together = np.tile(PRIOR * self._prior[:, None], (1, count))
+
+    def tokens(self, request: Any) -> np.ndarray:
+        """float [K]: expected tokens of a step for one request."""
+        return 1.0 + self._of(request).values
+
+    def add(
+        self, request: Any, shape: TreeShape, tokens: np.ndarray, steps: float
+    ) -> None:
+        """Takes in steps of one request.
+
+        Args:
+          request: any object that lives as long as its text.
+          shape: whose tree was grown.
+          tokens: float [K], means of `tokens_by_shape`.
+          steps: of the mean.
+        """
+        if not steps or not shape.depth:
+            return
+        shown, accepted = self._contained[shape], tokens - 1.0
+        self._together[np.ix_(shown, shown)] += steps * accepted[shown, None]
+        self._together *= 1 - min(0.5, steps / LONG_MEMORY)
+        self._together += min(0.5, steps / LONG_MEMORY) * PRIOR * self._prior[:, None]
+        number = self._shapes.index(shape)
+        beyond = self._together[:, number] / np.maximum(self._together[number], 1e-3)
+        values = np.where(shown, accepted, accepted[number] * beyond)
+        values = np.minimum(values, [s.depth for s in self._shapes])
+        self._of(request).add(values, steps, MEMORY)
+        self._all.add(values, steps, LONG_MEMORY)
+
+    def _of(self, request: Any) -> _Means:
+        if request not in self._requests:
+            self._requests[request] = _Means(self._all.values.copy(), CARRIED)
+        return self._requests[request]
