@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from treespec_jax import cost_file
 from treespec_jax.config import ModelConfig
 from treespec_jax.models.transformer import Transformer
 
@@ -102,6 +103,15 @@ def stages():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def costs_folder(tmp_path_factory):
+    """Where engines keep what steps cost, rather than in the user's cache."""
+    folder = tmp_path_factory.mktemp("costs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost_file, "cache_folder", lambda: folder)
+        yield folder
 
 
 @pytest.fixture(scope="module")

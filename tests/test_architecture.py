@@ -24,7 +24,7 @@ FLOORS = (
     ("limits", "disk_cache"),
     ("speculation",),
     ("engine",),
-    ("tracing", "worker"),
+    ("tracing", "worker", "cost_file"),
     ("completions", "progress", "stops"),
     ("texts", "arguments", "pairs"),
     ("llm",),

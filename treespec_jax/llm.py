@@ -29,6 +29,7 @@ from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.checks import as_bool, as_int, from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, OnFinish, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
+from treespec_jax.cost_file import CostFile
 from treespec_jax.drafting import recycle
 from treespec_jax.drafting.protocol import Drafter
 from treespec_jax.engine.engine import Engine
@@ -159,12 +160,11 @@ class LLM:
         self.weights = target.weights
         self.notes += pairs.weight_notes(target)
         self.drafter = made.drafter
-        self.engine = Engine(
-            target.model,
-            settings.resolve(max_len, settings.cache_dtype or self.dtype),
-            made,
-            target.config.eos_ids,
-        )
+        sizes = settings.resolve(max_len, settings.cache_dtype or self.dtype)
+        costs = None
+        if len(made.shapes) > 1:
+            costs = CostFile.of(target.model, made.drafter, sizes).costs()
+        self.engine = Engine(target.model, sizes, made, target.config.eos_ids, costs)
         if isinstance(draft, LoadedDrafter) and config.check_drafter:
             pairs.try_drafter(self.engine, target, draft)
         if table is not None:

@@ -20,6 +20,7 @@ COMMANDS = (
     "calibrate_drafter",
     "predict_speedup",
     "search_shape",
+    "measure_costs",
     "list_models",
     "fetch_model",
     "convert_checkpoint",
