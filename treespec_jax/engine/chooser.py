@@ -41,8 +41,6 @@ EVERY, EVERY_WITH_MODEL, RARER = 8, 32, 8
 # Tokens after which the first tree is compiled, and after which shapes are that may be
 # a little quicker still.
 WORTH_TREES, WORTH_COMPILING = 16, 512
-# Tokens per step from which on plain decoding is not tried.
-ENOUGH = 3.0
 # Dispatches between those that are for timing: until one is compared, after the first
 # comparison, and at most.
 RETRY, SOON, RARELY = 3, 8, 256
@@ -193,6 +191,9 @@ class Chooser:
         if self._emitted < WORTH_COMPILING or not requests:
             return None
         load = self.load(requests)
+        if not self.costs.is_measured(self._shapes[0], load):
+            # Nothing is timed while a program is being compiled.
+            return None
         values = self._values(self._shapes, requests, load)
         best = max(values[shape] for shape in self._shapes if shape in ready)
         hopes = {
@@ -296,7 +297,7 @@ class Chooser:
 
         def worth(shape: TreeShape) -> bool:
             if shape == self._plain:
-                return self.expected(best, requests) < ENOUGH
+                return True
             return values[shape] * self._doubt(shape, load) > values[best]
 
         # Plain decoding first, which the others are measured by.
