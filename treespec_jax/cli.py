@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from pallas_kernels import machine
@@ -142,7 +143,8 @@ def ending(process: bool) -> Iterator[None]:
     """Ends the process with the block, if `process`, whatever is still compiled.
 
     Python would wait for programs that are compiled beside decoding, which may take
-    half a minute and which nobody needs any more.
+    half a minute. Only the first of them is waited for, once the work is done, and only
+    if it is kept on disk: without it, commands that end soon would never get to use it.
     """
     try:
         yield
@@ -156,7 +158,23 @@ def ending(process: bool) -> Iterator[None]:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         code = 0 if end.code is None else end.code
+        if code == 0:
+            _keep(background)
         os._exit(code if isinstance(code, int) else 1)
+
+
+def _keep(background: ModuleType) -> None:
+    """Lets a first program be compiled to its end; an interrupt ends the wait."""
+    import jax
+
+    firsts = background.firsts()
+    if not jax.config.jax_compilation_cache_dir or not firsts:
+        return
+    note = "compiling a quicker program, kept for next time; Ctrl-C ends this …"
+    print(note, file=sys.stderr, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for one in firsts:
+            one.wait()
 
 
 @contextlib.contextmanager

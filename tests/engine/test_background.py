@@ -84,3 +84,17 @@ with cli.ending(True):
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert (out, err) == ("", "interrupted\n" if code == 130 else "")
+
+
+@pytest.mark.parametrize(("kept", "code"), [(True, 0), (False, 0), (True, 3)])
+def test_a_first_program_is_kept_for_next_time(tmp_path, kept, code):
+    """If there is a place on disk for it, and the command did its work."""
+    body = f"""
+import jax
+jax.config.update("jax_compilation_cache_dir", {str(tmp_path) if kept else ""!r})
+with cli.ending(True):
+    sys.exit({code})
+"""
+    seconds = 1 if kept and not code else 600
+    out, err = python(JOB.format(seconds=seconds) + body).communicate(timeout=60)
+    assert ("compiled" in out) == ("Ctrl-C ends this" in err) == (seconds == 1)

@@ -72,6 +72,11 @@ def compiling() -> bool:
     return any(one.busy for one in list(_ALL))
 
 
+def firsts() -> list[Background]:
+    """Those that compile their first program."""
+    return [one for one in list(_ALL) if one.busy and not one.done]
+
+
 def wait_for_all() -> None:
     """Waits for programs that are being compiled."""
     for one in list(_ALL):
