@@ -132,12 +132,21 @@ class Branch:
         something is committed or the branch is reseeded.
         """
         logits, tokens = self.logits, self._cached.tokens
-        given = tokens, self._prompt, logits, self.params
-        token = self._llm.run(lambda engine: engine.choose(*given))
+        token = int(self.scores().argmax())
         added = ""
         if self._llm.tokenizer is not None:
             added = TextStream(self._llm.tokenizer, tokens).push([token])
         return Produced(token, added, log_prob(logits, token), self._stops(token))
+
+    def scores(self) -> np.ndarray:
+        """float32 [V]: what `produce` takes the best token by.
+
+        The logits after penalties, bias, temperature and truncation (-inf where they
+        forbid a token), plus the noise of the position; of greedy text no noise, and
+        the logits undivided.
+        """
+        given = self._begun().tokens, self._prompt, self.logits, self.params
+        return self._llm.run(lambda engine: engine.scores(*given))
 
     def commit(self, tokens: int | Sequence[int]) -> None:
         """Goes on by a token, or by several in one pass of the target."""

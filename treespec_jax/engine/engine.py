@@ -198,10 +198,12 @@ class Engine:
         """Ends a request where it stands and frees its slot."""
         self._scheduler.cancel(request, finish_reason)
 
-    def choose(
+    def scores(
         self, tokens: Sequence[int], prompt: int, logits: np.ndarray, params
-    ) -> int:
-        """The token that plain decoding emits after a text.
+    ) -> np.ndarray:
+        """float32 [V], of which plain decoding emits the best after a text.
+
+        Log p of the policy up to a constant, plus the noise of the position.
 
         Args:
           tokens: of the text, of which the first `prompt` are the prompt.
@@ -215,7 +217,7 @@ class Engine:
         text = None
         if params.penalised or len(tokens) - prompt < params.min_tokens:
             text = settings.text({0: (tokens[:prompt], tokens[prompt:])})
-        return self._executor.choose(logits, len(tokens), settings.sampling(), text)
+        return self._executor.scores(logits, len(tokens), settings.sampling(), text)
 
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
         """A second request that goes on from where one stands, in a slot of its own.

@@ -101,7 +101,7 @@ class Executor:
         self._extend = jax.jit(
             self._traced_extend, donate_argnums=1, static_argnames="scored"
         )
-        self._choose = jax.jit(sharing.choose)
+        self._scores = jax.jit(sharing.scores)
         self._programs: dict[Program, Callable] = {
             REHEARSAL: jax.jit(self._traced_rehearsal)
         }
@@ -181,29 +181,29 @@ class Executor:
         done = jax.device_get(done)
         return done.logits, done.log_probs
 
-    def choose(
+    def scores(
         self,
         logits: np.ndarray,
         position: int,
         sampling: Mapping[str, np.ndarray],
         text: Mapping[str, np.ndarray] | None,
-    ) -> int:
-        """The token that plain decoding emits.
+    ) -> np.ndarray:
+        """float32 [V], of which plain decoding emits the best.
 
         Args:
-          logits: float32 [V], before it.
+          logits: float32 [V], the target's there.
           position: absolute.
           sampling: fields of `Sampling`, of one text.
           text: fields of `TextSoFar`, likewise; None without penalties.
         """
         with compile_time.measured(self._clock):
-            token = self._choose(
+            found = self._scores(
                 logits[None],
                 np.array([position], np.int32),
                 policy.from_host(sampling, self._straight),
                 TextSoFar.of(text) if text is not None else None,
             )
-        return int(token)
+            return jax.device_get(found)
 
     def _set_pages(self, pages: Pages) -> None:
         self._state = dataclasses.replace(self._state, pages=pages)

@@ -174,13 +174,15 @@ def extend(
     return pages, Extended(logits_VW.T, log_probs)
 
 
-def choose(
+def scores(
     logits_1V: jax.Array,
     position_1: jax.Array,
     sampling: Sampling,
     text: TextSoFar | None,
 ) -> jax.Array:
-    """int32 []: the token that plain decoding emits at a position.
+    """float32 [V], of which plain decoding emits the best at a position.
+
+    Log p of the policy up to a constant, plus the noise of the position.
 
     Args:
       logits_1V: float32, the target's before it.
@@ -195,4 +197,4 @@ def choose(
             logits_V1, nothing, jnp.zeros((1, 1, 0), bool)
         )
     noise = Noise(sampling.seed, position_1, vocab).after(jnp.int32(0))
-    return policy.choose(logits_V1, noise, sampling)[0]
+    return policy.perturbed(logits_V1, noise, sampling)[:, 0]
