@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from tests.scripts.support import CONFIG
 from treespec_jax import LLM, speculation
 from treespec_jax.config import SpeculativeConfig
+from treespec_jax.measurement import rounds
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +84,43 @@ def test_compare_in_words(generate):
     assert said.endswith("The tokens are identical to plain decoding.")
     quiet = generate(*args, "--quiet")
     assert quiet.err == "" and quiet.out == result.out
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_verify_lossless(generate, weights):
+    """The probe comes first, the verdict last; JSON has both."""
+    args = ["--prompt=one day", "--max_tokens=12", "--verify_lossless"]
+    args.append(f"--weights={weights}")
+    lines = generate(*args).err.splitlines()
+    (probe,) = (line for line in lines if line.startswith("one row against 3: "))
+    assert weights == "float32" or probe.endswith("products are bit-equal")
+    assert lines[-1] == "Lossless: 12 of 12 tokens equal plain decoding; near ties: 0."
+    found = json.loads(generate(*args, "--json").out)["exactness"]
+    assert found["lossless"] and found["equal"] == found["tokens"] == 12
+    assert found["differences"] == [] and found["probe"]["rows"] == 3
+
+
+def test_a_difference_that_is_no_tie_ends_with_code_1(run_script, files, monkeypatch):
+    """Also with --quiet, in two lines that say where."""
+
+    def wrong(llm, prompts, *rest, **more):
+        generation, seconds = decode(llm, prompts, *rest, **more)
+        if not llm.engine.speculation.depth:
+            (text,) = generation
+            ids = [*text.token_ids[:4], 5, 6]
+            texts = [dataclasses.replace(text, token_ids=ids)]
+            generation = dataclasses.replace(generation, completions=texts)
+        return generation, seconds
+
+    decode = rounds.decode
+    monkeypatch.setattr(rounds, "decode", wrong)
+    args = [f"--target={files.target}", f"--draft={files.draft}", "--tree=chain:2"]
+    args += ["--max_len=64", "--ignore_eos", "--prompt=one day", "--max_tokens=6"]
+    result = run_script("generate.py", *args, "--verify_lossless", "--quiet")
+    assert result.code == 1
+    first, second = result.err.splitlines()
+    assert first.startswith("NOT LOSSLESS: 1 of the texts")
+    assert second.startswith("prompt 0, token 4 is ") and "NO near tie" in second
 
 
 def by_index(record):

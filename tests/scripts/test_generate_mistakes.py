@@ -90,6 +90,12 @@ def test_bad_configuration(refuses, files, tmp_path, lines, override, expected):
     refuses(expected, "generate.py", *args)
 
 
+def test_other_text_cannot_be_verified(refuses, files):
+    args = [f"--target={files.target}", f"--draft={files.draft}", "--prompt=a"]
+    args += ["--rule=token", "--tree=chain:2", "--temperature=1", "--verify_lossless"]
+    refuses("take --rule=exact", "generate.py", *args)
+
+
 def test_bad_options_and_tables(refuses, files, tmp_path, monkeypatch):
     """Found before weights are read, and tables before jax starts."""
     monkeypatch.setattr(loading, "make_llm", lambda *_: pytest.fail("weights"))

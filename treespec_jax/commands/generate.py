@@ -62,6 +62,11 @@ def define() -> None:
         "chat_option", None, "NAME=JSON for the chat template to see; repeatable"
     )
     DEFINE_bool("compare", False, "decode plainly too and compare")
+    DEFINE_bool(
+        "verify_lossless",
+        False,
+        "compare, and tell near ties from true differences (exit code 1)",
+    )
     DEFINE_bool("json", False, "print JSON: an object, or a line per answer to a file")
     DEFINE_bool("quiet", False, "no statistics and no progress on stderr")
     DEFINE_string("output", "", "file for the answers to --prompts_file, JSON lines")
@@ -71,7 +76,7 @@ def define() -> None:
     flags.define("prompts_file", "compilation_cache")
 
 
-def main(given) -> None:
+def main(given) -> int | None:
     lines, opening = prompts.gather(
         given.chat, given.prompt, given.prompts_file, given.system
     )
@@ -94,11 +99,13 @@ def main(given) -> None:
     )
     # Before jax starts and weights are read, so that a mistake is answered at once.
     encoded = _check(job)
+    if given.verify_lossless:
+        _check_same_text(job)
     if asked and not remaining:
         job.output.say(f"{file.path} has all {len(asked)} answers")
         return
     runtime.set_up(given.compilation_cache)
-    run(job, encoded, given.compare)
+    return run(job, encoded, given.compare, given.verify_lossless)
 
 
 def _answer_file(given) -> AnswerFile | None:
@@ -194,15 +201,40 @@ def _check(job: Job) -> list[list[int]]:
     return encoded
 
 
-def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
+def _check_same_text(job: Job) -> None:
+    """Refuses settings under which a tree may give another text by intention."""
+    settings = job.settings
+    hottest = max((p.temperature for p in job.params), default=None)
+    if hottest is not None:
+        sampling = dataclasses.replace(settings.sampling, temperature=hottest)
+        settings = dataclasses.replace(settings, sampling=sampling)
+    if not settings.plain and tables.verdict(settings.as_dict()):
+        raise UserError(
+            "--verify_lossless compares tokens, and rule "
+            f"{settings.speculative.rule!r} does not promise the same ones here; take "
+            "--rule=exact without a cascade"
+        )
+
+
+def run(job: Job, encoded: list[list[int]], compare: bool, verify: bool) -> int:
     """Loads, compiles, generates and prints.
+
+    Args:
+      job: what to generate.
+      encoded: token ids of the prompts.
+      compare: decode plainly too.
+      verify: the same, and explain what differs.
+
+    Returns:
+      the exit code: 1 if a text was to be that of plain decoding and is not.
 
     Raises:
       UserError: a checkpoint that cannot be read, or a pair that does not fit together.
     """
     settings, params = job.settings, job.params or [job.settings.sampling]
-    from treespec_jax.measurement import step_cost
+    from treespec_jax.measurement import exactness, step_cost
 
+    compare |= verify
     began = time.perf_counter()
     pair = loading.load_pair(settings)
     recorded = job.pictures.recorded(settings)
@@ -210,7 +242,13 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
     loaded = time.perf_counter()
     if not job.questions:
         encoded = [[0] * (n + 1) for n in llm.engine.config.prefill_chunks]
-    timing, compared = {"load_seconds": loaded - began}, None
+    timing, compared, verdict = {"load_seconds": loaded - began}, None, None
+    if verify:
+        nodes = max(shape.num_nodes for shape in llm.engine.speculation.shapes)
+        probed = exactness.probe(pair.target.model, llm.engine.config, nodes)
+        job.output.say(str(probed))
+        # Which is not part of compiling.
+        loaded = time.perf_counter()
     with loading.keeping_table(llm):
         with runtime.says_compiling(not job.output.quiet):
             step_cost.warm_up(llm, encoded, every_shape=compare)
@@ -228,6 +266,9 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
                     step_cost.warm_up(other, encoded)
             params = job.params or [settings.sampling] * len(answered)
             compared = _compare(llms, answered, params, job.options)
+        if compared and verify:
+            texts = completions, compared.generations["plain"]
+            verdict = exactness.verdict(llms["plain"], *texts, params, probed)
     in_force = loading.in_force(recorded, llm)
     if job.pictures.file:
         more = {}
@@ -237,14 +278,19 @@ def run(job: Job, encoded: list[list[int]], compare: bool) -> None:
             more["replays"] = pictures.replays(llm.tokenizer, compared.generations)
         shown = pictures.shown_settings(in_force)
         job.pictures.write(completions, shown, **more)
-    _report(job, in_force, completions, stats, (timing, compared))
+    _report(job, in_force, completions, stats, (timing, compared, verdict))
+    if verdict is None or verdict.lossless:
+        return 0
+    if job.output.quiet or job.output.json:
+        print(verdict, file=sys.stderr)
+    return 1
 
 
 def _report(job: Job, in_force, completions, stats, measured) -> None:
     """Prints what there is to say of texts that were shown already."""
     from treespec_jax.measurement import machine, rounds
 
-    settings, output, (timing, compared) = job.settings, job.output, measured
+    settings, output, (timing, compared, verdict) = job.settings, job.output, measured
     comparison = compared and generate_report.verdict(
         completions, compared.generations["plain"], compared.speeds
     )
@@ -258,6 +304,7 @@ def _report(job: Job, in_force, completions, stats, measured) -> None:
             "reliability": reliability,
             "timing": timing,
             "comparison": comparison,
+            "exactness": verdict and verdict.as_dict(),
             "versions": machine.versions(),
         }
         if output.many:  # each was written when it was finished
@@ -275,6 +322,8 @@ def _report(job: Job, in_force, completions, stats, measured) -> None:
         output.say(f"trace: {job.pictures.file}")
     if comparison:
         output.say("\n" + generate_report.gain(comparison, stats, settings))
+    if verdict:
+        output.say(str(verdict))
 
 
 def _completions(job: Job, llm, params):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,15 +31,20 @@ def verdict(
       plain: of plain decoding.
       speeds: tokens per second of "tree" and "plain".
     """
-    differences = []
-    pairs = zip(completions, plain, strict=True)
-    for index, (ours, theirs) in enumerate(pairs):
-        tokens = itertools.zip_longest(ours.token_ids, theirs.token_ids)
-        for position, (token, other) in enumerate(tokens):
-            if token != other:
-                found = {"prompt": index, "at": position, "tree": token, "plain": other}
-                differences.append(found)
-    difference = differences[0] if differences else None
+    # Not above: commands start without jax.
+    from treespec_jax.measurement.exactness import first_difference
+
+    difference = None
+    for index, texts in enumerate(zip(completions, plain, strict=True)):
+        ours, theirs = (text.token_ids for text in texts)
+        position = first_difference(ours, theirs)
+        if position is not None:
+            token, other = (
+                ids[position] if position < len(ids) else None for ids in (ours, theirs)
+            )
+            difference = {"prompt": index, "at": position}
+            difference |= {"tree": token, "plain": other}
+            break
     return {
         "identical": difference is None,
         "first_difference": difference,
