@@ -273,6 +273,9 @@ class SpeculativeConfig:
       model: path or name of the draft model's checkpoint (`checkpoints.names`), or a
         loaded one; None for methods without a model.
       tree: a tree shape, see `treespec_jax.trees.shapes.parse`; "": the method's.
+      max_nodes_per_level: drafted nodes of equal depth at most; a larger tree is cut
+        (`trees.budgets`). None: as many as the tree has.
+      max_total_nodes: drafted nodes of a tree at most, likewise.
       tau: temperature of the drafter's estimate that a child is right,
         softmax(score / tau); orders the paths of a dynamic tree. None: the one that
         scripts/calibrate_drafter.py left beside the drafter, else DEFAULT_TAU.
@@ -298,6 +301,8 @@ class SpeculativeConfig:
     method: str = ""
     model: Any = None
     tree: str = ""
+    max_nodes_per_level: int | None = None
+    max_total_nodes: int | None = None
     tau: float | None = None
     rule: str = "exact"
     proposal: str = ""
@@ -321,6 +326,10 @@ class SpeculativeConfig:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise UserError(f"speculative {name} must be a text, got {value!r}")
+        for name in ("max_nodes_per_level", "max_total_nodes"):
+            if getattr(self, name) is not None:
+                count = as_int(f"speculative {name}", getattr(self, name), 1)
+                object.__setattr__(self, name, count)
         check_optional("speculative tau", self.tau)
         check_float("speculative alpha", self.alpha, 0, 1)
         for name in ("typical_eps", "typical_delta"):

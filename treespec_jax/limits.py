@@ -11,6 +11,7 @@ from treespec_jax.config import ModelConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
 from treespec_jax.trees import shapes
+from treespec_jax.trees.budgets import Budgets
 from treespec_jax.trees.shapes import ROOT_ONLY, Ladder, TreeShape
 
 # Length of a slot unless asked for: longer ones take memory that few texts use.
@@ -90,8 +91,27 @@ def _check_rule(config: SpeculativeConfig, shape: TreeShape | Ladder) -> None:
         _check_rule(config, one)
 
 
+def budgets_of(config: SpeculativeConfig) -> Budgets:
+    """How large its trees may be."""
+    return Budgets(config.max_nodes_per_level, config.max_total_nodes)
+
+
+def bound_by(config: SpeculativeConfig) -> tuple[str, ...]:
+    """Names of the budgets that make its trees smaller than they would be.
+
+    Raises:
+      UserError: a malformed tree.
+    """
+    config = resolve(config)
+    if config.method == "none":
+        return ()
+    return budgets_of(config).bound(shapes.parse(config.tree))
+
+
 def check_speculation(config: SpeculativeConfig) -> TreeShape | Ladder:
     """The shape of the trees, once method, tree, rule and policy fit together.
+
+    It is cut to the budgets of nodes.
 
     Raises:
       UserError: an unknown name, or a tree that the rule would not be lossless for.
@@ -103,6 +123,7 @@ def check_speculation(config: SpeculativeConfig) -> TreeShape | Ladder:
             f"{', '.join(METHODS)}"
         )
     shape = shapes.parse("none" if config.method == "none" else config.tree)
+    shape = budgets_of(config).cut(shape)
     _check_rule(config, shape)
     if shape.depth and config.recycle_table:
         check_table(config)

@@ -37,6 +37,7 @@ class Speculation:
       rule: decides which drafted tokens are kept.
       proposal: how the drafter proposes nodes; "": as the rule usually has it.
       cascade: a lossy policy between drafter and target; None: the target's own.
+      bound_by: names of the budgets of nodes that made the shapes smaller.
 
     Raises:
       UserError: a shape that the rule would not be lossless for.
@@ -47,6 +48,7 @@ class Speculation:
     rule: Rule = ExactMatch()
     proposal: str = ""
     cascade: Cascade | None = None
+    bound_by: tuple[str, ...] = ()
 
     def __post_init__(self):
         cascade = self.cascade.name if self.cascade else ""
@@ -115,4 +117,5 @@ def make(
     drafter = cls.make(model, config.tau or tau or DEFAULT_TAU, options)
     cascade = Cascade(config.cascade, float(config.alpha)) if config.cascade else None
     shapes = shape.shapes if isinstance(shape, Ladder) else (shape,)
-    return Speculation(drafter, shapes, rules.make(config), config.proposal, cascade)
+    rule, bound_by = rules.make(config), limits.bound_by(config)
+    return Speculation(drafter, shapes, rule, config.proposal, cascade, bound_by)

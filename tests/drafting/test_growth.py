@@ -187,6 +187,8 @@ def beam(table, b, shape) -> dict[tuple[int, ...], float]:
         )
     }
     for depth in range(1, shape.depth + 1):
+        likeliest = sorted(level, key=level.get, reverse=True)[: shape.level]
+        level = {path: level[path] for path in likeliest}
         seen |= level
         if depth == shape.depth:
             break
@@ -208,8 +210,9 @@ def beam(table, b, shape) -> dict[tuple[int, ...], float]:
         shapes.parse("dynamic:9@4"),
         BestFirstShape(12, 3, 3, 5),
         BestFirstShape(4, 1, 4, 2),
+        shapes.parse("dynamic:9@4/3"),
     ],
-    ids=lambda shape: f"{shape.nodes}@{shape.depth}w{shape.width}c{shape.children}",
+    ids=lambda s: f"{shapes.text_of(s)}w{s.width}c{s.children}",
 )
 def test_a_dynamic_tree_is_the_beams_best(shape, params):
     """The same paths as a beam search in numpy, in order of topology."""
@@ -225,6 +228,7 @@ def test_a_dynamic_tree_is_the_beams_best(shape, params):
             assert tree.valid[b, on_path].all()
             total = tree.draft_logprob[b, on_path].sum()
             assert total == pytest.approx(want[path], abs=1e-4)
+        assert np.bincount(tree.depth[b])[1:].max() <= (shape.level or 23)
 
 
 def test_with_room_for_all_it_is_best_first_over_every_path():

@@ -74,6 +74,7 @@ def table(
     rows = [
         ("tree", "none" if settings.plain else settings.speculative.tree),
         ("rule", stats.label),
+        *([("bound by", ", ".join(stats.bound_by))] if stats.bound_by else ()),
         ("tokens", str(stats.tokens)),
         ("steps", str(stats.steps)),
         ("tokens per step", f"{stats.tokens_per_step:.2f}"),

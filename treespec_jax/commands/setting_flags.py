@@ -66,6 +66,10 @@ HELP: dict[str, dict[str, str]] = {
         "dynamic:15@5, allotted:15@5, static:0.0.0+0.1+1 (paths of child ranks), "
         "medusa:mc_sim_7b_63, medusa:mc_sim_7b_63@3 or file:PATH (docs/shapes.md); "
         "default: auto under the rule exact, else the method's",
+        "max_nodes_per_level": "drafted nodes of equal depth; larger trees are cut; "
+        "default: the tree's",
+        "max_total_nodes": "drafted nodes of a tree; larger trees are cut; default: "
+        "the tree's",
         "tau": "temperature of the drafter's estimates; default: the one fitted by "
         "calibrate_drafter, else 0.7",
         "rule": "exact, token, block, traversal, terminal or (LOSSY) typical",

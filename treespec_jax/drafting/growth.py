@@ -14,6 +14,7 @@ function per structure of a tree.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,7 @@ def _grow_static(shape: StaticShape, root_B, scores, expand, children):
     )
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Candidates:
     """All children seen at one depth, each [B, n].
@@ -201,6 +203,15 @@ class _Candidates:
     def count(self) -> int:
         return self.tokens.shape[1]
 
+    def likeliest(self, limit: int | None) -> _Candidates:
+        """The `limit` of them with the likeliest paths, in the same order."""
+        if limit is None or limit >= self.count:
+            return self
+        chosen_BN = ascending(top_k_rows(self.path, limit)[1])
+        return jax.tree.map(
+            functools.partial(jnp.take_along_axis, indices=chosen_BN, axis=1), self
+        )
+
 
 def _grow_best_first(shape: BestFirstShape, root_B, scores, expand, children):
     """Best-first within a beam of `width` expanded nodes per level.
@@ -215,7 +226,8 @@ def _grow_best_first(shape: BestFirstShape, root_B, scores, expand, children):
     frontier_BW = jnp.full((B, 1), -1, jnp.int32)
     path_BW = jnp.zeros((B, 1), jnp.float32)
     count = min(shape.root_children, breadth(scores))
-    levels = [_candidates(children, scores, 0, count, frontier_BW, path_BW)]
+    first_level = _candidates(children, scores, 0, count, frontier_BW, path_BW)
+    levels = [first_level.likeliest(shape.level)]
     mask_BWU = scratch = None
     # Nodes expanded before a level, and before the one above it; the root is one.
     expanded = before = 1
@@ -235,9 +247,8 @@ def _grow_best_first(shape: BestFirstShape, root_B, scores, expand, children):
         scores, scratch = expand(level, scratch)
         before, expanded = expanded, expanded + width
         count = min(shape.children, breadth(scores))
-        levels.append(
-            _candidates(children, scores, depth, count, chosen_BW + first, path_BW)
-        )
+        below = _candidates(children, scores, depth, count, chosen_BW + first, path_BW)
+        levels.append(below.likeliest(shape.level))
     return _select(shape, root_B, levels)
 
 

@@ -191,6 +191,8 @@ class Engine:
             stats.cascade = speculation.cascade.name
             stats.alpha = speculation.cascade.alpha
         stats.sources = speculation.drafter.sources
+        if request.params.speculate:
+            stats.bound_by = speculation.bound_by
         stats.emitted_counts = [0] * (speculation.depth + 2)
         self._scheduler.submit(request)
 

@@ -25,6 +25,8 @@ class Stats:
       cascade: the policy, if it was not the target's.
       alpha: of the cascade.
       cache_dtype: of keys and values; "int8" rounds them.
+      bound_by: names of the budgets that were reached: `max_nodes_per_level` and
+        `max_total_nodes` where they made trees smaller, `max_time`.
       emitted_counts: entry n counts the steps that emitted n tokens (n - 1 accepted).
       rank_counts: entry n counts the accepted nodes that were child n of their parent,
         in the order of the tree: of falling estimate, or as they were sampled.
@@ -51,6 +53,7 @@ class Stats:
     cascade: str = ""
     alpha: float = 0.0
     cache_dtype: str = ""
+    bound_by: tuple[str, ...] = ()
     emitted_counts: list[int] = dataclasses.field(default_factory=list)
     rank_counts: list[int] = dataclasses.field(default_factory=list)
     sources: tuple[str, ...] = ()
@@ -154,6 +157,7 @@ class Stats:
                     "cascade",
                     "alpha",
                     "cache_dtype",
+                    "bound_by",
                     "lossless",
                     "requests",
                     "prompt_tokens",
@@ -196,6 +200,7 @@ def total(
         cascade=parts[0].cascade if parts else "",
         alpha=parts[0].alpha if parts else 0.0,
         cache_dtype=parts[0].cache_dtype if parts else "",
+        bound_by=tuple(dict.fromkeys(n for p in parts for n in p.bound_by)),
         emitted_counts=_summed(p.emitted_counts for p in parts),
         rank_counts=_summed(p.rank_counts for p in parts),
         sources=parts[0].sources if parts else (),

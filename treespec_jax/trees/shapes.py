@@ -41,12 +41,14 @@ class BestFirstShape:
       depth: levels below the root, one pass of the drafter each.
       width: W, nodes that the drafter expands per level.
       children: best children looked at per expanded node.
+      level: nodes of a level at most, the likeliest; None: any number.
     """
 
     nodes: int
     depth: int
     width: int
     children: int
+    level: int | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -69,10 +71,12 @@ class AllottedShape:
     Attributes:
       nodes: drafted nodes, the root not counted.
       depth: levels below the root, one pass of the drafter each.
+      level: nodes of a level at most, at least nodes / depth; None: any number.
     """
 
     nodes: int
     depth: int
+    level: int | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -81,11 +85,20 @@ class AllottedShape:
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
-        """Nodes at depth 0, …, C: falling in even steps, at least one each."""
+        """Nodes at depth 0, …, C: falling in even steps, at least one each.
+
+        What a level may not hold goes to the first ones with room.
+        """
         weights = np.arange(self.depth, 0, -1)
         spare = self.nodes - self.depth
         ends = np.round(np.cumsum(weights) / weights.sum() * spare).astype(int)
-        return (1, *(int(n) + 1 for n in np.diff(ends, prepend=0)))
+        sizes = np.diff(ends, prepend=0) + 1
+        if self.level is not None:
+            sizes, over = np.minimum(sizes, self.level), sizes - self.level
+            missing = int(np.maximum(over, 0).sum())
+            room = np.minimum(np.cumsum(self.level - sizes), missing)
+            sizes = sizes + np.diff(room, prepend=0)
+        return (1, *map(int, sizes))
 
 
 TreeShape = StaticShape | BestFirstShape | AllottedShape
@@ -119,6 +132,7 @@ LADDER = "auto:7@4+3@3+15@5+31@7"
 
 _GRAMMAR = (
     "none, chain:LENGTH, regular:AxBxC, dynamic:NODES@DEPTH, allotted:NODES@DEPTH, "
+    "either with /LEVEL, "
     "static:PATH+PATH (child ranks, as in 0.0+1), medusa:NAME, medusa:NAME@DEPTH, "
     "file:PATH, auto or auto:NODES@DEPTH+NODES@DEPTH"
 )
@@ -136,8 +150,9 @@ def parse(text: str) -> TreeShape | Ladder:
     children of the root, two of each of those, one of each of those (20 nodes);
     `dynamic:15@5` the 15 best paths down to depth 5, chosen anew at every step;
     `allotted:15@5` as many nodes in levels of fixed sizes, shared out among their
-    parents before they are proposed, as rules that sample need it. Node counts leave
-    out the root: T is one more.
+    parents before they are proposed, as rules that sample need it; `dynamic:15@5/4`
+    and `allotted:15@5/4` have 4 nodes in a level at most. Node counts leave out the
+    root: T is one more.
 
     `static:0.0.0+0.1+1` is any tree, named by paths of child ranks: these nodes and all
     on the way to them; siblings of lower rank must be among them.
@@ -198,11 +213,16 @@ def _parse_dynamic(rest: str) -> TreeShape | None:
     counts = _nodes_and_depth(rest)
     if counts is None:
         return None
-    nodes, depth = counts
+    return dynamic(*counts)
+
+
+def dynamic(nodes: int, depth: int, level: int | None = None) -> BestFirstShape:
+    """The best-first shape of so many nodes, as `dynamic:NODES@DEPTH/LEVEL`."""
     # A quarter of the nodes per level and few children of each lose next to nothing
     # against a full search, and keep the drafter's passes thin.
     width = min(8, math.ceil(nodes / 4))
-    return BestFirstShape(nodes, depth, width, max(4, math.ceil(nodes / width)))
+    children = max(4, math.ceil(nodes / width))
+    return BestFirstShape(nodes, depth, width, children, level)
 
 
 def _parse_allotted(rest: str) -> TreeShape | None:
@@ -210,18 +230,25 @@ def _parse_allotted(rest: str) -> TreeShape | None:
     return None if counts is None else AllottedShape(*counts)
 
 
-def _nodes_and_depth(rest: str) -> tuple[int, int] | None:
-    match = re.fullmatch(r"([1-9]\d*)@([1-9]\d*)", rest)
+def _nodes_and_depth(rest: str) -> tuple[int, int, int | None] | None:
+    """And nodes per level."""
+    match = re.fullmatch(r"([1-9]\d*)@([1-9]\d*)(/[1-9]\d*)?", rest)
     if match is None:
         return None
     nodes, depth = _number(match[1]), _number(match[2])
+    level = _number(match[3][1:]) if match[3] else None
     _check_size(nodes)
     if depth > nodes:
         raise ValueError(
             f"has {nodes} nodes, which cannot be {depth} deep; lower the depth to "
             f"{nodes} at most"
         )
-    return nodes, depth
+    if level is not None and level * depth < nodes:
+        raise ValueError(
+            f"has {nodes} nodes, of which {depth} levels of {level} hold "
+            f"{level * depth}; lower the first number"
+        )
+    return nodes, depth, level
 
 
 def _parse_static(rest: str) -> TreeShape | None:
@@ -266,7 +293,8 @@ def text_of(shape: TreeShape) -> str:
     if isinstance(shape, StaticShape):
         return paths.text_of(shape.topology) if shape.depth else "none"
     kind = "dynamic" if isinstance(shape, BestFirstShape) else "allotted"
-    return f"{kind}:{shape.nodes}@{shape.depth}"
+    level = "" if shape.level is None else f"/{shape.level}"
+    return f"{kind}:{shape.nodes}@{shape.depth}{level}"
 
 
 _PARSERS = {
