@@ -44,8 +44,8 @@ class Completion:
       prompt_token_ids: its tokens, as the model read them.
       text: what follows the prompt; "" without a tokenizer.
       token_ids: emitted tokens, the end-of-text token included if there was one.
-      finish_reason: "stop" (end-of-text token or stop text) or "length" (max_tokens,
-        max_len, or more pages than there are).
+      finish_reason: "stop" (end-of-text token or stop text), "length" (max_tokens,
+        max_len, or more pages than there are) or "time" (max_time).
       logprobs: natural log p of each token under the target, if asked for.
       top_logprobs: for each token the k likeliest ones in its stead, best first, and
         behind them the token itself if it is not one of them; None if k is 0.

@@ -56,8 +56,10 @@ def explore(
 ) -> Exploration:
     """Continues a prompt by a few tokens and records every tree on the way.
 
-      found = treespec_jax.explore("once upon a time")
-      print(found.text, found.stats.tokens_per_step)
+      found = treespec_jax.explore(
+          "once upon a time", max_nodes_per_level=25, max_total_nodes=200, max_time=10
+      )
+      print(found.text, found.stats.tokens_per_step, found.stats.bound_by)
       found.show()
 
     Args:
@@ -66,8 +68,10 @@ def explore(
         loading and compiling when several prompts are explored.
       draft: the drafter's checkpoint; None: the one that goes with the target.
       max_tokens: to emit at most.
-      **settings: fields of `SpeculativeConfig` (tree, method, rule, …) and of
-        `SamplingParams` (temperature, seed, …).
+      **settings: fields of `SpeculativeConfig` (tree, method, rule, …; of each step's
+        tree, `max_nodes_per_level` and `max_total_nodes`) and of `SamplingParams`
+        (temperature, seed, …; `max_time`, seconds: with it an `LLM` that is made here
+        is compiled before they begin to count).
 
     Raises:
       UserError: as `LLM` and its `generate`; an `LLM` that does not record, or that is
@@ -87,6 +91,8 @@ def explore(
             max_batch=1,
             steps_per_dispatch=1,
         )
+        if params.max_time is not None:
+            llm.warm_up(params)
     elif speculative:
         given = ", ".join("draft" if k == "model" else k for k in speculative)
         raise UserError(f"an LLM has its drafter already; leave out {given}")

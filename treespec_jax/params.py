@@ -16,6 +16,7 @@ from treespec_jax.checks import (
     check_float,
     check_functions,
     check_ints,
+    check_optional,
     check_texts,
     check_words,
 )
@@ -75,6 +76,9 @@ class SamplingParams:
       logit_bias: added to the logits of tokens, in [-100, 100] each: a mapping from
         ids, kept as sorted pairs; MAX_LOGIT_BIAS tokens at most.
       speculate: if not, no tree is grown for it, whatever its batch does.
+      max_time: seconds from when it is submitted, waiting and compiling included, after
+        which no dispatch begins for it: the text then ends where it stands, with the
+        finish reason "time". None: no limit.
     """
 
     max_tokens: int = 128
@@ -102,6 +106,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     speculate: bool = True
+    max_time: float | None = None
 
     MAX_LOGIT_BIAS: ClassVar = 64
     # Least value, and bits of what holds it.
@@ -135,6 +140,9 @@ class SamplingParams:
         for name, (low, high, open_low) in self._FLOATS.items():
             check_float(name, getattr(self, name), low, high, open_low)
             checked[name] = float(getattr(self, name))
+        check_optional("max_time", self.max_time)
+        if self.max_time is not None:
+            checked["max_time"] = float(self.max_time)
         checked["stop"] = check_texts("stop", self.stop)
         ends = check_ints("stop_token_ids", self.stop_token_ids, 0)
         checked["stop_token_ids"] = ends

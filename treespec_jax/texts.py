@@ -70,6 +70,9 @@ class Reader:
         """Ends the request at the token that completed a stop."""
         request = self.request
         engine.cancel(request)
+        if request.finish_reason == "time":
+            # The text was whole before its time was over.
+            request.stats.bound_by = request.stats.bound_by[:-1]
         request.finish_reason = "stop"
         request.cut(self._seen)
 

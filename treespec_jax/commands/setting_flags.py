@@ -56,6 +56,7 @@ HELP: dict[str, dict[str, str]] = {
         "logit_bias": "TOKEN=NUMBER, added to the logit of a token id; repeatable; "
         "default: none",
         "speculate": "grow trees; --nospeculate decodes plainly",
+        "max_time": "seconds per text, waiting and compiling included; default: any",
     },
     "speculative": {
         "method": f"what drafts: {', '.join(METHODS)}; default: that of the "

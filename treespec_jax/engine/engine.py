@@ -354,7 +354,7 @@ class Engine:
 
     def _advance(self, max_steps, shape) -> list[Request]:
         began, prefilled = self._clock.now(), self.prefill_seconds
-        touched: list[Request] = []
+        touched = self._scheduler.end_late()
         if not self._flights:
             touched += self._prefill()
             choice = self._choose(max_steps, shape)
@@ -365,6 +365,7 @@ class Engine:
             choice = self._choose(max_steps, shape)
             self._launch(self._scheduler.plan_ahead(choice.max_steps), choice)
             touched += self._land()
+            touched += self._scheduler.end_late()
             spent = self._clock.now() - began
             self.decode_seconds += spent - (self.prefill_seconds - prefilled)
         return touched
@@ -473,6 +474,7 @@ class Engine:
                 seconds = self._clock.now() - began
                 self._scheduler.fed(chunk, seconds, scores)
                 self.prefill_seconds += seconds
+            refused += self._scheduler.end_late()
             if self._scheduler.ready:
                 break
             # Some wait for what others have just put into the cache.

@@ -39,8 +39,8 @@ class Request:
         not asked for.
       prompt_top: likewise.
       finish_reason: None while running; then "stop" (end-of-text token or a stop text),
-        "length" (max_tokens, max_len, or more pages than there are) or "error" (what
-        failed was raised).
+        "length" (max_tokens, max_len, or more pages than there are), "time" (max_time)
+        or "error" (what failed was raised).
       stats: counts and times.
       records: of every step's tree, if the engine records them.
       steps: what each step did.
@@ -76,6 +76,11 @@ class Request:
         """Whether log p of the prompt is asked for and not known yet."""
         wanted = self.params.prompt_logprobs is not None
         return wanted and len(self.prompt_logprobs) < len(self.prompt)
+
+    def late(self, now: float) -> bool:
+        """Whether its time is over, at a moment of `time.perf_counter`."""
+        limit = self.params.max_time
+        return limit is not None and now - self.submitted >= limit
 
     @property
     def early(self) -> bool:

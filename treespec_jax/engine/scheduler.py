@@ -121,6 +121,16 @@ class Scheduler:
                 self._release(index)
         request.finish_reason = request.finish_reason or finish_reason
 
+    def end_late(self) -> list[Request]:
+        """Ends the requests whose time is over, and returns them."""
+        now = time.perf_counter()
+        waiting = [request for _, request in self._waiting]
+        late = [r for r in (*waiting, *self.running()) if r.late(now)]
+        for request in late:
+            self.cancel(request, "time")
+            request.stats.bound_by += ("max_time",)
+        return late
+
     def running(self, slots: Iterable[int] | None = None) -> list[Request]:
         """Requests in slots: in these, or in all."""
         occupied = self._occupied()
