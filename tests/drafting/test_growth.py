@@ -7,6 +7,7 @@ rows before, so that a wrong mask gives other tokens than the true paths do.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -197,6 +198,7 @@ def beam(table, b, shape) -> dict[tuple[int, ...], float]:
         level = {
             (*path, token): level[path] + probability
             for path in frontier
+            if level[path] >= np.log(shape.threshold or 1e-30)
             for token, probability in table.children(b, path, count)
         }
     best = sorted(seen, key=seen.get, reverse=True)[: shape.nodes]
@@ -211,6 +213,7 @@ def beam(table, b, shape) -> dict[tuple[int, ...], float]:
         BestFirstShape(12, 3, 3, 5),
         BestFirstShape(4, 1, 4, 2),
         shapes.parse("dynamic:9@4/3"),
+        shapes.parse("dynamic:12@4~0.1"),
     ],
     ids=lambda s: f"{shapes.text_of(s)}w{s.width}c{s.children}",
 )
@@ -222,13 +225,40 @@ def test_a_dynamic_tree_is_the_beams_best(shape, params):
         check_consistent(tree, b)
         want = beam(table, b, shape)
         paths = paths_of(tree, b)
-        assert set(paths[1:]) == set(want) and len(paths) == shape.num_nodes
+        there = {paths[node] for node in np.flatnonzero(tree.valid[b])}
+        assert there == {(), *want} and len(paths) == shape.num_nodes
         for node, path in enumerate(paths[1:], 1):
+            if not tree.valid[b, node]:
+                continue
             on_path = np.flatnonzero(tree.ancestors[b, node])
             assert tree.valid[b, on_path].all()
             total = tree.draft_logprob[b, on_path].sum()
             assert total == pytest.approx(want[path], abs=1e-4)
         assert np.bincount(tree.depth[b])[1:].max() <= (shape.level or 23)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "active", "passes"),
+    [(0, [True, True], 3), (1, [True, True], 0), (0.01, [False, False], 0)],
+)
+def test_the_drafter_runs_no_further_than_a_path_is_worth(threshold, active, passes):
+    """Passes are counted as they run, not as they are compiled."""
+    table, ran = Table(23, GREEDY), []
+    expand = expander(jnp.asarray(table.root), jnp.asarray(table.step))
+
+    def counted(level, scratch):
+        jax.debug.callback(lambda: ran.append(level.depth))
+        return expand(level, scratch)
+
+    shape = shapes.parse(f"dynamic:9@4~{threshold}")
+    context = context_of(table.shared, table.settings)
+    context = dataclasses.replace(context, active=jnp.array(active))
+    tree = jax.jit(lambda root: grow(shape, context, root, counted, TAU))(table.root)
+    jax.block_until_ready(tree.tokens)
+    jax.effects_barrier()
+    assert sorted(ran) == list(range(1, passes + 1))
+    if all(active):
+        assert np.asarray(tree.valid & (tree.depth > 1)).any() == (passes > 0)
 
 
 def test_with_room_for_all_it_is_best_first_over_every_path():

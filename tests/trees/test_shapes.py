@@ -29,6 +29,9 @@ GOOD = {
     "allotted:1@1": (1, 1),
     "dynamic:1@1": (1, 1),
     "dynamic:3@3": (3, 3),
+    "dynamic:15@5/4": (15, 5),
+    "dynamic:15@5/4~0.05": (15, 5),
+    "allotted:15@5/3": (15, 5),
     " chain:2 ": (2, 2),
 }
 MALFORMED = [
@@ -70,6 +73,11 @@ MALFORMED = [
     "dynamic:-5@2",
     "dynamic:5@2@1",
     "dynamic:5x2",
+    "dynamic:5@2/0",
+    "dynamic:5@2~",
+    "dynamic:5@2~1.5",
+    "dynamic:5@2~0.1/3",
+    "allotted:5@2~0.1",
     "7",
     ":",
     "chain:5;regular:2",

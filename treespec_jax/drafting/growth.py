@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def grow(
         root, expand = _penalised(context.penalties, root, expand)
     growers = {
         StaticShape: _grow_static,
-        BestFirstShape: _grow_best_first,
+        BestFirstShape: functools.partial(_grow_best_first, context.active),
         AllottedShape: _grow_allotted,
     }
     with jax.named_scope("grow"):
@@ -213,7 +214,7 @@ class _Candidates:
         )
 
 
-def _grow_best_first(shape: BestFirstShape, root_B, scores, expand, children):
+def _grow_best_first(active_B, shape: BestFirstShape, root_B, scores, expand, children):
     """Best-first within a beam of `width` expanded nodes per level.
 
     All children seen are candidates; the tree is the best of them by the probability
@@ -236,6 +237,11 @@ def _grow_best_first(shape: BestFirstShape, root_B, scores, expand, children):
         first = sum(level.count for level in levels[:-1])
         width = min(shape.width, above.count)
         path_BW, chosen_BW = top_k_rows(above.path, width)
+        going_on = None
+        if shape.threshold:
+            worth_BW = path_BW >= math.log(shape.threshold)
+            path_BW = jnp.where(worth_BW, path_BW, -jnp.inf)
+            going_on = jnp.any(worth_BW & active_B[:, None])
         slot_BW = jnp.take_along_axis(above.slots, chosen_BW, axis=1)
         mask_BWU = _extend_mask(mask_BWU, slot_BW)
         level = Level(
@@ -244,12 +250,24 @@ def _grow_best_first(shape: BestFirstShape, root_B, scores, expand, children):
             depth,
             mask_BWU,
         )
-        scores, scratch = expand(level, scratch)
+        scores, scratch = _expand_if(going_on, expand, level, scratch)
         before, expanded = expanded, expanded + width
         count = min(shape.children, breadth(scores))
         below = _candidates(children, scores, depth, count, chosen_BW + first, path_BW)
         levels.append(below.likeliest(shape.level))
     return _select(shape, root_B, levels)
+
+
+def _expand_if(going_on, expand: Expand, level: Level, scratch):
+    """`expand`, or zeros in no time where nobody goes on; None: always `expand`."""
+    if going_on is None:
+        return expand(level, scratch)
+
+    def stop(_):
+        shapes = jax.eval_shape(lambda: expand(level, scratch))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return jax.lax.cond(going_on, lambda _: expand(level, scratch), stop, None)
 
 
 def _extend_mask(mask_BWU, slot_BW):
@@ -272,11 +290,13 @@ def _candidates(children, scores, depth, count, frontier_BW, path_BW):
     # Nobody samples here, so that no uniforms are named.
     number = jnp.zeros((B, W, count), jnp.int32)
     family = children.propose(scores, depth, number)
+    # Nothing is below a path that is not gone on with.
+    log_BWJ = jnp.where(path_BW[:, :, None] > -jnp.inf, family.log_prob, -jnp.inf)
     slot_WJ = jnp.arange(W, dtype=jnp.int32)[:, None]
     return _Candidates(
         tokens=family.tokens.reshape(B, -1),
-        log_prob=family.log_prob.reshape(B, -1),
-        path=(path_BW[:, :, None] + family.log_prob).reshape(B, -1),
+        log_prob=log_BWJ.reshape(B, -1),
+        path=(path_BW[:, :, None] + log_BWJ).reshape(B, -1),
         parents=jnp.repeat(frontier_BW, count, axis=1),
         slots=jnp.broadcast_to(slot_WJ, (B, W, count)).reshape(B, -1),
         source=None if family.source is None else family.source.reshape(B, -1),

@@ -42,6 +42,8 @@ class BestFirstShape:
       width: W, nodes that the drafter expands per level.
       children: best children looked at per expanded node.
       level: nodes of a level at most, the likeliest; None: any number.
+      threshold: a node whose path has less estimated probability gets no children;
+        where no text of a batch has a likelier path, the drafter runs no further.
     """
 
     nodes: int
@@ -49,6 +51,7 @@ class BestFirstShape:
     width: int
     children: int
     level: int | None = None
+    threshold: float = 0.0
 
     @property
     def num_nodes(self) -> int:
@@ -132,7 +135,7 @@ LADDER = "auto:7@4+3@3+15@5+31@7"
 
 _GRAMMAR = (
     "none, chain:LENGTH, regular:AxBxC, dynamic:NODES@DEPTH, allotted:NODES@DEPTH, "
-    "either with /LEVEL, "
+    "either with /LEVEL, dynamic with ~THRESHOLD, "
     "static:PATH+PATH (child ranks, as in 0.0+1), medusa:NAME, medusa:NAME@DEPTH, "
     "file:PATH, auto or auto:NODES@DEPTH+NODES@DEPTH"
 )
@@ -151,7 +154,8 @@ def parse(text: str) -> TreeShape | Ladder:
     `dynamic:15@5` the 15 best paths down to depth 5, chosen anew at every step;
     `allotted:15@5` as many nodes in levels of fixed sizes, shared out among their
     parents before they are proposed, as rules that sample need it; `dynamic:15@5/4`
-    and `allotted:15@5/4` have 4 nodes in a level at most. Node counts leave out the
+    and `allotted:15@5/4` have 4 nodes in a level at most; in `dynamic:15@5~0.1` paths
+    of a probability under 0.1 are not gone on with. Node counts leave out the
     root: T is one more.
 
     `static:0.0.0+0.1+1` is any tree, named by paths of child ranks: these nodes and all
@@ -210,19 +214,20 @@ def _parse_regular(rest: str) -> TreeShape | None:
 
 
 def _parse_dynamic(rest: str) -> TreeShape | None:
-    counts = _nodes_and_depth(rest)
-    if counts is None:
-        return None
-    return dynamic(*counts)
+    match = re.fullmatch(r"([^~]*)(~(0|1|0\.\d{1,9}))?", rest)
+    counts = _nodes_and_depth(match[1]) if match else None
+    return None if counts is None else dynamic(*counts, float(match[3] or 0))
 
 
-def dynamic(nodes: int, depth: int, level: int | None = None) -> BestFirstShape:
-    """The best-first shape of so many nodes, as `dynamic:NODES@DEPTH/LEVEL`."""
+def dynamic(
+    nodes: int, depth: int, level: int | None = None, threshold: float = 0.0
+) -> BestFirstShape:
+    """The best-first shape that `dynamic:NODES@DEPTH/LEVEL~THRESHOLD` names."""
     # A quarter of the nodes per level and few children of each lose next to nothing
     # against a full search, and keep the drafter's passes thin.
     width = min(8, math.ceil(nodes / 4))
     children = max(4, math.ceil(nodes / width))
-    return BestFirstShape(nodes, depth, width, children, level)
+    return BestFirstShape(nodes, depth, width, children, level, threshold)
 
 
 def _parse_allotted(rest: str) -> TreeShape | None:
@@ -294,7 +299,10 @@ def text_of(shape: TreeShape) -> str:
         return paths.text_of(shape.topology) if shape.depth else "none"
     kind = "dynamic" if isinstance(shape, BestFirstShape) else "allotted"
     level = "" if shape.level is None else f"/{shape.level}"
-    return f"{kind}:{shape.nodes}@{shape.depth}{level}"
+    threshold = getattr(shape, "threshold", 0.0)
+    number = np.format_float_positional(threshold, trim="-")
+    end = f"{level}~{number}" if threshold else level
+    return f"{kind}:{shape.nodes}@{shape.depth}{end}"
 
 
 _PARSERS = {
