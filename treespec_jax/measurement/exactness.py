@@ -35,8 +35,9 @@ from treespec_jax.trees.topology import chain
 _BLOCKS = 2
 # Rounding may move both scores, by twice as much as the probe's few tokens showed.
 _MARGIN = 4
-# Nats; what float32 moves scores by in a text much longer than the probe's.
-_LEAST_TIE = 1e-4
+# Nats; what rounding moves scores by in texts much longer than the probe's, of float32,
+# of weights of 16 bits, and where activations are rounded to int8.
+_TIES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1, "int8": 0.3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,21 @@ class Probe:
       kv: largest difference of a key or value.
       products_equal: whether each kind of weight gives a row the same bits alone and
         among N.
+      weights: type of the target's.
     """
 
     rows: int
     logits: float
     kv: float
     products_equal: bool
+    weights: str = "float32"
 
     def near(self, params: SamplingParams) -> float:
         """Scores that are apart by no more may be ordered either way by rounding."""
         greedy = params.temperature < MIN_TEMPERATURE
         scale = 1.0 if greedy else 1 / params.temperature
-        return max(_LEAST_TIE, _MARGIN * self.logits * scale)
+        least = _TIES[self.weights.partition(":")[0]]
+        return max(least, _MARGIN * self.logits) * scale
 
     def __str__(self) -> str:
         equal = "bit-equal" if self.products_equal else "not bit-equal"
@@ -89,6 +93,7 @@ def probe(target: Transformer, config: EngineConfig, rows: int) -> Probe:
         _apart(logits, lone_logits),
         max(map(_apart, kv, lone_kv)),
         _products_equal(target, rows),
+        target.types.weights,
     )
 
 
