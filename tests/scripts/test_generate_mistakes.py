@@ -32,6 +32,8 @@ pytestmark = pytest.mark.slow
         ("--allowed_token_ids=5,99999", "99999"),
         ("--allowed_token_ids=few", "few"),
         ("--min_tokens=1000", "min_tokens"),
+        ("--max_time=0", "max_time"),
+        ("--max_nodes_per_level=0", "max_nodes_per_level"),
         ("--bad_words=", "bad_words"),
         ("--logprobs=many", "many"),
         ("--rule=tokn", "tokn"),
@@ -94,6 +96,11 @@ def test_other_text_cannot_be_verified(refuses, files):
     args = [f"--target={files.target}", f"--draft={files.draft}", "--prompt=a"]
     args += ["--rule=token", "--tree=chain:2", "--temperature=1", "--verify_lossless"]
     refuses("take --rule=exact", "generate.py", *args)
+
+
+def test_texts_that_end_anywhere_are_not_compared(refuses, files):
+    args = [f"--target={files.target}", f"--draft={files.draft}", "--prompt=a"]
+    refuses("max_time=2 ends", "generate.py", *args, "--max_time=2", "--compare")
 
 
 def test_bad_options_and_tables(refuses, files, tmp_path, monkeypatch):

@@ -99,6 +99,8 @@ def main(given) -> int | None:
     )
     # Before jax starts and weights are read, so that a mistake is answered at once.
     encoded = _check(job)
+    if given.compare or given.verify_lossless:
+        _check_whole_texts(job)
     if given.verify_lossless:
         _check_same_text(job)
     if asked and not remaining:
@@ -199,6 +201,16 @@ def _check(job: Job) -> list[list[int]]:
     if table and not settings.plain:
         recycle_table.check_output(table)
     return encoded
+
+
+def _check_whole_texts(job: Job) -> None:
+    """Refuses deadlines where texts are compared: they would end anywhere."""
+    for params in job.params or [job.settings.sampling]:
+        if params.max_time is not None:
+            raise UserError(
+                f"max_time={params.max_time:g} ends texts anywhere, which cannot be "
+                "compared; leave it out, or --compare and --verify_lossless"
+            )
 
 
 def _check_same_text(job: Job) -> None:
