@@ -98,7 +98,7 @@ def test_a_stop_text_before_the_end_of_time_counts(scripted_llm, script):
 def test_callers_get_what_there_was(scripted_llm, script):
     (found,) = scripted_llm.generate([script.prompt], SamplingParams(max_time=1e-6))
     assert (found.finish_reason, found.token_ids) == ("time", [])
-    assert found.text == "" and found.stats.as_dict()["bound_by"] == ("max_time",)
+    assert found.text == "" and found.stats.as_dict()["bound_by"] == ["max_time"]
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), "soon"])

@@ -150,6 +150,7 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """Fields and derived figures, for JSON."""
         return {
+            "bound_by": list(self.bound_by),
             **{
                 name: getattr(self, name)
                 for name in (
@@ -157,7 +158,6 @@ class Stats:
                     "cascade",
                     "alpha",
                     "cache_dtype",
-                    "bound_by",
                     "lossless",
                     "requests",
                     "prompt_tokens",
@@ -178,7 +178,7 @@ class Stats:
                     "compile_seconds",
                     "tokens_per_second",
                 )
-            }
+            },
         }
 
 
