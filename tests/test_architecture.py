@@ -27,6 +27,7 @@ FLOORS = (
     ("tracing", "worker", "cost_file"),
     ("completions", "progress", "stops"),
     ("texts", "arguments", "pairs"),
+    ("beam_texts",),
     ("llm",),
     ("exploration", "branch", "tuning", "training"),
     ("measurement",),
@@ -37,6 +38,7 @@ FLOORS = (
 FORBIDDEN = {
     "pallas_kernels": ("treespec_jax",),
     "treespec_jax.engine.scheduler": ("jax",),
+    "treespec_jax.engine.beam_group": ("jax",),
     "treespec_jax.engine.branching": ("jax",),
     "treespec_jax.engine": ("treespec_jax.checkpoints",),
     "treespec_jax.drafting": ("treespec_jax.acceptance",),

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from treespec_jax import disk_cache, limits, pairs, speculation
 from treespec_jax.arguments import (
@@ -21,17 +20,17 @@ from treespec_jax.arguments import (
     single_params,
     with_token_ids,
 )
+from treespec_jax.beam_texts import Beams, search
 from treespec_jax.checkpoints import drafters
 from treespec_jax.checkpoints.chat import check_conversations, check_messages
 from treespec_jax.checkpoints.drafters import LoadedDrafter
-from treespec_jax.checkpoints.recycle_table import Table, TableFile
+from treespec_jax.checkpoints.recycle_table import TableFile
 from treespec_jax.checkpoints.tokenizers import Tokenizer, check_pair
 from treespec_jax.checks import as_bool, as_int, from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, OnFinish, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.cost_file import CostFile
-from treespec_jax.drafting import recycle
-from treespec_jax.drafting.protocol import Drafter
+from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.stats import total
@@ -168,7 +167,9 @@ class LLM:
         if isinstance(draft, LoadedDrafter) and config.check_drafter:
             pairs.try_drafter(self.engine, target, draft)
         if table is not None:
-            self.engine.begin_with(functools.partial(_with_table, self.drafter, table))
+            self.engine.begin_with(
+                functools.partial(pairs.with_recycle_table, self.drafter, table)
+            )
         self._worker = Worker(self.engine)
 
     def warm_up(self, params: SamplingParams | None = None) -> float:
@@ -377,6 +378,17 @@ class LLM:
         )
         return AsyncStream(self._worker, reader)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        **params: Any,
+    ) -> Beams:
+        """The likeliest texts of every prompt, by `beam_texts.search`.
+
+        `params` are the fields of `BeamParams`: beams, max_tokens, length_penalty, …
+        """
+        return search(self, prompts, from_mapping(BeamParams, params, "beam_search"))
+
     def save_recycle_table(self, path: str | Path | None = None) -> Path:
         """Writes what all requests taught methods "recycle" and "auto" to a file.
 
@@ -393,7 +405,9 @@ class LLM:
           UserError: there is nothing of that kind to write, no path, or nowhere to
             write; a file that was there stays as it was.
         """
-        table = self._worker.run(functools.partial(_table, self.drafter))
+        table = self._worker.run(
+            functools.partial(pairs.recycle_table_of, self.drafter)
+        )
         if table is None:
             raise UserError(
                 "the drafter recycles nothing that outlives a request; take method "
@@ -483,16 +497,3 @@ def _generation(call: Call) -> Generation:
     stats = [reader.request.stats for reader in call.readers]
     times = call.prefill_seconds, call.decode_seconds, call.compile_seconds
     return Generation(completions_of(call.readers), total(stats, *times))
-
-
-def _table(drafter: Drafter, engine: Engine) -> Table | None:
-    """What all requests taught, in copies: the next dispatch takes the arrays."""
-    found = recycle.table_of(drafter, engine.draft_state)
-    return found and Table(np.array(found.best[0]), np.array(found.logits[0]))
-
-
-def _with_table(drafter: Drafter, table: Table, state: Any) -> Any:
-    """A drafter's state with a table, of as many successors as the drafter has."""
-    count = recycle.table_of(drafter, state).best.shape[2]
-    table = table.resized(count)
-    return recycle.with_table(state, table.best, table.logits)

@@ -17,9 +17,11 @@ from treespec_jax.checkpoints.drafters import (
     load_drafter,
 )
 from treespec_jax.checkpoints.files import cache_folder
+from treespec_jax.checkpoints.recycle_table import Table
 from treespec_jax.checks import from_mapping
 from treespec_jax.config import SamplingParams, SpeculativeConfig
-from treespec_jax.drafting import wiring
+from treespec_jax.drafting import recycle, wiring
+from treespec_jax.drafting.protocol import Drafter
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
@@ -162,3 +164,16 @@ def try_drafter(engine: Engine, target: LoadedModel, draft: LoadedDrafter) -> No
         texts = np.asarray([r.tokens[:shortest] for r in requests], np.int32)
         wiring.check(target.model, draft.model, texts, draft.source)
     engine.reset()
+
+
+def recycle_table_of(drafter: Drafter, engine: Engine) -> Table | None:
+    """What all requests taught, in copies: the next dispatch takes the arrays."""
+    found = recycle.table_of(drafter, engine.draft_state)
+    return found and Table(np.array(found.best[0]), np.array(found.logits[0]))
+
+
+def with_recycle_table(drafter: Drafter, table: Table, state: Any) -> Any:
+    """A drafter's state with a table, of as many successors as the drafter has."""
+    count = recycle.table_of(drafter, state).best.shape[2]
+    table = table.resized(count)
+    return recycle.with_table(state, table.best, table.logits)

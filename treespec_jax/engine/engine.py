@@ -13,6 +13,8 @@ import numpy as np
 from treespec_jax import limits
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine import flights, rehearsal
+from treespec_jax.engine.beam_group import Found, GroupSearch
+from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.branching import CachedTexts
 from treespec_jax.engine.chooser import REHEARSAL, Choice, Chooser, Program
 from treespec_jax.engine.costs import Costs, Load, usual_curve
@@ -328,6 +330,13 @@ class Engine:
         with self._recovery():
             self._concerned = ()
             yield self._texts
+
+    def search(self, requests: Sequence[Request], params: BeamParams) -> list[Found]:
+        """Beam search (`GroupSearch.run`), while no request waits or runs."""
+        shape = self.speculation.shape
+        search = GroupSearch(params, self._scheduler, self._executor, shape)
+        with self._recovery():
+            return search.run(requests, self.submit, self._prefill, self._eos_ids)
 
     @contextlib.contextmanager
     def _recovery(self) -> Iterator[None]:

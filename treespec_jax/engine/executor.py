@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,15 +15,22 @@ import numpy as np
 from treespec_jax.branches import is_gpu
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.pages import PageCopies
-from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Sizes
-from treespec_jax.engine import compile_time, placement, rehearsal, sharing
+from treespec_jax.engine import beam_step, compile_time, placement, rehearsal, sharing
 from treespec_jax.engine import step as stepping
 from treespec_jax.engine.background import Background
+from treespec_jax.engine.beam_step import Looked, Moves, Sight
 from treespec_jax.engine.chooser import REHEARSAL, Program
 from treespec_jax.engine.clock import SteadyClock
-from treespec_jax.engine.plan import ChunkPlan, ExtendPlan, ForkPlan, Plan
+from treespec_jax.engine.device_arguments import (
+    batched,
+    chunk_arguments,
+    control_of,
+    pair_arrays,
+    variant_of,
+)
+from treespec_jax.engine.plan import ChunkPlan, ExtendPlan, ForkPlan, MovePlan, Plan
 from treespec_jax.engine.sharing import Additions, SlotCopies
 from treespec_jax.engine.state import Control, DecodeState, Outbox
 from treespec_jax.models.flat import FlatModule
@@ -101,6 +108,10 @@ class Executor:
         self._extend = jax.jit(
             self._traced_extend, donate_argnums=1, static_argnames="scored"
         )
+        self._look = jax.jit(
+            self._traced_look, donate_argnums=1, static_argnames=("shape", "count")
+        )
+        self._go = jax.jit(self._traced_go, donate_argnums=1)
         self._scores = jax.jit(sharing.scores)
         self._programs: dict[Program, Callable] = {
             REHEARSAL: jax.jit(self._traced_rehearsal)
@@ -139,7 +150,7 @@ class Executor:
         Returns:
           `PromptScores` of NumPy arrays, if the chunk asks for them, else None.
         """
-        state, args = (self._leaves, self._state), _chunk(chunk)
+        state, args = (self._leaves, self._state), chunk_arguments(chunk)
         with compile_time.measured(self._clock):
             self._state, scores = self._prefill(*state, *args)
         jax.block_until_ready(self._state.root)
@@ -147,22 +158,22 @@ class Executor:
 
     def resume(self, chunk: ChunkPlan) -> None:
         """Tells the drafter of a chunk that is in the caches already."""
-        state, args = (self._leaves, self._state), _chunk(chunk)
+        state, args = (self._leaves, self._state), chunk_arguments(chunk)
         with compile_time.measured(self._clock):
             self._state = self._resume(*state, *args)
 
     def fork(self, plan: ForkPlan) -> None:
         """Copies slots, and the pages that they do not share."""
-        slots = SlotCopies(*_copies(plan.slots, self.config.max_batch))
-        for pages in _batched(plan.pages, _PAGE_COPIES):
-            copies = PageCopies(*_copies(pages, _PAGE_COPIES))
+        slots = SlotCopies(*pair_arrays(plan.slots, self.config.max_batch))
+        for pages in batched(plan.pages, _PAGE_COPIES):
+            copies = PageCopies(*pair_arrays(pages, _PAGE_COPIES))
             with compile_time.measured(self._clock):
                 self._state = self._fork(self._leaves, self._state, slots, copies)
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         """Copies pages of the target over others: source and destination each."""
-        for pairs in _batched(pages, _PAGE_COPIES):
-            copies = PageCopies(*_copies(pairs, _PAGE_COPIES))
+        for pairs in batched(pages, _PAGE_COPIES):
+            copies = PageCopies(*pair_arrays(pairs, _PAGE_COPIES))
             with compile_time.measured(self._clock):
                 self._set_pages(self._copy_pages(self._state.pages, copies))
 
@@ -205,6 +216,32 @@ class Executor:
             )
             return jax.device_get(found)
 
+    def look(self, plan: Plan, count: int) -> tuple[Looked, Sight]:
+        """The first half of a pass of beam search, with trees of the first shape.
+
+        Args:
+          plan: whose limits say which slots have a beam.
+          count: N, tokens to tell of after every node.
+
+        Returns:
+          what `go` takes, and what the host has to see, as NumPy arrays.
+        """
+        given = self._leaves, self._state, self._control(plan)
+        static = dict(shape=self._speculation.shape, count=count)
+        with compile_time.measured(self._clock):
+            self._state, looked, sight = self._look(*given, **static)
+        return looked, jax.device_get(sight)
+
+    def go(self, looked: Looked, plan: MovePlan) -> None:
+        """The second half."""
+        size = self.config.max_batch
+        slots = SlotCopies(*pair_arrays(plan.fork.slots, size))
+        pages = PageCopies(*pair_arrays(plan.fork.pages, size))
+        parts = plan.origin, plan.path, plan.emitted, plan.count, plan.page_table
+        moves = Moves(*parts, slots, pages)
+        with compile_time.measured(self._clock):
+            self._state = self._go(self._leaves, self._state, looked, moves)
+
     def _set_pages(self, pages: Pages) -> None:
         self._state = dataclasses.replace(self._state, pages=pages)
 
@@ -213,7 +250,7 @@ class Executor:
         program, control = self._program(shape), self._control(plan)
         with compile_time.measured(self._clock):
             self._state, outbox = program(self._leaves, self._state, control)
-        self._compiled.add((shape, _variant(control)))
+        self._compiled.add((shape, variant_of(control)))
         return outbox
 
     def rehearse(self, plan: Plan) -> TokenTree:
@@ -221,12 +258,12 @@ class Executor:
         control = self._control(plan)
         with compile_time.measured(self._clock):
             tree = self._program(REHEARSAL)(self._leaves, self._state, control)
-        self._compiled.add((REHEARSAL, _variant(control)))
+        self._compiled.add((REHEARSAL, variant_of(control)))
         return tree
 
     def variant(self, plan: Plan) -> Hashable:
         """What a plan's programs hang on besides their names, such as penalties."""
-        return _variant(self._control(plan))
+        return variant_of(self._control(plan))
 
     def ready(self, variant: Hashable) -> set[Program]:
         """Programs that are compiled in a variant."""
@@ -268,7 +305,7 @@ class Executor:
             for name in programs
         ]
         jobs += [
-            (self._resume if c.cached else self._prefill, (*state, *_chunk(c)))
+            (self._resume if c.cached else self._prefill, (*state, *chunk_arguments(c)))
             for c in chunks
         ]
         with ThreadPoolExecutor(max(1, len(jobs))) as pool:
@@ -312,7 +349,7 @@ class Executor:
             where the weights lie.
         """
         straight = self._straight if straight is None else straight
-        control = _control(plan, straight)
+        control = control_of(plan, straight)
         control = placement.described(control, self._placement.mesh)
         return self._traced_dispatch(shape), (self._leaves, self._state, control)
 
@@ -326,7 +363,7 @@ class Executor:
         self._state = dataclasses.replace(self._state, draft=state)
 
     def _control(self, plan: Plan) -> Control:
-        return _control(plan, self._straight)
+        return control_of(plan, self._straight)
 
     def _program(self, name: Program) -> Callable:
         if name not in self._programs:
@@ -393,6 +430,17 @@ class Executor:
         done = sharing.extend(target, pages, additions, scored)
         return placement.pin(done, self._placement.mesh)
 
+    def _traced_look(self, leaves, state, control, shape, count):
+        self.compilations["look"] += 1
+        state, *seen = beam_step.look(self._bind(leaves), shape, count, state, control)
+        return placement.pin(state, self._placement.mesh), *seen
+
+    def _traced_go(self, leaves, state, looked, moves) -> DecodeState:
+        self.compilations["go"] += 1
+        _, speculation = self._bind(leaves)
+        state = beam_step.go(speculation, state, looked, moves)
+        return placement.pin(state, self._placement.mesh)
+
     def _traced_rehearsal(self, leaves, state, control) -> TokenTree:
         self.compilations["rehearsal"] += 1
         return stepping.rehearse(*self._bind(leaves), state, control)
@@ -411,47 +459,3 @@ class Executor:
 def fetch(outbox: Outbox) -> Any:
     """The outbox as NumPy arrays; waits for its dispatch."""
     return jax.device_get(outbox)
-
-
-def _chunk(chunk: ChunkPlan) -> tuple:
-    """Arguments of a prefill behind the state."""
-    rows = Chunk(chunk.tokens, chunk.start, chunk.count, chunk.page_table, chunk.top)
-    return np.int32(chunk.slot), rows, (chunk.following, chunk.root)
-
-
-def _batched(
-    pairs: Sequence[tuple[int, int]], size: int
-) -> Iterator[Sequence[tuple[int, int]]]:
-    """Runs of at most `size` pairs; an empty one if there are none."""
-    for first in range(0, max(len(pairs), 1), size):
-        yield pairs[first : first + size]
-
-
-def _copies(pairs: Sequence[tuple[int, int]], size: int) -> tuple:
-    """Sources [size], destinations [size] and count of copies."""
-    rows = np.zeros((2, size), np.int32)
-    if pairs:
-        rows[:, : len(pairs)] = np.transpose(pairs)
-    return *rows, np.int32(len(pairs))
-
-
-def _variant(control: Control) -> Hashable:
-    """What decides besides a program's name whether it was compiled."""
-    leaves, structure = jax.tree.flatten(control)
-    return structure, tuple(np.shape(leaf) for leaf in leaves)
-
-
-def _control(plan: Plan, straight: bool) -> Control:
-    running, wanted = sorted(plan.slots), plan.want_logprobs
-    logprobs = bool(wanted[running or slice(None)].any())
-    return Control(
-        page_table=plan.page_table,
-        limits=plan.limits,
-        eos=plan.eos,
-        sampling=policy.from_host(plan.sampling, straight, running, logprobs),
-        want_logprobs=wanted,
-        speculate=plan.speculate,
-        max_steps=plan.max_steps,
-        top=plan.top,
-        text=TextSoFar.of(plan.text) if plan.text is not None else None,
-    )

@@ -60,6 +60,27 @@ class ForkPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class MovePlan:
+    """Where the beams of all slots go on; see `beam_step.Moves`.
+
+    Attributes:
+      origin: int32 [B].
+      path: int32 [B, C + 1].
+      emitted: int32 [B, C + 1].
+      count: int32 [B].
+      page_table: int32 [B, max_pages].
+      fork: what to copy first.
+    """
+
+    origin: np.ndarray
+    path: np.ndarray
+    emitted: np.ndarray
+    count: np.ndarray
+    page_table: np.ndarray
+    fork: ForkPlan
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtendPlan:
     """Tokens to run through the target after some cached texts, W of them.
 

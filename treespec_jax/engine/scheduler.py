@@ -95,6 +95,12 @@ class Scheduler:
         return any(slot.ready for slot in self._occupied().values())
 
     @property
+    def unread(self) -> tuple[int, bool]:
+        """Requests without a slot, and whether one in a slot cannot decode yet."""
+        filling = any(not slot.ready for slot in self._occupied().values())
+        return len(self._waiting), filling
+
+    @property
     def num_pages(self) -> int:
         """Pages in all."""
         return self.pages.allocator.num_pages
@@ -223,6 +229,24 @@ class Scheduler:
         new.held.digests = old.held.digests[:shared]
         copied = zip(old.pages[shared:], new.pages[shared:], strict=False)
         return new.request, ForkPlan([(source, destination)], list(copied))
+
+    def hand_over(self, request: Request) -> tuple[int, list[int]]:
+        """Ends a request that could decode; its slot and pages are the caller's.
+
+        The slot counts as free, so nothing may be submitted before the caller is done.
+
+        Raises:
+          UserError: it has not come into a slot, for want of pages.
+        """
+        for index, slot in self._occupied().items():
+            if slot.request is request and slot.ready:
+                pages, slot.held = slot.pages, HeldPages()
+                self._release(index)
+                return index, pages
+        raise UserError(
+            f"{self.free_pages} free pages are too few for all prompts at once; "
+            "raise num_pages or give fewer prompts"
+        )
 
     def chunks(self) -> list[ChunkPlan]:
         """The next piece of every text that is not in the cache yet."""

@@ -85,7 +85,7 @@ def step(
     penalties: Penalties | None = None,
 ) -> StepResult:
     """Advances every active slot by one tree of the given shape."""
-    turn = _turn(target, shape, state, control, penalties)
+    turn = turn_of(target, shape, state, control, penalties)
     proposed = propose(target, speculation, shape, state, turn)
     tree = only_roots(proposed.tree, ~control.speculate)
     proposed = dataclasses.replace(proposed, tree=tree)
@@ -107,7 +107,14 @@ def is_active(state: DecodeState, control: Control) -> jax.Array:
     return ~state.ended & (state.lengths < control.limits)
 
 
-def _turn(target: Transformer, shape: TreeShape, state, control, penalties) -> Turn:
+def turn_of(
+    target: Transformer,
+    shape: TreeShape,
+    state: DecodeState,
+    control: Control,
+    penalties: Penalties | None,
+) -> Turn:
+    """What all phases of a step look at."""
     active_B = is_active(state, control)
     lengths_B = jnp.where(active_B, state.lengths, 0)
     randomness = Randomness(
@@ -302,7 +309,7 @@ def dispatch(
     plain = speculation.depth > shape.depth == 0
     if plain and Watching.fits(speculation, config.steps_per_dispatch):
         # What waits goes through a drafter's model now.
-        turn = _turn(target, shape, state, control, penalties)
+        turn = turn_of(target, shape, state, control, penalties)
         caught_up = propose(target, speculation, shape, state, turn).draft
         before = dataclasses.replace(state, draft=caught_up)
         watching = Watching(speculation.drafter, config.steps_per_dispatch)
@@ -355,7 +362,7 @@ def rehearse(
     penalties = None
     if control.text is not None:
         penalties = control.text.tables(target.config.vocab_size)
-    turn = _turn(target, speculation.shape, state, control, penalties)
+    turn = turn_of(target, speculation.shape, state, control, penalties)
     return propose(target, speculation, speculation.shape, state, turn).tree
 
 
