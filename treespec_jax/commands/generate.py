@@ -9,6 +9,8 @@ conversation on stdin. --prompts_file answers many, each as soon as it is finish
 
   generate --prompts_file=prompts.jsonl --output=answers.jsonl --resume
 
+--beams=4 searches for likely texts instead of sampling, and prints their scores.
+
 Text goes to stdout; statistics, notes and progress go to stderr.
 """
 
@@ -31,6 +33,7 @@ from treespec_jax.commands import (
     answers,
     dialogue,
     flags,
+    generate_beams,
     generate_report,
     loading,
     pictures,
@@ -73,10 +76,12 @@ def define() -> None:
     DEFINE_bool("resume", False, "go on with the answers in --output")
     DEFINE_bool("overwrite", False, "forget the answers in --output")
     pictures.define()
+    generate_beams.define()
     flags.define("prompts_file", "compilation_cache")
 
 
 def main(given) -> int | None:
+    beams = generate_beams.asked(given)
     lines, opening = prompts.gather(
         given.chat, given.prompt, given.prompts_file, given.system
     )
@@ -85,7 +90,8 @@ def main(given) -> int | None:
     asked = answers.questions(lines, settings.target, settings.sampling)
     remaining = asked if file is None else file.unanswered(asked)
     # A slot costs its rows in every pass, whether or not it holds a text.
-    slots = min(settings.engine.max_batch, max(1, len(asked)))
+    needed = max(1, len(asked)) * (beams["beams"] if beams else 1)
+    slots = min(settings.engine.max_batch, needed)
     engine = dataclasses.replace(settings.engine, max_batch=slots)
     settings = dataclasses.replace(settings, engine=engine)
     job = Job(
@@ -107,6 +113,8 @@ def main(given) -> int | None:
         job.output.say(f"{file.path} has all {len(asked)} answers")
         return
     runtime.set_up(given.compilation_cache)
+    if beams:
+        return generate_beams.run(settings, job.prompts, beams, job.output)
     return run(job, encoded, given.compare, given.verify_lossless)
 
 
