@@ -39,6 +39,7 @@ from treespec_jax.commands import (
     pictures,
     prompts,
     runtime,
+    side_by_side,
 )
 from treespec_jax.commands.answers import AnswerFile, Question
 from treespec_jax.commands.pictures import Pictures
@@ -51,8 +52,6 @@ from treespec_jax.errors import UserError
 from treespec_jax.measurement import tables
 
 _SECONDS = ("prefill_seconds", "decode_seconds", "compile_seconds")
-# Timed runs of each way of decoding in a comparison; the better one counts.
-_ROUNDS = 2
 _SETTINGS = SettingFlags()
 
 
@@ -285,7 +284,7 @@ def run(job: Job, encoded: list[list[int]], compare: bool, verify: bool) -> int:
                 for other in llms.values():
                     step_cost.warm_up(other, encoded)
             params = job.params or [settings.sampling] * len(answered)
-            compared = _compare(llms, answered, params, job.options)
+            compared = side_by_side.compare(llms, answered, params, job.options)
         if compared and verify:
             texts = completions, compared.generations["plain"]
             verdict = exactness.verdict(llms["plain"], *texts, params, probed)
@@ -294,7 +293,9 @@ def run(job: Job, encoded: list[list[int]], compare: bool, verify: bool) -> int:
         more = {}
         if compared:
             text = encoded[0], completions[0].token_ids
-            more["parts"] = _parts(compared, pair.target.model, text, params[0])
+            more["parts"] = side_by_side.parts(
+                compared, pair.target.model, text, params[0]
+            )
             more["replays"] = pictures.replays(llm.tokenizer, compared.generations)
         shown = pictures.shown_settings(in_force)
         job.pictures.write(completions, shown, **more)
@@ -454,54 +455,3 @@ def _stream(job: Job, llm, prompt: Prompt, params, talks: bool = False):
         if shown:
             print("\n", flush=True)
     return pieces.completion, first or time.perf_counter()
-
-
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """Decoding with the tree and plainly, in turn.
-
-    Attributes:
-      llms: "plain" and "tree", as all else here.
-      speeds: tokens per second of the better round.
-      generations: of that round.
-    """
-
-    llms: dict[str, Any]
-    speeds: dict[str, float]
-    generations: dict[str, Any]
-
-
-def _compare(llms: dict[str, Any], prompts, params, options) -> Compared:
-    """Decodes by `LLM`s that are compiled."""
-    from treespec_jax.measurement import rounds
-
-    found = Compared(llms, dict.fromkeys(llms, 0.0), {})
-    for _ in range(_ROUNDS):
-        for name, model in llms.items():
-            generation, seconds = rounds.decode(model, prompts, params, options)
-            speed = generation.stats.tokens / seconds
-            if speed >= found.speeds[name]:
-                found.speeds[name] = speed
-                found.generations[name] = generation
-    return found
-
-
-def _parts(compared: Compared, target, text, params) -> dict[str, float] | None:
-    """Seconds of the parts of a step in the middle of a text, each timed apart.
-
-    Args:
-      compared: with the `LLM` that is timed.
-      target: its target's model.
-      text: token ids of a prompt, and of what follows.
-      params: how to sample.
-    """
-    from treespec_jax.measurement import step_cost
-
-    llm = compared.llms["tree"]
-    prefix, engine = step_cost.middle_of(llm, *text), llm.engine
-    longest = engine.config.steps_per_dispatch * (engine.speculation.depth + 1)
-    if len(prefix) + longest >= engine.config.max_len:
-        return None
-    cost = step_cost.step_cost(engine, target, prefix, params, _ROUNDS)
-    rest = max(0.0, cost.step - cost.draft - cost.target)
-    return {"draft": cost.draft, "target": cost.target, "rest": rest}
