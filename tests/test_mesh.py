@@ -109,8 +109,10 @@ def run(**options):
             *getattr(executor._state.draft, "pages", ()),
         )
     ]
-    programs = *executor._dispatches.values(), executor._prefill
-    return texts, held, [program._cache_size() for program in programs]
+    programs = *executor._programs.values(), executor._prefill
+    # A program that nothing asked for is none.
+    compiled = [program._cache_size() for program in programs]
+    return texts, held, [count for count in compiled if count]
 
 
 found["texts"]["alone"] = run()

@@ -1,12 +1,12 @@
 """Rules from logical axes to mesh axes. Fake meshes: nothing is placed."""
 
-import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tests.conftest import TINY
 from treespec_jax.checkpoints.placement import abstract_parameters
 from treespec_jax.errors import UserError
+from treespec_jax.models.weight_types import types_of
 from treespec_jax.sharding import Rules, make_mesh, partition, sharding_of
 
 
@@ -19,7 +19,7 @@ def grid(**axes):
 
 def test_default_rules_cut_every_large_parameter():
     """Tensor parallelism over two devices: only norms stay whole."""
-    _, _, flat = abstract_parameters(TINY, jax.numpy.dtype("float32"))
+    _, _, flat = abstract_parameters(TINY, types_of("float32"))
     cut = {
         path: tuple(partition(axes, leaf.shape, grid(tensor=2))[0])
         for path, leaf in flat.items()

@@ -35,7 +35,7 @@ GREEDY = {
     "logit_bias": {3: 1.5, 8: -4.0},
 }
 EVERYTHING = SamplingParams(
-    **GREEDY, temperature=0.7, top_k=5, top_p=0.8, min_p=0.1, seed=3
+    **GREEDY, temperature=0.7, top_k=5, top_p=0.8, min_p=0.1, seed=3, speculate=False
 )
 
 

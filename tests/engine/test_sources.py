@@ -104,6 +104,8 @@ class Bench:
             num_pages=10,
             steps_per_dispatch=4,
             prefill_chunks=(16,),
+            # `begin` empties tables that cached pages would go with.
+            prefix_cache=False,
         )
         self.engine = Engine(target, config, Speculation(drafter, asked), ENDS)
         self._first = jax.tree.map(np.array, self.engine.draft_state)

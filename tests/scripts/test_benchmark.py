@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -40,7 +41,7 @@ class FakeLLM:
     asked: list[str] = []
     stop_after = 10**9
     notes = ()
-    dtype = "float32"
+    dtype = weights = "float32"
 
     def __init__(self, settings):
         config = settings.engine
@@ -49,10 +50,13 @@ class FakeLLM:
         self.engine = types.SimpleNamespace(
             config=config,
             program=lambda: (None, (arrays, arrays, None)),
-            compile=lambda *programs: None,
+            compile=lambda *programs, **options: None,
         )
         self.drafter = types.SimpleNamespace(tau=0.7)
         self.size = 1 if settings.plain else 2
+
+    def exclusive(self):
+        return contextlib.nullcontext(self.engine)
 
     def reset(self):
         pass

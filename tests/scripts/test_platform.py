@@ -88,6 +88,7 @@ def test_generate_starts_on_the_cpu_without_a_word(files, compilation_cache):
             "--max_tokens=2",
             "--max_len=64",
             "--json",
+            "--quiet",
             f"--compilation_cache={compilation_cache}",
         ],
         capture_output=True,

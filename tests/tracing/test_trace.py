@@ -112,8 +112,10 @@ def test_steps_come_while_a_text_is_streamed(llm, script, completion):
     shapes = [(step.parents, step.tokens, step.emitted) for step in steps]
     wanted = completion.trace.steps
     assert shapes == [(s.parents, s.tokens, s.emitted) for s in wanted]
-    # A step a dispatch.
-    assert [step.dispatch for step in steps] == list(range(len(steps)))
+    # The first one alone, then as many a dispatch as the machine is quick.
+    dispatches = [step.dispatch for step in steps]
+    assert dispatches[:2] == [0, 1] and dispatches == sorted(dispatches)
+    assert set(dispatches) == set(range(dispatches[-1] + 1))
 
 
 def test_a_conversation_and_token_ids(llm, script, tokenizer):
