@@ -83,7 +83,18 @@ class FakeLLM:
             prefill_seconds=0.01,
         )
         return Completion(
-            prompt, "x" * count, [5] * count, "length", None, stats, [], arrivals
+            prompt=prompt,
+            prompt_token_ids=[5],
+            text="x" * count,
+            token_ids=[5] * count,
+            finish_reason="length",
+            logprobs=None,
+            top_logprobs=None,
+            prompt_logprobs=None,
+            prompt_top_logprobs=None,
+            seed=0,
+            stats=stats,
+            arrivals=arrivals,
         )
 
 
