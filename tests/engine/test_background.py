@@ -14,7 +14,9 @@ from treespec_jax.engine.background import Background, compiling
 
 # A job that takes a while without Python's lock, as XLA does, and ends in Python.
 JOB = """
-import sys, time
+import signal, sys, time
+# As in a terminal, also where the tests run behind a shell that ignores Control-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from treespec_jax import cli
 from treespec_jax.engine.background import Background
 background = Background()
