@@ -407,3 +407,32 @@ def test_without_a_tokenizer_tokens_still_work(script):
         model.generate("the cat")
     with pytest.raises(UserError, match="stop texts need a tokenizer"):
         model.generate([[5]], SamplingParams(stop="a"))
+
+
+@pytest.mark.slow
+def test_finished_texts_are_handed_over_one_by_one(llm, script, monkeypatch):
+    """While others go on; an exception of the caller's ends the whole call."""
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (40, 2, 4, 4)]
+    advance, turns, handed, seen = llm.engine.advance, [], threading.Event(), []
+
+    def watched(*args):
+        turns.append(args)
+        # The second text has ended and the first cannot have: four tokens a turn.
+        if len(turns) == 7:
+            handed.wait(60)
+        advance(*args)
+
+    def finished(index, completion):
+        seen.append((index, completion.token_ids))
+        handed.set()
+
+    monkeypatch.setattr(llm.engine, "advance", watched)
+    given = llm.generate([script.prompt] * 4, params, max_steps=1, on_finish=finished)
+    assert dict(seen) == {n: one.token_ids for n, one in enumerate(given)}
+    assert len(seen) == 4 and handed.is_set() and seen[0][0] != 0
+
+    def fails(index, completion):
+        raise KeyError(index)
+
+    with pytest.raises(KeyError):
+        llm.generate([script.prompt] * 2, params[:2], on_finish=fails)
