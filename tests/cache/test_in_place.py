@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests.engine.support import speculate
-from treespec_jax.cache.pages import PageCopies
+from treespec_jax.cache.pages import Copies
 from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.engine.engine import Engine
-from treespec_jax.engine.sharing import Additions, SlotCopies
+from treespec_jax.engine.sharing import Additions
 
 pytestmark = pytest.mark.usefixtures("optimised_programs")
 
@@ -42,7 +42,7 @@ def compiled(engine: Engine, what: str):
     one, tokens = np.zeros(1, i32), np.zeros((1, 16), i32)
     table = np.zeros((1, MAX_LEN // PAGE), i32)
     leaves, state = executor._leaves, executor._state
-    copies = PageCopies(np.zeros(64, i32), np.zeros(64, i32), i32(1))
+    copies = Copies(np.zeros(64, i32), np.zeros(64, i32), i32(1))
     if what == "dispatch":
         function, args = engine.program()
     elif what == "prefill":
@@ -51,7 +51,7 @@ def compiled(engine: Engine, what: str):
         args = leaves, state, i32(0), chunk, (tokens, one)
     elif what == "fork":
         function = executor._traced_fork
-        args = leaves, state, SlotCopies(one, one, i32(1)), copies
+        args = leaves, state, Copies(one, one, i32(1)), copies
     elif what == "extend":
         function = functools.partial(executor._traced_extend, scored=True)
         args = leaves[0], state.pages, Additions(tokens, one, one, table)

@@ -164,7 +164,7 @@ def test_pages_are_copied_over_others_and_nothing_else_is(dtype):
     layers = make()[0]
     if dtype == np.int8:
         layers = tuple((x.astype(dtype), x[..., 0]) for x in layers)
-    copies = paging.PageCopies(
+    copies = paging.Copies(
         np.array([1, 5, 7, 2], np.int32), np.array([3, 4, 8, 6], np.int32), np.int32(3)
     )
     copied = jax.jit(paging.copy)(Pages(layers), copies)

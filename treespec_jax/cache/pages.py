@@ -48,8 +48,10 @@ class CacheLayout:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PageCopies:
-    """Pages to copy; none is the source of one and the destination of another.
+class Copies:
+    """Pages or slots to copy over others, one after the other.
+
+    No page is the source of one copy and the destination of another.
 
     Attributes:
       sources: int32 [N], the first `count` of them real.
@@ -95,7 +97,7 @@ def empty_pages(config: ModelConfig, layout: CacheLayout) -> Pages:
     return Pages(layers, layout.placement.of_heads(heads))
 
 
-def copy(pages: Any, copies: PageCopies) -> Any:
+def copy(pages: Any, copies: Copies) -> Any:
     """Copies pages over others, in place.
 
     Args:

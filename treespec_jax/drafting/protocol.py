@@ -42,7 +42,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 from flax import nnx
 
-from treespec_jax.cache.pages import CacheLayout, PageCopies
+from treespec_jax.cache.pages import CacheLayout, Copies
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling.penalties import Penalties
 from treespec_jax.sampling.policy import Sampling
@@ -281,7 +281,7 @@ class Drafter(Protocol):
         Pages are not copied: both slots' page tables name them.
         """
 
-    def copy_pages(self, state: Any, copies: PageCopies) -> Any:
+    def copy_pages(self, state: Any, copies: Copies) -> Any:
         """The state with pages copied, of all that it keeps by page."""
 
     def resume(self, state: Any, committed: Committed) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from treespec_jax.cache.pages import PageCopies
+from treespec_jax.cache.pages import Copies
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.matches import Texts
 from treespec_jax.drafting.protocol import (
@@ -89,7 +89,7 @@ class Source(Protocol):
     def copy_slot(self, state: Any, source: jax.Array, destination: jax.Array) -> Any:
         """See `Drafter.copy_slot`."""
 
-    def copy_pages(self, state: Any, copies: PageCopies) -> Any:
+    def copy_pages(self, state: Any, copies: Copies) -> Any:
         """See `Drafter.copy_pages`."""
 
     def resume(self, state: Any, committed: Committed) -> Any:

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from treespec_jax.cache import pages as paging
-from treespec_jax.cache.pages import PageCopies
+from treespec_jax.cache.pages import Copies
 from treespec_jax.drafting.protocol import Committed, Successors
 from treespec_jax.engine import sharing
 from treespec_jax.engine import step as stepping
-from treespec_jax.engine.sharing import SlotCopies
 from treespec_jax.engine.state import Control, DecodeState
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import CacheView
@@ -81,8 +80,8 @@ class Moves:
     emitted: jax.Array
     count: jax.Array
     page_table: jax.Array
-    slots: SlotCopies
-    pages: PageCopies
+    slots: Copies
+    pages: Copies
 
 
 def look(

@@ -14,7 +14,7 @@ import numpy as np
 
 from treespec_jax.branches import is_gpu
 from treespec_jax.cache import pages as paging
-from treespec_jax.cache.pages import PageCopies
+from treespec_jax.cache.pages import Copies
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Sizes
 from treespec_jax.engine import beam_step, compile_time, placement, rehearsal, sharing
@@ -31,7 +31,7 @@ from treespec_jax.engine.device_arguments import (
     variant_of,
 )
 from treespec_jax.engine.plan import ChunkPlan, ExtendPlan, ForkPlan, MovePlan, Plan
-from treespec_jax.engine.sharing import Additions, SlotCopies
+from treespec_jax.engine.sharing import Additions
 from treespec_jax.engine.state import Control, DecodeState, Outbox
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.transformer import Transformer
@@ -164,16 +164,16 @@ class Executor:
 
     def fork(self, plan: ForkPlan) -> None:
         """Copies slots, and the pages that they do not share."""
-        slots = SlotCopies(*pair_arrays(plan.slots, self.config.max_batch))
+        slots = Copies(*pair_arrays(plan.slots, self.config.max_batch))
         for pages in batched(plan.pages, _PAGE_COPIES):
-            copies = PageCopies(*pair_arrays(pages, _PAGE_COPIES))
+            copies = Copies(*pair_arrays(pages, _PAGE_COPIES))
             with compile_time.measured(self._clock):
                 self._state = self._fork(self._leaves, self._state, slots, copies)
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         """Copies pages of the target over others: source and destination each."""
         for pairs in batched(pages, _PAGE_COPIES):
-            copies = PageCopies(*pair_arrays(pairs, _PAGE_COPIES))
+            copies = Copies(*pair_arrays(pairs, _PAGE_COPIES))
             with compile_time.measured(self._clock):
                 self._set_pages(self._copy_pages(self._state.pages, copies))
 
@@ -235,8 +235,8 @@ class Executor:
     def go(self, looked: Looked, plan: MovePlan) -> None:
         """The second half."""
         size = self.config.max_batch
-        slots = SlotCopies(*pair_arrays(plan.fork.slots, size))
-        pages = PageCopies(*pair_arrays(plan.fork.pages, size))
+        slots = Copies(*pair_arrays(plan.fork.slots, size))
+        pages = Copies(*pair_arrays(plan.fork.pages, size))
         parts = plan.origin, plan.path, plan.emitted, plan.count, plan.page_table
         moves = Moves(*parts, slots, pages)
         with compile_time.measured(self._clock):

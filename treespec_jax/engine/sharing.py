@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from treespec_jax.cache import pages as paging
-from treespec_jax.cache.pages import Destination, PageCopies
+from treespec_jax.cache.pages import Copies, Destination
 from treespec_jax.cache.prefill import Chunk
 from treespec_jax.drafting.protocol import Committed
 from treespec_jax.engine.state import DecodeState
@@ -20,22 +20,6 @@ from treespec_jax.sampling.noise import Noise
 from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.sampling.policy import Sampling
 from treespec_jax.speculation import Speculation
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotCopies:
-    """Slots to copy over others, one after the other.
-
-    Attributes:
-      sources: int32 [N], the first `count` of them real.
-      destinations: int32 [N].
-      count: int32 [].
-    """
-
-    sources: jax.Array
-    destinations: jax.Array
-    count: jax.Array
 
 
 def resume(
@@ -68,8 +52,8 @@ def resume(
 def fork(
     speculation: Speculation,
     state: DecodeState,
-    slots: SlotCopies,
-    copies: PageCopies,
+    slots: Copies,
+    copies: Copies,
 ) -> DecodeState:
     """Slots that stand where others do.
 
