@@ -236,7 +236,9 @@ def test_any_value_is_what_it_says_or_refused(name, value):
     special = {"top_k": {-1: 0}, "seed": {-1: None}}.get(name, {})
     if name in ("logprobs", "prompt_logprobs") and isinstance(value, bool):
         special = {True: 0, False: None}
-    if isinstance(value, (int, float, bool)) and name != "stop_token_ids":
+    if name in ("stop_token_ids", "allowed_token_ids") and isinstance(value, int):
+        special = {value: (value,)}  # one token stands for a list of it
+    if isinstance(value, (int, float, bool)):
         assert found == special.get(value, value)
 
 
