@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import gzip
 import json
+import string
 
 import pytest
 
@@ -72,6 +73,16 @@ def test_the_usual_suite_is_that_of_the_model():
     stories = suites.find("", chat=False)
     assert stories.name == "stories"
     assert tuple(q.turns[0] for q in stories.questions) == prompts.STORIES
+
+
+def test_random_text_is_continued_by_chat_models_too():
+    suite = suites.find("random", chat=True)
+    assert suite.as_text and not suites.find("mini", chat=True).as_text
+    assert len({q.turns for q in suite.questions}) == 8
+    assert suite == suites.find("random", chat=False)
+    for question in suite.questions:
+        (text,) = question.turns
+        assert len(text.split()) == 24 and set(text) <= {*string.ascii_lowercase, " "}
 
 
 def test_mini_has_ten_prompts_of_each_kind():

@@ -44,7 +44,7 @@ class Job:
     @property
     def chat(self) -> bool:
         """Whether questions are asked by the chat template."""
-        return self.target.tokenizer.has_chat_template
+        return _by_template(self.suite, self.target.tokenizer)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -79,7 +79,8 @@ def make(settings: Experiment) -> Job:
         peers.check(*folders(settings), settings.sampling)
     tokenizer = target.tokenizer
     suite = suites.find(grid.suite, tokenizer.has_chat_template).first(grid.questions)
-    needed = {q: longest(q, settings, tokenizer) for q in suite.questions}
+    chat = _by_template(suite, tokenizer)
+    needed = {q: longest(q, settings, tokenizer, chat) for q in suite.questions}
     fitting = tuple(
         question for question in suite.questions if needed[question] <= limit
     )
@@ -206,13 +207,23 @@ def _refusal(peer: Combination, settings: Experiment) -> str | None:
     return None
 
 
-def longest(question: Question, settings: Experiment, tokenizer) -> int:
+def _by_template(suite: Suite, tokenizer) -> bool:
+    return tokenizer.has_chat_template and not suite.as_text
+
+
+def longest(question: Question, settings: Experiment, tokenizer, chat: bool) -> int:
     """Tokens of a question with all its turns and the longest answers.
+
+    Args:
+      question: to be asked.
+      settings: of the answers.
+      tokenizer: of the target.
+      chat: ask by the chat template.
 
     Raises:
       UserError: the chat template refuses it.
     """
-    conversation = Conversation(question, tokenizer.has_chat_template)
+    conversation = Conversation(question, chat)
     turns = len(question.turns)
     for _ in range(turns - 1):
         conversation.answered("")

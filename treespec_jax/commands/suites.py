@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import random
+import string
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from treespec_jax.commands.prompts import STORIES
 from treespec_jax.errors import UserError
 from treespec_jax.measurement.suite import Question, Suite
 
+# Questions of the suite of random text, and words in each.
+_RANDOM_TEXTS, _RANDOM_WORDS = 8, 24
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "suites"
 # The categories of MT-bench, which Spec-Bench holds as one task.
 _MULTI_TURN = (
@@ -99,8 +103,8 @@ def find(name: str, chat: bool) -> Suite:
     """The suite of a name.
 
     Args:
-      name: `mini`, `stories`, or `FORMAT:PATH` with a format of `FORMATS`; empty: the
-        usual one of the model.
+      name: `mini`, `stories`, `random`, or `FORMAT:PATH` with a format of `FORMATS`;
+        empty: the usual one of the model.
       chat: whether the model answers conversations: `mini` is its usual suite, else
         `stories`.
 
@@ -114,9 +118,12 @@ def find(name: str, chat: bool) -> Suite:
     if name == "stories":
         stories = enumerate(STORIES, 1)
         return Suite(name, tuple(Question(str(n), name, (s,)) for n, s in stories))
+    if name == "random":
+        return Suite(name, tuple(map(_random, range(_RANDOM_TEXTS))), as_text=True)
     kind, _, path = name.partition(":")
     if kind not in FORMATS:
-        known = ", ".join(["mini", "stories", *(f"{kind}:PATH" for kind in FORMATS)])
+        bundled = "mini", "stories", "random"
+        known = ", ".join([*bundled, *(f"{kind}:PATH" for kind in FORMATS)])
         raise UserError(f"suite {name!r} is unknown; choose from {known}")
     known = FORMATS[kind]
     if not path:
@@ -127,6 +134,16 @@ def find(name: str, chat: bool) -> Suite:
         )
     file = Path(path).expanduser()
     return _read(name, file / known.file if file.is_dir() else file, known)
+
+
+def _random(number: int) -> Question:
+    """Words of random letters, which nobody can guess."""
+    letters = random.Random(number)
+    words = (
+        "".join(letters.choices(string.ascii_lowercase, k=letters.randint(1, 9)))
+        for _ in range(_RANDOM_WORDS)
+    )
+    return Question(str(number), "random", (" ".join(words),))
 
 
 def _read(name: str, file: Path, known: Format) -> Suite:

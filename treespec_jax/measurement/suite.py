@@ -38,6 +38,7 @@ class Suite:
     Attributes:
       name: as the user named it.
       questions: in the order in which they are asked.
+      as_text: chat models, too, continue the texts as they stand.
 
     Raises:
       UserError: no question, or two of one id.
@@ -45,6 +46,7 @@ class Suite:
 
     name: str
     questions: tuple[Question, ...]
+    as_text: bool = False
 
     def __post_init__(self):
         if not self.questions:
