@@ -18,6 +18,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # No test writes to the user's cache; those that want one name a folder.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
+import hypothesis
 import jax
 import jax.monitoring
 import numpy as np
@@ -30,6 +31,12 @@ from treespec_jax.models.transformer import Transformer
 
 jax.config.update("jax_numpy_rank_promotion", "allow")
 jax.config.update("jax_debug_key_reuse", False)
+
+# The same examples in every run, so that a change is judged by itself; others are tried
+# with HYPOTHESIS_PROFILE=explore.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 TINY = ModelConfig(
     vocab_size=97,
