@@ -160,3 +160,57 @@ def test_a_browser_shows_little_and_nothing(tmp_path, steps):
     script += "sides: document.querySelectorAll('.said').length }"
     shown = in_browser(page.render([found]), script, tmp_path)
     assert shown == {"failed": None, "steps": steps, "sides": 2}
+
+
+# The legend's colours by name, and those of nodes, edges and tokens at every step.
+COLOURS = """(() => {
+  const of = (element, name) => getComputedStyle(element)[name];
+  const legend = [...document.querySelectorAll("#legend span")].map((entry) =>
+    [entry.textContent, of(entry.querySelector("i"), "backgroundColor")]);
+  const steps = [];
+  for (let n = 0; n < treespec.totals.steps; n++) {
+    const slider = document.getElementById("slider");
+    slider.value = n; slider.dispatchEvent(new Event("input"));
+    const draw = (kind, part, name) =>
+      Object.fromEntries([...document.querySelectorAll(`#tree .node.${kind}`)].map(
+        (node) => [node.dataset.n, of(node.querySelector(part), name)]));
+    steps.push({
+      accepted: draw("accepted", "rect", "stroke"),
+      rejected: draw("rejected", ".mark", "fill"),
+      outline: draw("rejected", "rect", "stroke"),
+      bonus: draw("bonus", "rect", "stroke"),
+      text: [...document.querySelectorAll("#text .now")].map((token) =>
+        of(token, "boxShadow").match(/rgba?\\([^)]*\\)/)[0]),
+    });
+  }
+  return { legend, steps };
+})()"""
+
+
+@pytest.mark.browser
+def test_colours_mean_what_the_legend_says(tmp_path):
+    found = random_trace(9)
+    shown = in_browser(page.render([found]), COLOURS, tmp_path)
+    legend = dict(shown["legend"])
+    *drafted, target, unaccepted = [colour for _, colour in shown["legend"]]
+    assert list(legend)[:-2] == [f"drafted by {name}" for name in found.sources]
+    assert len({*drafted, target, unaccepted}) == len(found.sources) + 2
+    for step, drawn in zip(found.steps, shown["steps"], strict=True):
+        of_source = {str(n): drafted[s] for n, s in enumerate(step.sources)}
+        assert set(drawn["accepted"]) == {str(n) for n in step.path}
+        for kind in ("accepted", "rejected"):
+            for node, colour in drawn[kind].items():
+                assert colour == of_source[node]
+        assert set(drawn["outline"].values()) <= {unaccepted}
+        assert set(drawn["bonus"].values()) == ({target} if step.has_bonus else set())
+        came = [of_source[str(n)] for n in step.accepted]
+        assert drawn["text"] == [*came, target][: len(step.emitted)]
+
+
+@pytest.mark.browser
+def test_a_browser_steps_through_two_thousand_steps(tmp_path):
+    found = random_trace(2000)
+    shown = in_browser(page.render([found]), VISIT, tmp_path)
+    assert shown["failed"] is None
+    assert [look["step"] for look in shown["seen"]] == [0, 1, 2, 1999, 1998, 0, 3]
+    assert shown["totals"]["tokens"] == found.stats["tokens"]
