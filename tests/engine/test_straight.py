@@ -44,6 +44,7 @@ RULES = [
     ("traversal", "regular:2x1", ""),
     ("terminal", "regular:2x1", ""),
     ("typical", "dynamic:4@2", ""),
+    ("exact", "dynamic:5@3~0.1", ""),
 ]
 
 

@@ -16,11 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treespec_jax.branches import branch
 from treespec_jax.drafting.children import Children, Family, breadth, make
 from treespec_jax.drafting.protocol import (
     DraftContext,
@@ -71,7 +74,7 @@ def grow(
         root, expand = _penalised(context.penalties, root, expand)
     growers = {
         StaticShape: _grow_static,
-        BestFirstShape: functools.partial(_grow_best_first, context.active),
+        BestFirstShape: functools.partial(_grow_best_first, context),
         AllottedShape: _grow_allotted,
     }
     with jax.named_scope("grow"):
@@ -214,7 +217,9 @@ class _Candidates:
         )
 
 
-def _grow_best_first(active_B, shape: BestFirstShape, root_B, scores, expand, children):
+def _grow_best_first(
+    context: DraftContext, shape: BestFirstShape, root_B, scores, expand, children
+):
     """Best-first within a beam of `width` expanded nodes per level.
 
     All children seen are candidates; the tree is the best of them by the probability
@@ -241,7 +246,7 @@ def _grow_best_first(active_B, shape: BestFirstShape, root_B, scores, expand, ch
         if shape.threshold:
             worth_BW = path_BW >= math.log(shape.threshold)
             path_BW = jnp.where(worth_BW, path_BW, -jnp.inf)
-            going_on = jnp.any(worth_BW & active_B[:, None])
+            going_on = jnp.any(worth_BW & context.active[:, None])
         slot_BW = jnp.take_along_axis(above.slots, chosen_BW, axis=1)
         mask_BWU = _extend_mask(mask_BWU, slot_BW)
         level = Level(
@@ -250,24 +255,39 @@ def _grow_best_first(active_B, shape: BestFirstShape, root_B, scores, expand, ch
             depth,
             mask_BWU,
         )
-        scores, scratch = _expand_if(going_on, expand, level, scratch)
         before, expanded = expanded, expanded + width
-        count = min(shape.children, breadth(scores))
-        below = _candidates(children, scores, depth, count, chosen_BW + first, path_BW)
-        levels.append(below.likeliest(shape.level))
+
+        def go_on(level=level, scratch=scratch, frontier=(chosen_BW + first, path_BW)):
+            scores, scratch = expand(level, scratch)
+            count = min(shape.children, breadth(scores))
+            below = _candidates(children, scores, level.depth, count, *frontier)
+            return below.likeliest(shape.level), scratch
+
+        if context.sampling.known.straight:
+            # All levels run, where a conditional would cost more than they do.
+            going_on = None
+        below, scratch = _level_if(going_on, go_on)
+        levels.append(below)
     return _select(shape, root_B, levels)
 
 
-def _expand_if(going_on, expand: Expand, level: Level, scratch):
-    """`expand`, or zeros in no time where nobody goes on; None: always `expand`."""
+def _level_if(going_on, go_on: Callable[[], tuple[_Candidates, Any]]):
+    """`go_on()`, or a level without a candidate, in no time, where nobody goes on.
+
+    Args:
+      going_on: bool []; None: somebody does.
+      go_on: returns the candidates of a level and the scratch after it.
+    """
     if going_on is None:
-        return expand(level, scratch)
+        return go_on()
 
-    def stop(_):
-        shapes = jax.eval_shape(lambda: expand(level, scratch))
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    def stop():
+        shapes = jax.eval_shape(go_on)
+        empty, scratch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        never = jnp.full_like(empty.path, -jnp.inf)
+        return dataclasses.replace(empty, path=never, log_prob=never), scratch
 
-    return jax.lax.cond(going_on, lambda _: expand(level, scratch), stop, None)
+    return branch(going_on, go_on, stop)
 
 
 def _extend_mask(mask_BWU, slot_BW):
