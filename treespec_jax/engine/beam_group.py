@@ -155,8 +155,7 @@ class GroupSearch:
             limits[[beam.slot for beam in prompt.beams]] = prompt.limit
         plan = dataclasses.replace(idle, page_table=self._table(), limits=limits)
         began = self._scheduler.clock.now()
-        looked, sight = self._device.look(plan, count)
-        seen = Seen(**vars(sight))
+        seen = Seen(**vars(self._device.look(plan, count)))
         searching = [prompt for prompt in prompts if prompt.beams]
         for prompt in searching:
             stats, before = prompt.request.stats, prompt.search.length
@@ -167,7 +166,7 @@ class GroupSearch:
             stats.tokens += levels
             stats.emitted_counts[levels] += 1
         if any(prompt.beams for prompt in prompts):
-            self._device.go(looked, self._move(prompts))
+            self._device.go(self._move(prompts))
         spent = self._scheduler.clock.now() - began
         for prompt in searching:
             prompt.request.stats.decode_seconds += spent

@@ -116,6 +116,8 @@ class Executor:
         self._programs: dict[Program, Callable] = {
             REHEARSAL: jax.jit(self._traced_rehearsal)
         }
+        # What stays on the device between the halves of a pass of beam search.
+        self._looked: Looked | None = None
         # Programs that are compiled, by name and variant; and variants of which all
         # are that will be used.
         self._compiled: set[tuple[Program, Hashable]] = set()
@@ -216,7 +218,7 @@ class Executor:
             )
             return jax.device_get(found)
 
-    def look(self, plan: Plan, count: int) -> tuple[Looked, Sight]:
+    def look(self, plan: Plan, count: int) -> Sight:
         """The first half of a pass of beam search, with trees of the first shape.
 
         Args:
@@ -224,23 +226,24 @@ class Executor:
           count: N, tokens to tell of after every node.
 
         Returns:
-          what `go` takes, and what the host has to see, as NumPy arrays.
+          what the host has to see, as NumPy arrays.
         """
         given = self._leaves, self._state, self._control(plan)
         static = dict(shape=self._speculation.shape, count=count)
         with compile_time.measured(self._clock):
-            self._state, looked, sight = self._look(*given, **static)
-        return looked, jax.device_get(sight)
+            self._state, self._looked, sight = self._look(*given, **static)
+        return jax.device_get(sight)
 
-    def go(self, looked: Looked, plan: MovePlan) -> None:
-        """The second half."""
+    def go(self, plan: MovePlan) -> None:
+        """The second half, in the trees that `look` grew."""
         size = self.config.max_batch
         slots = Copies(*pair_arrays(plan.fork.slots, size))
         pages = Copies(*pair_arrays(plan.fork.pages, size))
         parts = plan.origin, plan.path, plan.emitted, plan.count, plan.page_table
         moves = Moves(*parts, slots, pages)
         with compile_time.measured(self._clock):
-            self._state = self._go(self._leaves, self._state, looked, moves)
+            self._state = self._go(self._leaves, self._state, self._looked, moves)
+        self._looked = None
 
     def _set_pages(self, pages: Pages) -> None:
         self._state = dataclasses.replace(self._state, pages=pages)
@@ -432,8 +435,11 @@ class Executor:
 
     def _traced_look(self, leaves, state, control, shape, count):
         self.compilations["look"] += 1
-        state, *seen = beam_step.look(self._bind(leaves), shape, count, state, control)
-        return placement.pin(state, self._placement.mesh), *seen
+        state, looked, sight = beam_step.look(
+            self._bind(leaves), shape, count, state, control
+        )
+        state, sight = placement.pin((state, sight), self._placement.mesh)
+        return state, looked, sight
 
     def _traced_go(self, leaves, state, looked, moves) -> DecodeState:
         self.compilations["go"] += 1
@@ -443,7 +449,8 @@ class Executor:
 
     def _traced_rehearsal(self, leaves, state, control) -> TokenTree:
         self.compilations["rehearsal"] += 1
-        return stepping.rehearse(*self._bind(leaves), state, control)
+        tree = stepping.rehearse(*self._bind(leaves), state, control)
+        return placement.pin(tree, self._placement.mesh)
 
     def _traced_dispatch(self, shape: TreeShape) -> Callable:
         def run(leaves, state, control):
