@@ -8,6 +8,7 @@ All figures are the compiler's estimates, never measurements.
 """
 
 from pallas_kernels.aot.bundles import KernelReport, Loop, read_kernel
+from pallas_kernels.aot.collectives import Collective, collectives
 from pallas_kernels.aot.compiler import (
     Compilation,
     CompilerUnavailable,
@@ -21,6 +22,7 @@ from pallas_kernels.aot.traffic import Traffic, hbm_traffic
 
 __all__ = [
     "DEVICE_KINDS",
+    "Collective",
     "Compilation",
     "CompilerUnavailable",
     "DeviceKind",
@@ -29,6 +31,7 @@ __all__ = [
     "Report",
     "Roofline",
     "Traffic",
+    "collectives",
     "compile_for",
     "device_kind",
     "hbm_traffic",

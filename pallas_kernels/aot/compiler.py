@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.aot.bundles import KernelReport, read_kernel
+from pallas_kernels.aot.collectives import Collective, collectives
 from pallas_kernels.aot.devices import DeviceKind, Roofline, device_kind
 from pallas_kernels.aot.traffic import Traffic, hbm_traffic
 from pallas_kernels.machine import has_tpu
@@ -73,6 +74,7 @@ class Report:
       bytes_accessed: likewise, operands and results of every instruction, wherever
         they lie; right for a kernel alone, many times too much for a whole program.
       traffic: what crosses between HBM and the core, see `traffic`.
+      collectives: what the devices exchange.
       least_bytes: the least possible: arguments read once, results written once,
         or what the caller stated.
       optimal_seconds: the compiler's, where it gives one.
@@ -94,6 +96,7 @@ class Report:
     flops: float
     bytes_accessed: float
     traffic: Traffic
+    collectives: tuple[Collective, ...]
     least_bytes: int
     optimal_seconds: float | None
     estimated_cycles: int
@@ -283,6 +286,7 @@ def _report(
         flops=flops,
         bytes_accessed=_bytes_accessed(cost),
         traffic=hbm_traffic(text),
+        collectives=collectives(text),
         least_bytes=least_bytes,
         # The compiler writes a negative number where it has none.
         optimal_seconds=optimal if optimal > 0 else None,

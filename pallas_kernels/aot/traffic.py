@@ -38,7 +38,7 @@ _FREE = {
     "tuple",
     "while",
 }
-_FETCHES = {"copy-start", "slice-start"}
+FETCHES = {"copy-start", "slice-start"}
 # They read as much of their first operand as they give.
 _PARTIAL = {"dynamic-slice", "gather", "slice"}
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # Where the update stands.
@@ -68,7 +68,9 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """A line of a program: its result's shape, operation, operands, and the rest."""
+
     result: str
     op: str
     operands: tuple[str, ...]
@@ -85,7 +87,7 @@ def hbm_traffic(text: str) -> Traffic:
     Raises:
       ValueError: not a program that this reader knows.
     """
-    program = _Program(text)
+    program = Program(text)
     parts = collections.Counter()
     for name, computation in program.computations.items():
         if name not in program.fused:
@@ -96,60 +98,77 @@ def hbm_traffic(text: str) -> Traffic:
     return Traffic(parts["fetched"], parts["kernels"], parts["computed"])
 
 
-def _kind(instruction: _Instruction) -> str:
-    if instruction.op in _FETCHES:
+def _kind(instruction: Instruction) -> str:
+    if instruction.op in FETCHES:
         return "fetched"
     return "kernels" if _is_kernel(instruction) else "computed"
 
 
-def _is_kernel(instruction: _Instruction) -> bool:
+def _is_kernel(instruction: Instruction) -> bool:
     return 'custom_call_target="tpu_custom_call"' in instruction.rest
 
 
-class _Program:
+class Program:
+    """A scheduled HLO program, in order.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+
+    Attributes:
+      computations: instructions by name, by the name of the computation.
+      fused: names of computations that are bodies of fusions.
+    """
+
     def __init__(self, text: str):
-        self.computations: dict[str, dict[str, _Instruction]] = {}
+        self.computations: dict[str, dict[str, Instruction]] = {}
         self.fused: set[str] = set()
-        current: dict[str, _Instruction] = {}
+        current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if match := _COMPUTATION.match(line):
                 current = self.computations[match[1]] = {}
             elif match := _INSTRUCTION.match(line):
                 root, name, result, op, rest = match.groups()
                 operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-                current[name] = _Instruction(
+                current[name] = Instruction(
                     result, op, tuple(operands), rest, bool(root)
                 )
                 if op == "fusion":
                     self.fused.add(_CALLED.search(rest)[1])
 
-    def cost(self, it: _Instruction, around: dict[str, _Instruction]) -> int:
+    def body(self, fusion: Instruction) -> dict[str, Instruction]:
+        """The computation that a fusion stands for."""
+        return self.computations[_CALLED.search(fusion.rest)[1]]
+
+    def cost(self, it: Instruction, around: dict[str, Instruction]) -> int:
+        """Bytes between HBM and the core, of an instruction of a computation."""
         given = [around[x].result if x in around else "" for x in it.operands]
         if it.op in _FREE or it.op.endswith("-done"):
             return 0
-        if it.op in _FETCHES:
+        if it.op in FETCHES:
             # (source, what arrives, …); the source of a slice in brackets of its own.
-            return _size([m[0] for m in _SHAPE.finditer(it.result)][1], everywhere=True)
+            arriving = [m[0] for m in _SHAPE.finditer(it.result)][1]
+            return size_of(arriving, everywhere=True)
         if it.op == "fusion":
             return self._fusion(it, given)
         if it.op in _IN_PLACE:
             new = given[_IN_PLACE[it.op]]
-            return _size(new) + (_size(new, everywhere=True) if _size(given[0]) else 0)
+            written = size_of(new, everywhere=True) if size_of(given[0]) else 0
+            return size_of(new) + written
         if it.op in _PARTIAL:
-            read = _size(it.result, everywhere=True) if _size(given[0]) else 0
-            return read + _size(it.result)
+            read = size_of(it.result, everywhere=True) if size_of(given[0]) else 0
+            return read + size_of(it.result)
         if it.op == "custom-call":
             if estimate := _ESTIMATE.search(it.rest):
                 return int(estimate[1])
             if not _is_kernel(it):
                 return 0  # The compiler's own, which place things.
-        return _size(it.result) + sum(map(_size, given))
+        return size_of(it.result) + sum(map(size_of, given))
 
-    def _fusion(self, it: _Instruction, given: list[str]) -> int:
+    def _fusion(self, it: Instruction, given: list[str]) -> int:
         name = _CALLED.search(it.rest)[1]
         total = 0
         for index, operand in enumerate(given):
-            if size := _size(operand):
+            if size := size_of(operand):
                 total += min(size, self._read(name, index))
         body = self.computations[name]
         (root,) = (x for x in body.values() if x.root)
@@ -160,14 +179,14 @@ class _Program:
         for result, shape in zip(made, shapes, strict=True):
             while result.op == "bitcast":
                 result = body[result.operands[0]]
-            size = _size(shape)
+            size = size_of(shape)
             if result.op in _IN_PLACE:
                 new = body[result.operands[_IN_PLACE[result.op]]].result
-                size = min(size, _size(new, everywhere=True))
+                size = min(size, size_of(new, everywhere=True))
             total += size
         return total
 
-    def _renames(self, it: _Instruction) -> bool:
+    def _renames(self, it: Instruction) -> bool:
         """Whether a fusion does nothing but to see its operand as another shape."""
         if it.op != "fusion":
             return False
@@ -182,7 +201,7 @@ class _Program:
             for key, x in body.items()
             if x.op == "parameter" and x.rest.startswith(f"{index})")
         )
-        whole = _size(body[source].result, everywhere=True)
+        whole = size_of(body[source].result, everywhere=True)
         total, todo = 0, [source]
         while todo:
             name = todo.pop()
@@ -195,13 +214,13 @@ class _Program:
                     elif user.op == "fusion":
                         total += self._read(_CALLED.search(user.rest)[1], number)
                     elif user.op in _PARTIAL and number == 0:
-                        total += _size(user.result, everywhere=True)
+                        total += size_of(user.result, everywhere=True)
                     elif user.op not in _IN_PLACE or number:
                         total += whole
         return min(total, whole)
 
 
-def _size(shapes: str, everywhere: bool = False) -> int:
+def size_of(shapes: str, everywhere: bool = False) -> int:
     """Bytes of all arrays of a shape that lie in HBM, or wherever."""
     total = 0
     for dtype, dims, layout in _SHAPE.findall(shapes):

@@ -220,6 +220,41 @@ backend_config={"cost_estimate":{"flops":"1","bytes_accessed":"77"}}
 """
 
 
+EXCHANGED = """
+HloModule made_up
+
+%started (param_0: f32[4,128]) -> (f32[4,128], f32[32,128], u32[]) {
+  %param_0 = f32[4,128]{1,0} parameter(0)
+  %inside = f32[32,128]{1,0} all-gather(%param_0), dimensions={0}
+  ROOT %whole = (f32[4,128]{1,0}, f32[32,128]{1,0}, u32[]) custom-call(%inside), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+ENTRY %main (a: bf16[64,128], x: f32[4,128]) -> f32[4,128] {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = f32[4,128]{1,0} parameter(1)
+  %r0 = f32[4,128]{1,0} all-reduce(%x), to_apply=%sum
+  %s = ((bf16[64,128]{1,0}), bf16[16,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a)
+  %r1 = f32[4,128]{1,0} all-reduce(%r0), to_apply=%sum
+  %d = bf16[16,128]{1,0:S(1)} slice-done(%s)
+  %g = (f32[4,128]{1,0}, f32[32,128]{1,0}, u32[]) fusion(%r1), calls=%started
+  %p = (f32[4,128]{1,0}, f32[4,128]{1,0}) collective-permute-start(%r1)
+  %q = f32[4,128]{1,0} collective-permute-done(%p)
+  ROOT %r2 = f32[4,128]{1,0} all-reduce(%q), to_apply=%sum
+}
+"""
+
+
+def test_collectives_by_hand():
+    """One of three all-reduces runs while a slice of a weight is under way."""
+    row, fetched = 4 * 128 * 4, 16 * 128 * 2
+    assert aot.collectives(EXCHANGED) == (
+        aot.Collective("all-gather", 1, 8 * row, 1, 0),
+        aot.Collective("all-reduce", 3, row, 1, fetched // 3),
+        aot.Collective("collective-permute", 1, row, 1, 0),
+    )
+
+
 def test_traffic_by_hand():
     assert aot.hbm_traffic(TEXT) == aot.Traffic(
         fetched=16 * 128 * 2, kernels=64 * 128 * 2 + 8 * 4 + 77, computed=8 * 128 * 2

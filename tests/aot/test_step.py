@@ -101,6 +101,33 @@ def test_step_on_one_v5e(tpu_compiler, monkeypatch):
     assert len(kinds) > 2 and set(kinds) == {"TPU v5 lite"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "model"), [("v5e:2x4", "llama-3-8b"), ("v6e:2x4", "qwen3-32b")]
+)
+def test_eight_devices_share_a_large_model(tpu_compiler, topology, model):
+    """Two of its layers at full width; `tpu_report` compiles all of them.
+
+    Two all-reduces a layer, during which the weights of what follows are fetched.
+    """
+    job = compilation.Job(topology, model, tree="chain:1", batch=4, devices=8, layers=2)
+    report = compilation.compile_step(job).report
+    assert report.num_devices == 8
+    assert report.instances == {"tree_attention": 2 + 4}
+    c = job.target
+    rows = job.batch * 2 * c.embed_dim * 2
+    (reduced,) = (
+        x for x in report.collectives if x.kind == "all-reduce" and x.size == rows
+    )
+    # One more where the embedding's rows come together.
+    assert reduced.count == 2 * c.num_layers + 1
+    assert reduced.beside >= reduced.count - 1
+    layer = 3 * c.mlp_dim * c.embed_dim * 2 // 8
+    assert reduced.fetching > layer // 10
+    # Nothing as large as a weight travels.
+    assert all(x.size < layer for x in report.collectives)
+
+
 def recorder(kinds, own):
     def call(*args):
         kinds.extend(x for x in args if x is None or isinstance(x, str))

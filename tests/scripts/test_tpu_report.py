@@ -38,6 +38,7 @@ def test_kernel(tpu_compiler, report, tmp_path):
         ("whole numbers", ["--nodes=2,many"]),
         ("nodes must be a whole number >= 1", ["--nodes=0"]),
         ("dtype 'int4' is unknown", ["--dtype=int4"]),
+        ("layers must be a whole number >= 0", ["--layers=-1"]),
         ("give tensor:N", ["--mesh=4"]),
         ("tree", ["--tree=shrub", "--step_only"]),
     ],

@@ -4,6 +4,7 @@ For example:
 
   tpu_report --topology=v6e:2x2 --target=llama-3-8b --kernel_only
   tpu_report --target=llama-3.2-1b --tree=regular:4x2x1 --output=runs/tpu
+  tpu_report --topology=v5e:2x4 --target=llama-3-8b --mesh=tensor:8 --step_only
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def define() -> None:
     DEFINE_integer("max_len", 2048, "tokens per text, all of them prefix")
     DEFINE_string("dtype", "bfloat16", "of weights and cache, or float32")
     DEFINE_string("mesh", "tensor:1", "devices that share the weights of the step")
+    DEFINE_integer("layers", 0, "of the target, the first so many; 0: all")
     DEFINE_list("nodes", "1,16,64,128,256", "rows of the kernel's table")
     DEFINE_bool("kernel_only", False, "leave out the step")
     DEFINE_bool("step_only", False, "leave out the kernel")
@@ -36,7 +38,7 @@ def main(given) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation
 
-    same = ("topology", "draft", "tree", "page_size", "dtype")
+    same = ("topology", "draft", "tree", "page_size", "dtype", "layers")
     job = compilation.Job(
         model=given.target,
         batch=given.max_batch,

@@ -45,6 +45,7 @@ class Job:
       page_size: cache rows per page.
       dtype: of weights and cache.
       devices: that share the weights (tensor parallelism).
+      layers: the target's first so many; 0: all of them.
       nodes: T of the kernel's table.
       tau: of the drafter.
     """
@@ -58,12 +59,14 @@ class Job:
     page_size: int = 128
     dtype: str = "bfloat16"
     devices: int = 1
+    layers: int = 0
     nodes: tuple[int, ...] = (1, 16, 64, 128, 256)
     tau: float = 0.7
 
     def __post_init__(self):
         for name in ("batch", "context", "devices"):
             check_int(name, getattr(self, name), 1)
+        check_int("layers", self.layers, 0)
         for count in self.nodes:
             check_int("nodes", count, 1)
         if self.dtype not in DTYPES:
@@ -84,7 +87,12 @@ class Job:
 
     @property
     def target(self) -> ModelConfig:
-        return presets.get(self.model)
+        whole = presets.get(self.model)
+        if not self.layers:
+            return whole
+        kept = min(self.layers, whole.num_layers)
+        local = tuple(layer for layer in whole.local_layers if layer < kept)
+        return dataclasses.replace(whole, num_layers=kept, local_layers=local)
 
     @property
     def drafter(self) -> ModelConfig:
@@ -251,6 +259,7 @@ def study(job: Job, kernel: bool, step: bool) -> tuple[Callable, Callable]:
         if kernels:
             parts.append(kernel_table(job, kernels))
         parts += [step_table(job, report) for report in steps]
+        parts += [collectives_table(r) for r in steps if r.num_devices > 1]
         return "\n\n".join(parts)
 
     return measure, table
@@ -319,6 +328,22 @@ def step_table(job: Job, report: aot.Report) -> str:
         f'"bytes accessed" ({_mb(report.bytes_accessed)}) is no such figure: it '
         "charges every slice of a weight that is fetched ahead with the whole weight, "
         "and what lies in vector memory again at each use:\n\n" + markdown(rows)
+    )
+
+
+def collectives_table(report: aot.Report) -> str:
+    """A row per kind and size of what the devices exchange, the largest first."""
+    head = "collective", "count", "bytes of each", "hidden", "fetched meanwhile"
+    rows = [head]
+    for row in report.collectives[:8]:
+        hidden = f"{row.beside} of {row.count}"
+        sizes = f"{row.size}", hidden, _mb(row.fetching)
+        rows.append((row.kind, f"{row.count}", *sizes))
+    rest = sum(row.count for row in report.collectives[8:])
+    return (
+        "What the devices exchange. Hidden are those during which copies from HBM are "
+        "under way, of so many bytes on average, or that are asynchronous; "
+        f"{rest} more are of few bytes:\n\n" + markdown(rows)
     )
 
 
