@@ -17,9 +17,11 @@ from treespec_jax.completions import Completion
 from treespec_jax.config import EngineConfig, SpeculativeConfig
 from treespec_jax.engine.stats import Stats
 from treespec_jax.errors import UserError
-from treespec_jax.measurement import machine, peers, plots, step_cost
-from treespec_jax.measurement.grid import Combination
+from treespec_jax.measurement import machine, peers, plots, step_cost, suite
+from treespec_jax.measurement.grid import Combination, schedule
 from treespec_jax.measurement.journal import FILE
+
+KINDS = "float32", "int8"
 
 
 @pytest.fixture
@@ -235,6 +237,34 @@ def test_plain_decoding_is_always_there():
     assert all(combination.plain for combination in possible)
 
 
+def test_types_of_weights_take_turns_with_each_other():
+    grid = {"shapes": ("chain:2",), "weights": KINDS, "peers": ("transformers",)}
+    possible, skipped = combinations({**grid, "batches": (1,)}, weights="bfloat16")
+    ours = [(c.weights, c.shape) for c in possible if not c.peer]
+    assert ours == [(w, shape) for w in KINDS for shape in ("none", "chain:2")]
+    assert all(one.weights == c.weights for c, one in possible.items())
+    assert {c.weights for c in possible if c.peer} == {"float32"}
+    assert any("floating point" in one["reason"] for one in skipped)
+    question = suite.Question("1", "a", ("once",))
+    tasks = list(schedule([c for c in possible if not c.peer], [question], 1))
+    assert [task.combination.weights for task in tasks] == ["float32"] * 2 + [
+        "int8"
+    ] * 2
+    # Without the flag the one type of the settings stays.
+    possible, _ = combinations({"shapes": ("chain:2",)}, weights="int8")
+    assert [c.label for c in possible] == ["int8 none", "int8 auto chain:2"]
+    with pytest.raises(UserError, match="weights must be one of"):
+        BenchmarkSettings(weights=("float32", "int4"))
+
+
+def test_types_of_weights_need_room_together(bench, fake, monkeypatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda: 5_000)
+    assert bench("--rounds=1", "--weights=int8").code == 0
+    told = bench("--rounds=1", "--weights=float32,int8", "--overwrite")
+    assert told.code == 2 and "in memory together" in told.err
+    assert "give fewer types" in told.err.splitlines()[-1]
+
+
 def test_peers_decode_one_text_at_a_time():
     grid = {"shapes": ("none",), "peers": ("transformers",), "batches": (1, 2)}
     spec = SpeculativeConfig(model="there")
@@ -304,6 +334,7 @@ def test_benchmark(run_script, pair, tmp_path):
         "--prefill_chunks=16",
         f"--suite=file:{tmp_path / 'q.jsonl'}",
         "--shapes=dynamic:3@2",
+        "--weights=float32,int8",
         "--max_tokens=10",
         "--latency_tokens=4",
         "--rounds=1",
@@ -323,8 +354,15 @@ def test_benchmark(run_script, pair, tmp_path):
     assert "mean gap" in table and "### Parts of a step" in table
 
     report = json.loads((folder / "results.json").read_text())
-    plain, dynamic = report["figures"]
-    assert (plain["label"], dynamic["label"]) == ("none", "draft_model dynamic:3@2")
+    labels = [figure["label"] for figure in report["figures"]]
+    drafted = "draft_model dynamic:3@2"
+    assert labels == [f"{w} {way}" for w in KINDS for way in ("none", drafted)]
+    plain, dynamic, int8_plain, _ = report["figures"]
+    assert int8_plain["tasks"]["overall"]["decode_ratio_first"]["median"] > 0
+    both = [
+        figure["tasks"]["overall"]["memory_bytes"] for figure in (plain, int8_plain)
+    ]
+    assert both[0] > 1.5 * both[1]
     for figure in report["figures"]:
         assert list(figure["tasks"]) == ["cats", "dogs", "overall"]
         overall = figure["tasks"]["overall"]
@@ -340,14 +378,17 @@ def test_benchmark(run_script, pair, tmp_path):
     assert overall["memory_bytes"] > plain["tasks"]["overall"]["memory_bytes"]
 
     found = report["breakdown"]
-    plain_step, dynamic_step = found["steps"]
+    plain_step, dynamic_step, int8_step, _ = found["steps"]
+    sizes = [step["target_weight_bytes"] for step in (plain_step, int8_step)]
+    assert sizes[0] > 3 * sizes[1] > 0
     assert plain_step["draft_share"] == 0 and dynamic_step["draft"] > 0
     for step in found["steps"]:
         assert step["step"] > 0 and step["target"] > 0 and step["bandwidth_share"] > 0
-    (curve,) = found["cost_curves"]
+    curve, int8_curve = found["cost_curves"]
+    assert (curve["weights"], int8_curve["weights"]) == KINDS
     assert [point["nodes"] for point in curve["points"]] == [1, 2]
     assert curve["points"][0]["ratio"]["median"] == 1
-    assert found["bandwidth"]["method"] and found["target_weight_bytes"] > 0
+    assert found["bandwidth"]["method"]
     assert report["settings"]["engine"]["max_batch"] == 1
     assert {"jax", "device_kind"} <= set(report["versions"])
     again = run_script(*command)

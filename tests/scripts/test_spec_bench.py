@@ -139,7 +139,7 @@ def results():
             "dtype": "float32",
             "sampling": {"max_tokens": 24},
             "engine": {"cache_dtype": "int8"},
-            "benchmark": {"rounds": 1},
+            "benchmark": {"rounds": 1, "weights": []},
         },
         "versions": {"jax": "0.10", "device_kind": "cpu", "cpus": 2},
     }
@@ -147,12 +147,13 @@ def results():
     cell = {**dataclasses.asdict(CHAIN), "round": 0, "question": "1", "category": "a"}
     found["stream"] = [{**cell, "arrivals": [[(0.02, 1), (0.03, 2)]]}]
     found["step"] = [
-        {"method": "ngram", "shape": "chain:2", "rule": "exact", "batch": 1}
+        {"method": "ngram", "shape": "chain:2", "rule": "exact"}
+        | {"batch": 1, "weights": ""}
         | {"step": 0.01, "target": 0.008, "draft": 0.001, "target_share": 0.8}
         | {"draft_share": 0.1, "rest_share": 0.1, "target_weight_bytes": 8_000_000}
     ]
     points = [{"nodes": n, "seconds": n / 1e3, "ratio": spread(n)} for n in (1, 2)]
-    found["curve"] = [{"batch": 1, "points": points}]
+    found["curve"] = [{"batch": 1, "weights": "", "points": points}]
     found["bandwidth"] = [{"samples": [1e9, 2e9], "method": "a reading"}]
     journal = types.SimpleNamespace(header=header, all=found.__getitem__)
     suite = {"name": "mini", "questions": 2, "digest": ""}
@@ -188,10 +189,59 @@ def test_tables(results):
     assert "DIFFER FROM PLAIN DECODING: ngram chain:2, T=0, batch 1: 1" in text
     assert "LOSSY: ngram chain:2 typical, T=0, batch 1." in text
     assert "ngram chain:2, T=0, batch 1: a drafter that learns" in text
+    assert "target weights 8 MB, read" in text and "\nbatch 1:" in text
     assert "skipped: ngram x: it cannot be" in text and "max_len: 7" in text
     assert "Peak resident memory of the run 9 MB." in text
     for row in (s for s in shown if s.startswith("|")):
         assert row.endswith("|")
+
+
+def test_types_of_weights_are_compared_with_the_first_one(results, tmp_path):
+    """Speed-ups are those over plain decoding of the same weights."""
+    kinds = "float32", "int8"
+    combinations, lines = [], []
+    for kind, quicker in zip(kinds, (1.0, 0.5), strict=True):
+        for way, answers in ((PLAIN, PLAIN_LINES), (CHAIN, CHAIN_LINES)):
+            combinations.append(dataclasses.replace(way, weights=kind))
+            for one in answers:
+                seconds = 1 + (one["seconds"] - 1) * quicker
+                timed = {"seconds": seconds, "wall_seconds": seconds, "weights": kind}
+                lines.append({**one, **timed})
+    steps = [
+        {"method": "none", "shape": "none", "rule": "exact", "batch": 1}
+        | {"weights": kind, "step": 0.01, "target": 0.008, "draft": 0.0}
+        | {"draft_share": 0.0, "target_share": 0.8, "rest_share": 0.2}
+        | {"target_weight_bytes": size}
+        for kind, size in zip(kinds, (8_000_000, 2_000_000), strict=True)
+    ]
+    points = [{"nodes": n, "seconds": n / 1e3, "ratio": spread(n)} for n in (1, 2)]
+    found = {"answer": lines, "stream": [], "step": steps}
+    found["curve"] = [{"batch": 1, "weights": kind, "points": points} for kind in kinds]
+    found["bandwidth"] = [{"samples": [1e9], "method": "a reading"}]
+    header = {"in_force": dict(results["settings"]), "versions": results["versions"]}
+    header["in_force"]["benchmark"] = {"rounds": 1, "weights": list(kinds)}
+    journal = types.SimpleNamespace(header=header, all=found.__getitem__)
+    details = {name: results[name] for name in ("suite", "skipped", "left_out")}
+    made = suite_report.results(journal, combinations, details)
+    ratios = {
+        figure["label"]: [
+            figure["tasks"]["overall"][name]["median"]
+            for name in ("decode_ratio", "decode_ratio_first")
+        ]
+        for figure in made["figures"]
+    }
+    assert ratios == {
+        "float32 none": [1, 1],
+        "float32 ngram chain:2": [2, 2],
+        "int8 none": [1, 2],
+        "int8 ngram chain:2": [2, 4],
+    }
+    shown = suite_report.table(made)
+    assert "× plain | × float32 plain |" in shown
+    assert "; float32, float32 / int8 weights, int8 cache;" in shown
+    assert "target weights 8 MB float32, 2 MB int8, read" in shown
+    assert "\nfloat32 batch 1:" in shown and "\nint8 batch 1:" in shown
+    plots.save_suite(made, tmp_path / "plot.png")
 
 
 def test_plot(results, tmp_path):

@@ -11,7 +11,7 @@ docs/benchmark.md describes suites, grids and figures.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ _SETTINGS = setting_flags.SettingFlags(
     more=("benchmark",),
     # A machine by itself is measured.
     defaults={"engine.max_batch": 1},
-    without=("speculative.tree",),
+    # --weights is that of the grid.
+    without=("speculative.tree", "weights"),
 )
 
 
@@ -123,42 +124,70 @@ class Run:
         from treespec_jax.measurement.machine import versions
 
         settings = self.job.settings
-        pair = loading.load_pair(settings)
         wanted = {*(task.combination.program for task in self.tasks), *self.steps}
         variants = {c.program: v for c, v in self.job.variants.items() if not c.peer}
         # Peers alone may be missing; what is in force is still asked of an `LLM`.
         ours = {c: v for c, v in variants.items() if c in wanted}
         ours = ours or dict(list(variants.items())[:1])
-        llms = loading.make_llms(ours, pair)
+        pairs = self._load(dict.fromkeys(c.weights for c in ours))
+        llms = {}
+        for weights, pair in pairs.items():
+            some = {c: v for c, v in ours.items() if c.weights == weights}
+            llms |= loading.make_llms(some, pair)
         any_llm = next(iter(llms.values()))
         options = dict(settings.benchmark.chat_options)
         decoders: dict[Combination, Any] = {
             program: EngineDecoder(llm, options) for program, llm in llms.items()
         }
-        decoders |= self._peer_decoders(any_llm.dtype)
+        for weights in benchmark_job.weight_types(settings):
+            decoders |= self._peer_decoders(weights, any_llm.dtype)
         others = peers.versions() if settings.benchmark.peers else {}
         in_force = loading.in_force(settings, any_llm, "benchmark")
         for name in ("tree", "tau"):
             del in_force["speculative"][name]
+        if settings.benchmark.weights:
+            del in_force["weights"]
         self.journal.begin(versions() | others, {"in_force": in_force})
         for program, decoder in decoders.items():
             say(f"compiling {program.label}, batch {program.batch}")
             decoder.warm_up(settings.sampling)
         self._answer(decoders, any_llm.engine.config.max_len)
         if self.steps:
-            self._take_apart(llms, pair.target.model)
+            targets = {weights: pair.target.model for weights, pair in pairs.items()}
+            self._take_apart(llms, targets)
 
-    def _peer_decoders(self, dtype: str) -> dict[Combination, Any]:
-        """Decoders of `transformers` for the tasks that ask for them."""
+    def _load(self, types: Iterable[str]) -> dict[str, loading.Pair]:
+        """Models in each type of weights, one after the other; all of them stay.
+
+        Their answers are compared in turn, for which all have to be in memory.
+        """
+        settings, pairs = self.job.settings, {}
+        benchmark_job.check_memory(self.job, types)
+        for weights in types:
+            if weights:
+                say(f"loading {weights} weights")
+            pairs[weights] = loading.load_pair(
+                dataclasses.replace(settings, weights=weights)
+            )
+        return pairs
+
+    def _peer_decoders(self, weights: str, dtype: str) -> dict[Combination, Any]:
+        """Decoders of `transformers` for the tasks that ask for them.
+
+        Args:
+          weights: of the combinations.
+          dtype: of all of a peer, if they name no type.
+        """
         settings, target = self.job.settings, self.job.target
+        asked = (task.combination for task in self.tasks)
         programs = dict.fromkeys(
-            task.combination.program for task in self.tasks if task.combination.peer
+            c.program for c in asked if c.peer and c.weights == weights
         )
         if not programs:
             return {}
         checkpoints = peers.Checkpoints(
             *benchmark_job.folders(settings),
-            dtype,
+            weights or dtype,
             target.tokenizer,
             target.config.eos_ids,
         )
@@ -193,7 +222,7 @@ class Run:
 
             suite_run.run(self.tasks, decoders, workload, self.journal, progress)
 
-    def _take_apart(self, llms: dict[Combination, Any], target) -> None:
+    def _take_apart(self, llms: dict[Combination, Any], targets) -> None:
         """Behind the first half of the first answer by plain decoding."""
         from treespec_jax.measurement.breakdown import Breakdown
 
@@ -203,7 +232,7 @@ class Run:
         line = self.journal.find(ANSWER, plain.cell(question))
         Breakdown(
             llms={program: llms[program] for program in self.steps},
-            target=target,
+            targets=targets,
             prompt=job.encode(Conversation(question, job.chat).prompt()),
             emitted=line["token_ids"][0],
             params=dataclasses.replace(

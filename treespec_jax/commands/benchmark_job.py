@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from treespec_jax import limits
@@ -11,9 +12,10 @@ from treespec_jax.commands import loading, suites
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
-from treespec_jax.measurement import peers
+from treespec_jax.measurement import machine, peers
 from treespec_jax.measurement.grid import PEER, Combination, Task, schedule
 from treespec_jax.measurement.suite import Conversation, Question, Suite
+from treespec_jax.models.weight_types import is_int8
 
 # Lengths of texts are rounded up to it, so that compiled programs serve several runs.
 _ROUNDING = 128
@@ -105,6 +107,32 @@ def make(settings: Experiment) -> Job:
     )
 
 
+def check_memory(job: Job, types: Iterable[str]) -> None:
+    """Checks that a CPU has room for the target in several types of weights.
+
+    Raises:
+      UserError: it has not; the answers could not be timed in turn.
+    """
+    import jax
+
+    from treespec_jax.checkpoints.placement import Parameters
+
+    types, free = list(types), machine.available_bytes()
+    if len(types) < 2 or free is None or jax.default_backend() != "cpu":
+        return
+    dtype = job.settings.dtype or "float32"
+    sizes = [
+        sum(item.nbytes for item in Parameters(job.target, dtype, weights=kind).items)
+        for kind in types
+    ]
+    if sum(sizes) > free:
+        raise UserError(
+            f"--weights={','.join(types)}: the target takes {sum(sizes) / 1e9:.1f} GB "
+            f"in these types, which are in memory together, and {free / 1e9:.1f} GB "
+            "are free; give fewer types"
+        )
+
+
 def folders(settings: Experiment) -> tuple[str, str | None]:
     """Paths of the target and of the draft model, if any, for peers to read."""
     draft = settings.speculative.model
@@ -143,7 +171,7 @@ def combinations(
 ) -> tuple[dict[Combination, Experiment], list[dict[str, str]]]:
     """What can be measured, and what cannot, with its reason.
 
-    Plain decoding comes first at every temperature and batch size.
+    Plain decoding comes first at every temperature, batch size and type of weights.
 
     Raises:
       UserError: nothing but plain decoding can be measured, and more was asked for.
@@ -153,26 +181,28 @@ def combinations(
     refused: dict[str, str] = {}
     for batch in grid.batches or (settings.engine.max_batch,):
         for temperature in grid.temperatures or (settings.sampling.temperature,):
-            sized = _sized(settings, temperature, batch)
-            plain = Combination("none", "none", "exact", temperature, batch)
-            possible[plain] = sized.with_tree("none")
-            for method, shape, rule in _drafted(settings):
-                made = Combination(method, shape, rule, temperature, batch)
-                try:
-                    variant = sized.with_tree(shape, method=method, rule=rule)
-                    limits.check_drafter(variant.speculative)
-                    if variant.needs_drafter:
-                        drafters.choose(None, variant.speculative)
-                    possible[made] = variant
-                except UserError as error:
-                    refused.setdefault(made.label, str(error))
-            for kind in peers.KINDS if PEER in grid.peers else ():
-                made = Combination(PEER, kind, "-", temperature, batch)
-                reason = _refusal(made, settings)
-                if reason is None:
-                    possible[made] = possible[plain]
-                else:
-                    refused.setdefault(f"{made.label}, batch {batch}", reason)
+            for weights in weight_types(settings):
+                sized = _sized(settings, temperature, batch, weights)
+                here = temperature, batch, weights
+                plain = Combination("none", "none", "exact", *here)
+                possible[plain] = sized.with_tree("none")
+                for method, shape, rule in _drafted(settings):
+                    made = Combination(method, shape, rule, *here)
+                    try:
+                        variant = sized.with_tree(shape, method=method, rule=rule)
+                        limits.check_drafter(variant.speculative)
+                        if variant.needs_drafter:
+                            drafters.choose(None, variant.speculative)
+                        possible[made] = variant
+                    except UserError as error:
+                        refused.setdefault(made.label, str(error))
+                for kind in peers.KINDS if PEER in grid.peers else ():
+                    made = Combination(PEER, kind, "-", *here)
+                    reason = _refusal(made, settings)
+                    if reason is None:
+                        possible[made] = possible[plain]
+                    else:
+                        refused.setdefault(f"{made.label}, batch {batch}", reason)
     skipped = [{"what": what, "reason": reason} for what, reason in refused.items()]
     if skipped and all(combination.plain for combination in possible):
         first = skipped[0]
@@ -192,16 +222,26 @@ def _drafted(settings: Experiment) -> list[tuple[str, str, str]]:
     ]
 
 
-def _sized(settings: Experiment, temperature: float, batch: int) -> Experiment:
+def weight_types(settings: Experiment) -> tuple[str, ...]:
+    """Of the grid, or the one that the settings name; "": the checkpoint's own."""
+    return settings.benchmark.weights or (settings.weights,)
+
+
+def _sized(
+    settings: Experiment, temperature: float, batch: int, weights: str
+) -> Experiment:
     sampling = dataclasses.replace(settings.sampling, temperature=temperature)
     engine = dataclasses.replace(settings.engine, max_batch=batch)
-    return dataclasses.replace(settings, sampling=sampling, engine=engine)
+    sized = {"sampling": sampling, "engine": engine, "weights": weights}
+    return dataclasses.replace(settings, **sized)
 
 
 def _refusal(peer: Combination, settings: Experiment) -> str | None:
     """Why a peer's combination cannot be; None if it can."""
     if peer.batch > 1:
         return "peers are timed one text at a time"
+    if is_int8(peer.weights):
+        return "peers are timed with weights in floating point; add --weights=float32"
     if peer.shape == "assisted" and not _has_model(settings):
         return "it needs a drafter that is a model of its own; give --draft=PATH"
     return None

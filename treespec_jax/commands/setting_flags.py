@@ -111,6 +111,8 @@ HELP: dict[str, dict[str, str]] = {
         "rules": "acceptance rules to compare; default: --rule",
         "temperatures": "of the requests, to compare; default: --temperature",
         "batches": "texts decoded together, to compare; default: --max_batch",
+        "weights": "types of weights to compare: float32, bfloat16, float16, int8 or "
+        "int8:128; int8 is LOSSY; default: as --dtype, or int8 where so stored",
         "peers": "transformers: also time Hugging Face's generation; default: none",
         "rounds": "each runs all combinations on all questions",
         "latency_tokens": "tokens per turn of the pass that times a stream; 0: none",

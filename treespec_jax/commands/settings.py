@@ -40,6 +40,8 @@ class BenchmarkSettings:
       rules: names of `acceptance.compatibility.RULES`.
       temperatures: of the requests.
       batches: texts decoded together.
+      weights: types of the matrices of target and drafter, see `models.weight_types`;
+        with several, all are also compared with plain decoding by the first.
       peers: other programs to time, names of `PEERS`.
       rounds: each runs every combination on every question.
       latency_tokens: tokens per turn of the pass that times a stream; 0: no such pass.
@@ -54,6 +56,7 @@ class BenchmarkSettings:
     rules: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = ()
     batches: tuple[int, ...] = ()
+    weights: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     rounds: int = 3
     latency_tokens: int = 32
@@ -63,7 +66,8 @@ class BenchmarkSettings:
     PEERS: ClassVar = ("transformers",)
 
     def __post_init__(self):
-        kinds = {"methods": str, "shapes": str, "rules": str, "peers": str}
+        texts = "methods", "shapes", "rules", "weights", "peers"
+        kinds: dict[str, type] = dict.fromkeys(texts, str)
         for value in self.temperatures:
             check_float("temperature", _number(value), 0)
         for value in self.batches:
@@ -73,6 +77,8 @@ class BenchmarkSettings:
             raise UserError("no shape to compare; give --shapes=chain:3 for example")
         for name in self.shapes:
             shapes.parse(name)
+        for name in self.weights:
+            check_weights(name)
         _check_names("method", self.methods, METHODS)
         _check_names("rule", self.rules, compatibility.RULES)
         _check_names("peer", self.peers, self.PEERS)

@@ -23,8 +23,13 @@ ROUNDS = 7
 
 def step_cell(program: Combination) -> dict[str, Any]:
     """What names the line of a program's step."""
-    names = "method", "shape", "rule", "batch"
+    names = "method", "shape", "rule", "batch", "weights"
     return {name: getattr(program, name) for name in names}
+
+
+def curve_cell(program: Combination) -> dict[str, Any]:
+    """What names the line of the cost of T nodes."""
+    return {name: getattr(program, name) for name in ("batch", "weights")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +38,14 @@ class Breakdown:
 
     Attributes:
       llms: by `Combination.program`, warm.
-      target: of all of them.
+      targets: by `Combination.weights`.
       prompt: token ids of a text.
       emitted: tokens that follow it.
       params: how to sample.
     """
 
     llms: Mapping[Combination, LLM]
-    target: Transformer
+    targets: Mapping[str, Transformer]
     prompt: list[int]
     emitted: list[int]
     params: SamplingParams
@@ -53,39 +58,38 @@ class Breakdown:
             cell = step_cell(program)
             if journal.find(STEP, cell) is None:
                 progress(f"taking {program.label} apart, batch {program.batch}")
-                journal.add(STEP, [(cell, self._step(llm))])
+                journal.add(STEP, [(cell, self._step(llm, program))])
                 bandwidth.sample()
         for program, llm in self.llms.items():
-            cell = {"batch": program.batch}
+            cell = curve_cell(program)
             if program.plain and journal.find(CURVE, cell) is None:
-                progress(f"cost of verifying more nodes, batch {program.batch}")
-                journal.add(CURVE, [(cell, {"points": self._curve(llm)})])
+                progress(f"cost of more nodes: {program.label}, batch {program.batch}")
+                journal.add(CURVE, [(cell, {"points": self._curve(llm, program)})])
                 bandwidth.sample()
         cell = {"number": len(journal.all(BANDWIDTH))}
         values = {"samples": bandwidth.samples, "method": bandwidth.method}
         journal.add(BANDWIDTH, [(cell, values)])
 
-    def _step(self, llm: LLM) -> dict[str, Any]:
+    def _step(self, llm: LLM, program: Combination) -> dict[str, Any]:
         prefix = step_cost.middle_of(llm, self.prompt, self.emitted)
-        cost = step_cost.step_cost(llm.engine, self.target, prefix, self.params, ROUNDS)
-        weights = step_cost.weight_bytes(self.target)
+        target = self.targets[program.weights]
+        cost = step_cost.step_cost(llm.engine, target, prefix, self.params, ROUNDS)
+        weights = step_cost.weight_bytes(target)
         return {**dataclasses.asdict(cost), "target_weight_bytes": weights}
 
-    def _curve(self, llm: LLM) -> list[dict[str, Any]]:
+    def _curve(self, llm: LLM, program: Combination) -> list[dict[str, Any]]:
         config = llm.engine.config
         length = len(self.prompt) + len(self.emitted) // 2
         length = min(length, config.max_len - 1)
-        return step_cost.cost_curve(self.target, config, length, ROUNDS)
+        target = self.targets[program.weights]
+        return step_cost.cost_curve(target, config, length, ROUNDS)
 
 
 def is_done(programs, journal: Journal) -> bool:
     """Whether the journal has all that `Breakdown` would measure of some programs."""
     return journal.find(BANDWIDTH, {"number": 0}) is not None and all(
         journal.find(STEP, step_cell(program)) is not None
-        and (
-            not program.plain
-            or journal.find(CURVE, {"batch": program.batch}) is not None
-        )
+        and (not program.plain or journal.find(CURVE, curve_cell(program)) is not None)
         for program in programs
     )
 
@@ -108,7 +112,6 @@ def results(journal: Journal) -> dict[str, Any] | None:
     return {
         "steps": steps,
         "cost_curves": journal.all(CURVE),
-        "target_weight_bytes": steps[0]["target_weight_bytes"],
         "bandwidth": {
             "bytes_per_second": best,
             "median": statistics.median(samples),

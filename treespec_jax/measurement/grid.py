@@ -27,6 +27,8 @@ class Combination:
       rule: of acceptance; "-" for PEER.
       temperature: of the requests.
       batch: texts decoded together.
+      weights: type of the matrices of target and drafter, as it was named; "": the
+        usual one of the checkpoint. PEER runs in that type as a whole.
     """
 
     method: str
@@ -34,6 +36,7 @@ class Combination:
     rule: str
     temperature: float
     batch: int
+    weights: str = ""
 
     @property
     def plain(self) -> bool:
@@ -52,17 +55,17 @@ class Combination:
 
     @property
     def baseline(self) -> Combination:
-        """Plain decoding at this temperature and batch size."""
+        """Plain decoding at this temperature and batch size, of the same weights."""
         return dataclasses.replace(self, method="none", shape="none", rule="exact")
 
     @property
     def label(self) -> str:
         """For tables whose caption names temperature and batch size."""
-        if self.plain:
-            return "none"
-        if self.rule in ("exact", "-"):
-            return f"{self.method} {self.shape}"
-        return f"{self.method} {self.shape} {self.rule}"
+        words = [self.weights, self.method]
+        if not self.plain:
+            words.append(self.shape)
+            words.append("" if self.rule in ("exact", "-") else self.rule)
+        return " ".join(filter(None, words))
 
     def __str__(self):
         return f"{self.label}, T={self.temperature:g}, batch {self.batch}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import os
 import platform
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,26 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kilobytes but on a Mac.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """Memory that a process may still take; None where the system does not tell.
+
+    A container may allow less than the machine has.
+    """
+    rooms = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        rooms.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path("/sys/fs/cgroup")
+        most, used = (
+            int((folder / name).read_text("ascii"))
+            for name in ("memory.max", "memory.current")
+        )
+        rooms.append(most - used)
+    return min(rooms, default=None)
 
 
 def peak_device_bytes() -> int | None:

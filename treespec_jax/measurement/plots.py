@@ -20,7 +20,7 @@ def save_suite(results: dict[str, Any], path: Path) -> None:
 
     groups = suite_report.groups(results)
     found = results["breakdown"] or {"cost_curves": []}
-    curves = {curve["batch"]: curve["points"] for curve in found["cost_curves"]}
+    curves = found["cost_curves"]
     columns = 3 if curves else 2
     figure = Figure(figsize=(5.5 * columns, 4.2 * len(groups)), layout="constrained")
     grid = figure.subplots(len(groups), columns, squeeze=False)
@@ -28,8 +28,9 @@ def save_suite(results: dict[str, Any], path: Path) -> None:
         _speed_ups(row[0], figures)
         _depths(row[1], figures)
         row[0].set_title(f"T={temperature:g}, batch {batch}", fontsize="medium")
-        if batch in curves:
-            _curve(row[2], curves[batch])
+        for curve in curves:
+            if curve["batch"] == batch:
+                _curve(row[2], curve)
     figure.savefig(path, dpi=120)
 
 
@@ -66,10 +67,10 @@ def _depths(axes, figures: list[dict[str, Any]]) -> None:
         axes.legend(fontsize="small")
 
 
-def _curve(axes, curve: list[dict[str, Any]]) -> None:
-    nodes = [point["nodes"] for point in curve]
-    ratios = [point["ratio"] for point in curve]
-    axes.plot(nodes, [r["median"] for r in ratios], "o-")
+def _curve(axes, curve: dict[str, Any]) -> None:
+    nodes = [point["nodes"] for point in curve["points"]]
+    ratios = [point["ratio"] for point in curve["points"]]
+    axes.plot(nodes, [r["median"] for r in ratios], "o-", label=curve["weights"])
     axes.fill_between(
         nodes, [r["min"] for r in ratios], [r["max"] for r in ratios], alpha=0.2
     )
@@ -79,6 +80,8 @@ def _curve(axes, curve: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.set_xlabel("nodes verified in one pass")
     axes.set_ylabel("time, in passes over one node")
+    if curve["weights"]:
+        axes.legend(fontsize="small")
 
 
 def save_rules(results: dict[str, Any], path: Path) -> None:

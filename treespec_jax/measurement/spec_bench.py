@@ -22,7 +22,9 @@ Answers = Sequence[Mapping[str, Any]]
 OVERALL = "overall"
 
 
-def figures(answers: Answers, plain: Answers, streams: Answers = ()) -> dict[str, Any]:
+def figures(
+    answers: Answers, plain: Answers, streams: Answers = (), first: Answers = ()
+) -> dict[str, Any]:
     """Figures of one combination on some questions, as plain values for JSON.
 
     Args:
@@ -30,6 +32,7 @@ def figures(answers: Answers, plain: Answers, streams: Answers = ()) -> dict[str
       plain: those of plain decoding to the same questions in the same rounds.
       streams: lines of the pass that timed its streams; answers of peers have their
         arrivals themselves.
+      first: those of plain decoding by the first type of weights, if there are several.
     """
     rounds, plain_rounds = _by_round(answers), _by_round(plain)
     stats = total([_stats(a) for a in answers], 0.0, 0.0)
@@ -43,6 +46,7 @@ def figures(answers: Answers, plain: Answers, streams: Answers = ()) -> dict[str
         _each(decode_speed, plain_rounds),
     )
     known = decode and None not in decode
+    first_decode = _each(decode_speed, _by_round(first))
     return {
         "questions": len(rounds[0]),
         "mean_length": stats.tokens / len(answers),
@@ -53,6 +57,9 @@ def figures(answers: Answers, plain: Answers, streams: Answers = ()) -> dict[str
         "overall_ratio": spread(paired(whole, plain_whole)),
         "decode_tokens_per_second": spread(decode) if known else None,
         "decode_ratio": spread(paired(decode, plain_decode)) if known else None,
+        "decode_ratio_first": (
+            spread(paired(decode, first_decode)) if known and first else None
+        ),
         **latency([*answers, *streams]),
         "memory_bytes": answers[0]["memory_bytes"],
         "tokens": stats.tokens,
@@ -69,10 +76,10 @@ def figures(answers: Answers, plain: Answers, streams: Answers = ()) -> dict[str
 
 
 def by_task(
-    answers: Answers, plain: Answers, streams: Answers = ()
+    answers: Answers, plain: Answers, streams: Answers = (), first: Answers = ()
 ) -> dict[str, dict[str, Any]]:
     """`figures` of every category, and of all questions as OVERALL."""
-    lines, found = (answers, plain, streams), {}
+    lines, found = (answers, plain, streams, first), {}
     for category in dict.fromkeys(answer["category"] for answer in answers):
         some = ([a for a in each if a["category"] == category] for each in lines)
         found[category] = figures(*some)

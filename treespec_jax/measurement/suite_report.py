@@ -39,6 +39,15 @@ def results(
     """
     answers, streams = map(journal.all, (ANSWER, STREAM))
     answers_of, streams_of = _by_combination(answers), _by_combination(streams)
+    # Plain decoding by the first type of weights comes first.
+    weights = combinations[0].weights
+    several = any(combination.weights != weights for combination in combinations)
+
+    def first(combination: Combination):
+        if not several:
+            return ()
+        return answers_of[dataclasses.replace(combination.baseline, weights=weights)]
+
     figures = [
         {
             **dataclasses.asdict(combination),
@@ -47,6 +56,7 @@ def results(
                 answers_of[combination],
                 answers_of[combination.baseline],
                 streams_of.get(combination, ()),
+                first(combination),
             ),
             "interrupted": _interrupted(answers_of[combination]),
         }
@@ -90,8 +100,7 @@ def table(results: Mapping[str, Any]) -> str:
         if len(figures[0]["tasks"]) > 2:
             lines += [tables.markdown(_speed_up_rows(figures)), ""]
         lines += [tables.markdown([_TASK_HEAD, *_task_rows(figures)], words=2), ""]
-        rows = (_round_row(f["label"], f["tasks"][OVERALL]) for f in figures)
-        lines += [tables.markdown([_ROUND_HEAD, *rows]), ""]
+        lines += [tables.markdown(_round_rows(figures)), ""]
     lines += [_LEGEND, "", _memory(results)]
     lines += tables.reliability(
         {
@@ -125,7 +134,9 @@ _LEGEND = (
 def conditions(results: Mapping[str, Any]) -> str:
     """What was measured, and on what, in words."""
     settings, versions = results["settings"], results["versions"]
-    suite = results["suite"]
+    suite, weights = results["suite"], settings["benchmark"]["weights"]
+    if len(weights) > 1:
+        settings = {**settings, "weights": " / ".join(weights)}
     return (
         f"suite {suite['name']}, {suite['questions']} questions, "
         f"{settings['sampling']['max_tokens']} tokens a turn at most, "
@@ -186,12 +197,27 @@ def _task_cells(values: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _round_row(label: str, values: Mapping[str, Any]) -> tuple[str, ...]:
-    speed, ratio = values["decode_tokens_per_second"], values["decode_ratio"]
+def _round_rows(figures) -> list[Sequence[str]]:
+    """With a column more where there are several types of weights."""
+    names, head = ["decode_ratio"], list(_ROUND_HEAD)
+    if any(figure["tasks"][OVERALL]["decode_ratio_first"] for figure in figures):
+        names.append("decode_ratio_first")
+        head.insert(3, f"× {figures[0]['weights']} plain")
+    return [
+        head,
+        *(_round_row(f["label"], f["tasks"][OVERALL], names) for f in figures),
+    ]
+
+
+def _round_row(
+    label: str, values: Mapping[str, Any], ratios: Sequence[str]
+) -> tuple[str, ...]:
+    speed = values["decode_tokens_per_second"]
+    found = (values[name] for name in ratios)
     return (
         label,
         tables.spread(speed, ".1f") if speed else "-",
-        tables.spread(ratio, ".2f") if ratio else "-",
+        *(tables.spread(ratio, ".2f") if ratio else "-" for ratio in found),
         f"{values['tokens_per_step']:.2f}",
         tables.percents(values["acceptance_by_depth"]),
         tables.percents(values["acceptance_by_rank"]),
@@ -205,7 +231,7 @@ def _breakdown_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "### Parts of a step",
         "",
-        f"target weights {found['target_weight_bytes'] / 1e6:.0f} MB, read bandwidth "
+        f"target weights {_megabytes(found['steps'])}, read bandwidth "
         f"{bandwidth['bytes_per_second'] / 1e9:.1f} GB/s ({bandwidth['method']})",
         "",
         tables.markdown(rows),
@@ -221,14 +247,21 @@ def _breakdown_lines(found: Mapping[str, Any]) -> list[str]:
             ("ms", *(f"{1e3 * point['seconds']:.2f}" for point in points)),
             ("× one node", *(f"{point['ratio']['median']:.2f}" for point in points)),
         ]
-        lines += ["", f"batch {curve['batch']}:", "", tables.markdown(table)]
+        title = f"{curve['weights']} batch {curve['batch']}:".lstrip()
+        lines += ["", title, "", tables.markdown(table)]
     return lines
+
+
+def _megabytes(steps: Sequence[Mapping[str, Any]]) -> str:
+    sizes = {step["weights"]: step["target_weight_bytes"] for step in steps}
+    parts = (f"{size / 1e6:.0f} MB {kind}".rstrip() for kind, size in sizes.items())
+    return ", ".join(parts)
 
 
 def _step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
     names = (step[name] for name in ("method", "shape", "rule"))
     return (
-        Combination(*names, 0.0, step["batch"]).label,
+        Combination(*names, 0.0, step["batch"], step["weights"]).label,
         str(step["batch"]),
         f"{1e3 * step['step']:.2f}",
         f"{100 * step['draft_share']:.0f} %",
