@@ -33,8 +33,8 @@ def speculate(
 
 
 def build(target, draft, tree, batch=1, page=64, steps=1, **sizes) -> Engine:
-    """An engine under the exact rule; `eos_ids` end its texts."""
-    eos_ids = sizes.pop("eos_ids", ())
+    """An engine under the exact rule; `eos_ids` end its texts, `costs` are of steps."""
+    eos_ids, costs = sizes.pop("eos_ids", ()), sizes.pop("costs", None)
     config = EngineConfig(
         max_batch=batch,
         max_len=sizes.pop("max_len", 128),
@@ -43,7 +43,7 @@ def build(target, draft, tree, batch=1, page=64, steps=1, **sizes) -> Engine:
         prefill_chunks=(16,),
         **sizes,
     )
-    return Engine(target, config, speculate(draft, tree), eos_ids)
+    return Engine(target, config, speculate(draft, tree), eos_ids, costs)
 
 
 def serve(engine, requests) -> list[Request]:

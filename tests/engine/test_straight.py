@@ -45,6 +45,7 @@ RULES = [
     ("terminal", "regular:2x1", ""),
     ("typical", "dynamic:4@2", ""),
     ("exact", "dynamic:5@3~0.1", ""),
+    ("exact", "dynamic:5@3~cost", ""),
 ]
 
 

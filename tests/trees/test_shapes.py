@@ -31,6 +31,7 @@ GOOD = {
     "dynamic:3@3": (3, 3),
     "dynamic:15@5/4": (15, 5),
     "dynamic:15@5/4~0.05": (15, 5),
+    "dynamic:15@5~cost": (15, 5),
     "allotted:15@5/3": (15, 5),
     " chain:2 ": (2, 2),
 }
@@ -77,6 +78,8 @@ MALFORMED = [
     "dynamic:5@2~",
     "dynamic:5@2~1.5",
     "dynamic:5@2~0.1/3",
+    "dynamic:5@2~costs",
+    "allotted:5@2~cost",
     "allotted:5@2~0.1",
     "7",
     ":",

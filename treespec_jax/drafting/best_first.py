@@ -13,6 +13,12 @@ import jax.numpy as jnp
 
 from treespec_jax.branches import branch
 from treespec_jax.drafting.children import breadth
+from treespec_jax.drafting.levels import (
+    best_tokens,
+    family_profile,
+    gain_of_level,
+    pays,
+)
 from treespec_jax.drafting.protocol import DraftContext, Level
 from treespec_jax.sampling.select import ascending, top_k_rows
 from treespec_jax.trees.shapes import BestFirstShape
@@ -65,7 +71,9 @@ def grow_best_first(
     path_BW = jnp.zeros((B, 1), jnp.float32)
     count = min(shape.root_children, breadth(scores))
     first_level = _candidates(children, scores, 0, count, frontier_BW, path_BW)
-    levels = [first_level.likeliest(shape.level)]
+    levels, profile_BX = [first_level.likeliest(shape.level)], None
+    if shape.priced:
+        profile_BX = _profile(shape, path_BW, first_level)
     mask_BWU = scratch = None
     # Nodes expanded before a level, and before the one above it; the root is one.
     expanded = before = 1
@@ -79,6 +87,8 @@ def grow_best_first(
             worth_BW = path_BW >= math.log(shape.threshold)
             path_BW = jnp.where(worth_BW, path_BW, -jnp.inf)
             going_on = jnp.any(worth_BW & context.active[:, None])
+        if shape.priced:
+            going_on = _pays(context, shape, levels, (path_BW, profile_BX))
         slot_BW = jnp.take_along_axis(above.slots, chosen_BW, axis=1)
         mask_BWU = extend_mask(mask_BWU, slot_BW)
         level = Level(
@@ -89,35 +99,67 @@ def grow_best_first(
         )
         before, expanded = expanded, expanded + width
 
-        def go_on(level=level, scratch=scratch, frontier=(chosen_BW + first, path_BW)):
+        def go_on(
+            level=level, scratch=scratch, path_BW=path_BW, frontier_BW=chosen_BW + first
+        ):
             scores, scratch = expand(level, scratch)
             count = min(shape.children, breadth(scores))
-            below = _candidates(children, scores, level.depth, count, *frontier)
-            return below.likeliest(shape.level), scratch
+            below = _candidates(
+                children, scores, level.depth, count, frontier_BW, path_BW
+            )
+            profile_BX = _profile(shape, path_BW, below) if shape.priced else None
+            return below.likeliest(shape.level), profile_BX, scratch
 
         if context.sampling.known.straight:
             # All levels run, where a conditional would cost more than they do.
             going_on = None
-        below, scratch = _level_if(going_on, go_on)
+        below, profile_BX, scratch = _level_if(going_on, go_on)
         levels.append(below)
     return _select(shape, root_B, levels)
 
 
-def _level_if(going_on, go_on: Callable[[], tuple[_Candidates, Any]]):
+def _profile(shape: BestFirstShape, parent_BW, below: _Candidates):
+    """How sure children are, rank by rank, see `levels.family_profile`."""
+    path_BWX = jnp.exp(below.path).reshape(*parent_BW.shape, -1)
+    # The root has more children than other nodes are asked for.
+    return family_profile(jnp.exp(parent_BW), path_BWX[:, :, : shape.children])
+
+
+def _pays(context, shape: BestFirstShape, levels: list[_Candidates], frontier):
+    """bool []: whether a level pays that expands a frontier.
+
+    Args:
+      context: whose active slots count.
+      shape: of the tree.
+      levels: seen so far.
+      frontier: log probabilities of the paths [B, W], and the profile [B, X] of the
+        families of the last level.
+    """
+    path_BW, profile_BX = frontier
+    seen_BN = jnp.exp(jnp.concatenate([level.path for level in levels], axis=1))
+    gain_B = gain_of_level(seen_BN, jnp.exp(path_BW), profile_BX, shape.nodes)
+    tokens_B = 1.0 + best_tokens(seen_BN, shape.nodes)
+    gain, tokens = (
+        jnp.sum(jnp.where(context.active, x_B, 0.0)) for x_B in (gain_B, tokens_B)
+    )
+    return pays(gain, tokens, len(levels) - 1, context.level_price)
+
+
+def _level_if(going_on, go_on: Callable[[], tuple[_Candidates, Any, Any]]):
     """`go_on()`, or a level without a candidate, in no time, where nobody goes on.
 
     Args:
       going_on: bool []; None: somebody does.
-      go_on: returns the candidates of a level and the scratch after it.
+      go_on: returns the candidates of a level, their profile and the scratch after it.
     """
     if going_on is None:
         return go_on()
 
     def stop():
         shapes = jax.eval_shape(go_on)
-        empty, scratch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        empty, *rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         never = jnp.full_like(empty.path, -jnp.inf)
-        return dataclasses.replace(empty, path=never, log_prob=never), scratch
+        return dataclasses.replace(empty, path=never, log_prob=never), *rest
 
     return branch(going_on, go_on, stop)
 

@@ -220,6 +220,8 @@ class DraftContext:
       randomness: of the step.
       proposal: how nodes are proposed, one of `acceptance.compatibility.PROPOSALS`.
       penalties: of the policy; None if no request has any.
+      level_price: float32 [], time of a level over that of a step without any; for
+        shapes that stop where a level does not pay (`drafting.levels`).
     """
 
     target: Transformer | None
@@ -232,6 +234,7 @@ class DraftContext:
     randomness: Randomness
     proposal: str
     penalties: Penalties | None = None
+    level_price: jax.Array | float = 0.0
 
 
 class Drafter(Protocol):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from treespec_jax.engine.plan import Plan
 from treespec_jax.trees import shapes as naming
 from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
@@ -75,6 +76,11 @@ class CostCurve:
     def relative(self, shape: TreeShape, slots: int) -> float:
         """Of a step, in plain steps."""
         return self.step(shape, slots) / self.step(ROOT_ONLY, slots)
+
+    def level_price(self, shape: TreeShape, slots: int) -> float:
+        """Of one level of the drafter, in steps of that shape without any level."""
+        rest = self.root + self._verify(slots * shape.num_nodes) + self.rest
+        return self.level / rest if rest > 0 else 0.0
 
     def _verify(self, rows: int) -> float:
         sizes, seconds = np.array(self.verify, float).T
@@ -190,6 +196,14 @@ class Costs:
         measured = statistics.median(self._compared[other, name])
         return guess * measured / self._guess(shape, other)
 
+    def level_price(self, shape: TreeShape, load: Load) -> float:
+        """See `CostCurve.level_price`; by the curve of the nearest context."""
+        return self._curve(load).level_price(shape, self._slots)
+
+    def priced(self, plan: Plan, shape: TreeShape, load: Load) -> Plan:
+        """The plan of a dispatch of that shape with the price of a level."""
+        return dataclasses.replace(plan, level_price=self.level_price(shape, load))
+
     def is_measured(self, shape: TreeShape, load: Load) -> bool:
         """Whether this engine compared such a step with another one."""
         return self._fresh[load, naming.text_of(shape)] > 0
@@ -213,7 +227,10 @@ class Costs:
         )
 
     def _guess(self, shape: TreeShape, load: Load) -> float:
-        """By the curve of the nearest context."""
+        return self._curve(load).relative(shape, self._slots)
+
+    def _curve(self, load: Load) -> CostCurve:
+        """Of the nearest context."""
         curves = self._curves or {0: self._usual}
         nearest = min(curves, key=lambda context: abs(context - load.context))
-        return curves[nearest].relative(shape, self._slots)
+        return curves[nearest]

@@ -59,6 +59,7 @@ def control_of(plan: Plan, straight: bool) -> Control:
         want_logprobs=wanted,
         speculate=plan.speculate,
         max_steps=plan.max_steps,
+        level_price=np.float32(plan.level_price),
         top=plan.top,
         text=TextSoFar.of(plan.text) if plan.text is not None else None,
     )

@@ -433,11 +433,14 @@ class Engine:
         if plan is None:
             return
         started, compiled = self._clock.now(), sum(self.compilations.values())
-        rehearsed = None
+        requests, rehearsed = [slot.request for slot in plan.slots.values()], None
+        load, costs = self._chooser.load(requests), self._chooser.costs
         try:
             if choice.rehearse:
-                rehearsed = self._executor.rehearse(plan)
-            outbox = self._executor.dispatch(plan, choice.shape)
+                shape = self.speculation.shape
+                rehearsed = self._executor.rehearse(costs.priced(plan, shape, load))
+            priced = costs.priced(plan, choice.shape, load)
+            outbox = self._executor.dispatch(priced, choice.shape)
         except BaseException:
             self._scheduler.abandon(plan)
             raise
@@ -445,8 +448,6 @@ class Engine:
         for flight in self._flights:
             flight.timed &= timed
         timed &= not self.compiling
-        requests = [slot.request for slot in plan.slots.values()]
-        load = self._chooser.load(requests)
         flight = Flight(plan, choice.shape, load, outbox, started, timed, rehearsed)
         self._flights.append(flight)
         self._chooser.started(choice, requests)

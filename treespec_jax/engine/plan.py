@@ -134,6 +134,7 @@ class Plan:
       top: K, see `engine.state.Control`.
       max_steps: int32 [], steps to run at most.
       slots: who runs, by index; for `Scheduler.file`.
+      level_price: of a level of the drafter, see `engine.costs`.
     """
 
     page_table: np.ndarray
@@ -146,6 +147,7 @@ class Plan:
     top: int
     max_steps: np.ndarray
     slots: Mapping[int, Slot]
+    level_price: float = 0.0
 
     def asking(self, params: SamplingParams) -> Plan:
         """The same, as if every slot sampled like `params`."""

@@ -48,6 +48,7 @@ class Control:
       want_logprobs: bool [B].
       speculate: bool [B], whether a slot has a tree; the others decode plainly.
       max_steps: int32 [], steps to run at most, up to the compiled bound.
+      level_price: float32 [], see `drafting.protocol.DraftContext`.
       top: K, tokens whose log p is told beside that of an emitted one; another number
         is another program.
       text: what penalties look at; None, another program, if no request has any.
@@ -60,6 +61,7 @@ class Control:
     want_logprobs: jax.Array
     speculate: jax.Array
     max_steps: jax.Array
+    level_price: jax.Array
     text: TextSoFar | None = None
     top: int = dataclasses.field(default=0, metadata=dict(static=True))
 

@@ -146,6 +146,7 @@ def propose(
         randomness=turn.randomness,
         proposal=speculation.proposal,
         penalties=turn.penalties,
+        level_price=turn.control.level_price,
     )
     with jax.named_scope("propose"):
         return Proposed(*speculation.drafter.propose(state.draft, shape, context))

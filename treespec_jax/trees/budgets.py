@@ -85,7 +85,7 @@ class Budgets:
             return shape
         if isinstance(shape, AllottedShape):
             return AllottedShape(nodes, depth, level)
-        smaller = dynamic(nodes, depth, level, shape.threshold)
+        smaller = dynamic(nodes, depth, level, shape.threshold, shape.priced)
         return dataclasses.replace(
             smaller,
             width=min(smaller.width, shape.width),

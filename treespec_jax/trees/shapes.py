@@ -44,6 +44,8 @@ class BestFirstShape:
       level: nodes of a level at most, the likeliest; None: any number.
       threshold: a node whose path has less estimated probability gets no children;
         where no text of a batch has a likelier path, the drafter runs no further.
+      priced: the drafter runs no further than a level is worth its time
+        (`drafting.levels`).
     """
 
     nodes: int
@@ -52,6 +54,7 @@ class BestFirstShape:
     children: int
     level: int | None = None
     threshold: float = 0.0
+    priced: bool = False
 
     @property
     def num_nodes(self) -> int:
@@ -135,7 +138,7 @@ LADDER = "auto:7@4+3@3+15@5+31@7"
 
 _GRAMMAR = (
     "none, chain:LENGTH, regular:AxBxC, dynamic:NODES@DEPTH, allotted:NODES@DEPTH, "
-    "either with /LEVEL, dynamic with ~THRESHOLD, "
+    "either with /LEVEL, dynamic with ~THRESHOLD or ~cost, "
     "static:PATH+PATH (child ranks, as in 0.0+1), medusa:NAME, medusa:NAME@DEPTH, "
     "file:PATH, auto or auto:NODES@DEPTH+NODES@DEPTH"
 )
@@ -155,8 +158,9 @@ def parse(text: str) -> TreeShape | Ladder:
     `allotted:15@5` as many nodes in levels of fixed sizes, shared out among their
     parents before they are proposed, as rules that sample need it; `dynamic:15@5/4`
     and `allotted:15@5/4` have 4 nodes in a level at most; in `dynamic:15@5~0.1` paths
-    of a probability under 0.1 are not gone on with. Node counts leave out the
-    root: T is one more.
+    of a probability under 0.1 are not gone on with, and in `dynamic:15@5~cost` levels
+    that are not worth their time are left out. Node counts leave out the root: T is one
+    more.
 
     `static:0.0.0+0.1+1` is any tree, named by paths of child ranks: these nodes and all
     on the way to them; siblings of lower rank must be among them.
@@ -214,20 +218,28 @@ def _parse_regular(rest: str) -> TreeShape | None:
 
 
 def _parse_dynamic(rest: str) -> TreeShape | None:
-    match = re.fullmatch(r"([^~]*)(~(0|1|0\.\d{1,9}))?", rest)
+    match = re.fullmatch(r"([^~]*)(~(0|1|0\.\d{1,9}|cost))?", rest)
     counts = _nodes_and_depth(match[1]) if match else None
-    return None if counts is None else dynamic(*counts, float(match[3] or 0))
+    if counts is None:
+        return None
+    if match[3] == "cost":
+        return dynamic(*counts, priced=True)
+    return dynamic(*counts, float(match[3] or 0))
 
 
 def dynamic(
-    nodes: int, depth: int, level: int | None = None, threshold: float = 0.0
+    nodes: int,
+    depth: int,
+    level: int | None = None,
+    threshold: float = 0.0,
+    priced: bool = False,
 ) -> BestFirstShape:
     """The best-first shape that `dynamic:NODES@DEPTH/LEVEL~THRESHOLD` names."""
     # A quarter of the nodes per level and few children of each lose next to nothing
     # against a full search, and keep the drafter's passes thin.
     width = min(8, math.ceil(nodes / 4))
     children = max(4, math.ceil(nodes / width))
-    return BestFirstShape(nodes, depth, width, children, level, threshold)
+    return BestFirstShape(nodes, depth, width, children, level, threshold, priced)
 
 
 def _parse_allotted(rest: str) -> TreeShape | None:
@@ -302,6 +314,8 @@ def text_of(shape: TreeShape) -> str:
     threshold = getattr(shape, "threshold", 0.0)
     number = np.format_float_positional(threshold, trim="-")
     end = f"{level}~{number}" if threshold else level
+    if getattr(shape, "priced", False):
+        end = f"{level}~cost"
     return f"{kind}:{shape.nodes}@{shape.depth}{end}"
 
 
