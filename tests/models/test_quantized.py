@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from treespec_jax.errors import UserError
 from treespec_jax.models import product_forms
 from treespec_jax.models.linear import linear, rows_of, weight_of
-from treespec_jax.models.quantized import Quantized, quantize
+from treespec_jax.models.quantized import Quantized, quantize, signed
 from treespec_jax.models.weight_types import types_of
 
 apply = jax.jit(linear, static_argnums=2)
@@ -81,6 +82,41 @@ def test_rows_beside_change_no_bit(weight):
             np.testing.assert_array_equal(found[..., j], one[j])
 
 
+def with_offset(weight: Quantized) -> Quantized:
+    """The same weight in uint8."""
+
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.matrix = nnx.Param(weight)
+
+    holder = Holder()
+    product_forms.add_offset(holder)
+    found = holder.matrix.get_value()
+    assert found.values.dtype == np.uint8
+    return found
+
+
+def test_an_offset_changes_no_bit(weight):
+    """uint8 weights, 128 too large: products, rows of a table, and what is saved."""
+    x = np.random.default_rng(3).normal(size=(96, 40)).astype(np.float32)
+    other = with_offset(weight)
+    for rows in (1, 2, 8, 15, 16, 40):
+        found = apply(other, x[:, :rows])
+        np.testing.assert_array_equal(found, apply(weight, x[:, :rows]))
+    ids = jnp.asarray([3, 39, 3])
+    tables = [rows_of(matrix[0], ids, jnp.float32) for matrix in (weight, other)]
+    np.testing.assert_array_equal(*tables)
+    np.testing.assert_array_equal(signed(other.values), weight.values)
+
+
+def test_an_offset_is_one_product_of_both_types(weight):
+    """XLA multiplies uint8 and int8 as they are; converted to int32 it is slow."""
+    x = jnp.ones((96, 2), jnp.float32)
+    text = jax.jit(linear).lower(with_offset(weight), x).as_text()
+    (dot,) = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert "ui8>" in dot and "i8>" in dot and "i32>" in dot
+
+
 def test_other_activations_multiply_converted_weights(weight):
     """bfloat16 rows are rounded on a CPU too; elsewhere weights are converted."""
     x = np.random.default_rng(4).normal(size=(96, 2)).astype(jnp.bfloat16)
@@ -117,7 +153,7 @@ def test_blocks_hold_all_rows():
     assert product_forms.cut(33, table) == (33,)
     assert product_forms.padded(16, {**table, 16: 1.0}) == 16
     # No type is cut on a table that was not measured.
-    for dtype in ("float32", "bfloat16", "int8", "float16"):
+    for dtype in ("float32", "bfloat16", "int8", "uint8", "float16"):
         assert all(len(product_forms.blocks(rows, dtype)) == 1 for rows in range(1, 70))
     assert product_forms.blocks(1, "int8") == (2,)
 
@@ -126,6 +162,7 @@ def test_a_measured_table_is_kept(tmp_path, monkeypatch):
     """Another process reads it from the folder."""
     monkeypatch.setattr(product_forms, "_measured", {})
     first = product_forms.measure("int8", tmp_path)
+    assert "uint8" in product_forms._measured
     assert set(first) >= {2, 8, 16, 32} and all(ms > 0 for ms in first.values())
     (file,) = tmp_path.iterdir()
     kept = json.loads(file.read_text())

@@ -36,7 +36,7 @@ from treespec_jax.checkpoints.formats.native import (
 from treespec_jax.checkpoints.loading import LoadedModel
 from treespec_jax.checkpoints.placement import Item, nbytes, parameters_of
 from treespec_jax.errors import UserError
-from treespec_jax.models.quantized import Quantized
+from treespec_jax.models.quantized import Quantized, signed
 from treespec_jax.models.weight_types import Types, types_of
 
 _GROUP = 64 << 20
@@ -174,7 +174,8 @@ def write_group(
 
 
 def _stored(matrix: Quantized) -> dict[str, np.ndarray]:
-    values = np.moveaxis(np.asarray(matrix.values), 0, -2).reshape(matrix.shape)
+    values = np.asarray(signed(matrix.values))
+    values = np.moveaxis(values, 0, -2).reshape(matrix.shape)
     return {VALUES: values, SCALES: np.moveaxis(np.asarray(matrix.scales), 0, -1)}
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from treespec_jax.models import product_forms
-from treespec_jax.models.quantized import TOP, Quantized, abstract, quantize
+from treespec_jax.models.quantized import TOP, Quantized, abstract, quantize, signed
 from treespec_jax.models.weight_types import Types
 
 Weight = jax.Array | Quantized
@@ -57,7 +57,7 @@ def rows_of(table: Weight, tokens_R: jax.Array, dtype) -> jax.Array:
     """Rows of an embedding [V, D], feature-major: [D, R] in `dtype`."""
     if not isinstance(table, Quantized):
         return table[tokens_R].T.astype(dtype)
-    rows_GRI = table.values[:, tokens_R] * table.scales[:, tokens_R][..., None]
+    rows_GRI = signed(table.values[:, tokens_R]) * table.scales[:, tokens_R][..., None]
     return rows_GRI.transpose(0, 2, 1).reshape(-1, len(tokens_R)).astype(dtype)
 
 
@@ -101,7 +101,8 @@ def _int8(weight: Quantized, x_IR: jax.Array) -> jax.Array:
 def _converted(weight: Quantized, x_IR: jax.Array) -> jax.Array:
     """With weights converted to the dtype of `x` as the product reads them."""
     x_GIR = x_IR.reshape(weight.scales.shape[0], -1, x_IR.shape[1])
-    y = _product(weight.values.astype(x_IR.dtype), x_GIR, jnp.float32)
+    values = signed(weight.values).astype(x_IR.dtype)
+    y = product_forms.product(values, x_GIR, jnp.float32)
     return jnp.sum(y * weight.scales[..., None], axis=0)
 
 
@@ -113,20 +114,6 @@ def _in_blocks(weight: jax.Array, x: jax.Array, sums) -> jax.Array:
         part = x[..., done : done + size]
         short = size - part.shape[-1]
         part = jnp.pad(part, [(0, 0)] * (x.ndim - 1) + [(0, short)])
-        parts.append(_product(weight, part, sums)[..., : size - short])
+        parts.append(product_forms.product(weight, part, sums)[..., : size - short])
         done += size
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-
-
-def _product(weight: jax.Array, x: jax.Array, sums) -> jax.Array:
-    """[*out, R] of [*out, I] and [I, R], or of G of each, summed in dtype `sums`."""
-    batch = ((0,), (0,)) if x.ndim == 3 else ((), ())
-    if x.ndim == 3 and x.shape[0] == 1:
-        return _product(weight[0], x[0], sums)[None]
-    return lax.dot_general(
-        weight,
-        x,
-        (((weight.ndim - 1,), (x.ndim - 2,)), batch),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=sums,
-    )

@@ -1,14 +1,20 @@
-"""How many rows a product takes at once: a table per weight type, measured or built in.
+"""Forms of a product, and how many rows it takes at once.
 
 On a CPU the cost of a product does not grow evenly with its rows: libraries change
 their method at some counts, and not at the same ones on all processors. `blocks` pads
-rows and cuts them into blocks accordingly. `measure` fills the table of a type for
-this machine; without, a built-in one only pads.
+rows and cuts them into blocks accordingly, by a table per weight type. `measure` fills
+the table of a type for this machine; without, a built-in one only pads.
+
+| weights | rows | form |
+|---|---|---|
+| one type of both | any | a product |
+| uint8, 128 too large | int8 | a product of both types, corrected |
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,7 +23,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -25,6 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+
+from treespec_jax.models import memory, mixed_product
+from treespec_jax.models.quantized import OFFSET, Quantized
 
 # Weight type -> cost by row count, of no machine in particular. On a CPU 5 to 7 float32
 # rows cost a fifth more than 8, 9 to 15 up to 1.4 times 16, and 17 to 31 as much as 32;
@@ -34,18 +43,45 @@ _BUILT_IN = {
     "float32": {1: 1.0, 2: 1.3, 3: 1.35, 4: 1.4, 8: 1.6, 16: 1.9, 32: 2.9},
     "bfloat16": {2: 1.0, 4: 1.0, 8: 1.0, 16: 1.1, 32: 2.2},
     "int8": {2: 1.0, 4: 1.0, 8: 1.1, 16: 1.4, 32: 2.8},
+    "uint8": {2: 1.0, 4: 1.1, 8: 1.2, 16: 1.5, 32: 3.5},
 }
+# Two forms of the same weights.
+_INTEGERS = ("int8", "uint8")
 _measured: dict[str, dict[int, float]] = {}
 
 # Row counts to try: 15 and 16 go different ways in one library.
 _ROWS = (1, 2, 4, 8, 12, 15, 16, 24, 32)
 _SHAPE, _BYTES, _TIMES = (4096, 768), 24 << 20, 7
+# Seconds after which no further round begins.
+_PATIENCE = 1.0
 # Bytes of a model whose products are worth a second at the first start.
 _LARGE = 64 << 20
 # Blocks must win by this factor.
 _CLEAR = 0.9
 # Costs that are the same but for noise.
 _NEAR = 1.05
+
+
+def product(weight: jax.Array, x: jax.Array, sums) -> jax.Array:
+    """[*out, R] of [*out, I] and [I, R], or of G of each.
+
+    Args:
+      weight: in the dtype of `x`; or uint8, int8 with 128 added, and `x` int8.
+      x: the rows; as many as `blocks` says.
+      sums: dtype of the result.
+    """
+    if x.ndim == 3 and x.shape[0] == 1:
+        return product(weight[0], x[0], sums)[None]
+    if weight.dtype == jnp.uint8:
+        return mixed_product.signed_product(weight, x)
+    batch = ((0,), (0,)) if x.ndim == 3 else ((), ())
+    return lax.dot_general(
+        weight,
+        x,
+        (((weight.ndim - 1,), (x.ndim - 2,)), batch),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=sums,
+    )
 
 
 def blocks(rows: int, dtype) -> tuple[int, ...]:
@@ -110,15 +146,21 @@ def measure(dtype, folder: Path | None = None) -> dict[int, float]:
     name = np.dtype(dtype).name
     if name not in _BUILT_IN or name in _measured:
         return _measured.get(name, {})
-    file = folder and folder / f"products-{_machine()}.json"
+    # Forms that are compared are timed in turn.
+    names = _INTEGERS if name in _INTEGERS else (name,)
+    file = folder and folder / f"product_forms-{_machine()}.json"
     kept: dict[str, dict[str, float]] = {}
     with contextlib.suppress(OSError, LookupError, ValueError, AttributeError):
         kept = dict(json.loads(file.read_text("utf-8")))
-        _measured[name] = {int(rows): float(ms) for rows, ms in kept[name].items()}
+        tables = {
+            name: {int(rows): float(ms) for rows, ms in kept[name].items()}
+            for name in names
+        }
+        _measured.update(tables)
     if name not in _measured:
-        _measured[name] = _timed(name)
+        _measured.update(_timed(names))
         with contextlib.suppress(OSError, AttributeError):
-            kept[name] = _measured[name]
+            kept |= {name: _measured[name] for name in names}
             folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(kept), "utf-8")
@@ -129,14 +171,43 @@ def measure(dtype, folder: Path | None = None) -> dict[int, float]:
 def prepare(model: nnx.Module, folder: Path | None = None) -> None:
     """Measures what a model's products want, if it is large and lies on a CPU.
 
+    Matrices in int8 become uint8, one by one, where those are quicker.
+
     Args:
       model: with weights.
       folder: as of `measure`.
     """
     arrays = jax.tree.leaves(nnx.state(model))
     on_cpu = {device.platform for device in arrays[0].devices()} == {"cpu"}
-    if on_cpu and sum(array.nbytes for array in arrays) >= _LARGE:
-        measure(max(arrays, key=lambda array: array.nbytes).dtype, folder)
+    if not on_cpu or sum(array.nbytes for array in arrays) < _LARGE:
+        return
+    dtype = max(arrays, key=lambda array: array.nbytes).dtype
+    measure(dtype, folder)
+    if dtype == jnp.int8:
+        signed, unsigned = (sum(_measured[name].values()) for name in _INTEGERS)
+        if unsigned < signed:
+            add_offset(model)
+
+
+def add_offset(model: nnx.Module) -> None:
+    """Replaces matrices in int8 by the same with 128 added, in uint8."""
+    for variable in jax.tree.leaves(
+        nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)
+    ):
+        matrix = variable.get_value()
+        if isinstance(matrix, Quantized) and matrix.values.dtype == jnp.int8:
+            variable.set_value(dataclasses.replace(matrix, values=_with_offset(matrix)))
+
+
+def _with_offset(matrix: Quantized) -> jax.Array:
+    values = matrix.values
+    if len(values.devices()) > 1:
+        return jax.jit(lambda x: lax.bitcast_convert_type(x, jnp.uint8) ^ OFFSET)(
+            values
+        )
+    array = memory.empty(values.shape, np.dtype(np.uint8))
+    np.bitwise_xor(np.asarray(values).view(np.uint8), np.uint8(OFFSET), out=array)
+    return jax.device_put(array)
 
 
 def _machine() -> str:
@@ -151,34 +222,41 @@ def _machine() -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def _timed(name: str) -> dict[int, float]:
-    sums = jnp.int32 if name == "int8" else jnp.float32
+def _timed(names: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Milliseconds by weight type and row count, all of them timed in turn."""
+    runs = {(name, rows): run for name in names for rows, run in _programs(name)}
+    best, began = dict.fromkeys(runs, math.inf), time.perf_counter()
+    for _ in range(_TIMES):
+        for key, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            best[key] = min(best[key], (time.perf_counter() - start) * 1e3)
+        # A type that a processor has no instructions for may take long.
+        if time.perf_counter() - began > _PATIENCE:
+            break
+    return {
+        name: {rows: ms for (kind, rows), ms in best.items() if kind == name}
+        for name in names
+    }
+
+
+def _programs(name: str) -> Iterator[tuple[int, Callable]]:
+    """Row counts and products of so many rows, compiled."""
+    integers = name in _INTEGERS
+    sums = jnp.int32 if integers else jnp.float32
     rng = np.random.default_rng(0)
     count = max(1, _BYTES // (math.prod(_SHAPE) * np.dtype(name).itemsize))
     weights = [
-        jnp.asarray(rng.integers(-99, 99, _SHAPE, np.int8), name) for _ in range(count)
+        jnp.asarray(rng.integers(0, 99, _SHAPE, np.int8), name) for _ in range(count)
     ]
 
     def products(weights, x):
-        numbers = (((1,), (0,)), ((), ()))
-        exact = lax.Precision.HIGHEST if name == "float32" else None
-        return [
-            lax.dot_general(w, x, numbers, exact, preferred_element_type=sums)
-            for w in weights
-        ]
+        return [product(weight, x, sums) for weight in weights]
 
-    runs = {}
     for rows in _ROWS:
         if rows == 1 and name != "float32":
             continue
-        x = jnp.ones((_SHAPE[1], rows), name)
+        x = jnp.ones((_SHAPE[1], rows), "int8" if integers else name)
         run = jax.jit(products).lower(weights, x).compile()
         jax.block_until_ready(run(weights, x))
-        runs[rows] = functools.partial(run, weights, x)
-    best = dict.fromkeys(runs, math.inf)
-    for _ in range(_TIMES):
-        for rows, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            best[rows] = min(best[rows], (time.perf_counter() - start) * 1e3)
-    return best
+        yield rows, functools.partial(run, weights, x)

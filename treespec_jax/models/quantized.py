@@ -14,9 +14,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 # The largest value; -128 stays unused, so that the grid is symmetric.
 TOP = 127
+# What uint8 values have more than int8 ones: the highest bit is the other one.
+OFFSET = 128
 
 
 @functools.partial(
@@ -29,7 +32,8 @@ class Quantized:
     """A matrix [*out, *in] in int8; stands where an array would.
 
     Attributes:
-      values: int8 [G, *out, I / G], I the product of `in`.
+      values: int8 [G, *out, I / G], I the product of `in`; or uint8, the same with
+        128 added, where products of uint8 and int8 are the quicker ones.
       scales: float32 [G, *out].
       shape: (*out, *in), of the matrix that it stands for.
     """
@@ -66,6 +70,13 @@ class Quantized:
         values, scales = (x[:, *index] for x in (self.values, self.scales))
         rank = self.out_rank
         return Quantized(values, scales, (*scales.shape[1:], *self.shape[rank:]))
+
+
+def signed(values: jax.Array) -> jax.Array:
+    """`Quantized.values` as int8, in whichever form they are."""
+    if values.dtype != jnp.uint8:
+        return values
+    return lax.bitcast_convert_type(values ^ jnp.uint8(OFFSET), jnp.int8)
 
 
 def stored_axes(weight, axes: tuple[str, ...]) -> tuple[str, ...]:
