@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.drafting import heads
 from tests.oracles import full_logits
 from treespec_jax import LLM, UserError
 from treespec_jax.checkpoints import LoadedModel, load
+from treespec_jax.checkpoints.drafters import LoadedDrafter
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SIZES = dict(max_batch=8, max_len=96, page_size=8, prefill_chunks=(16,))
@@ -22,7 +24,10 @@ DRAFTERS = {
     "ngram": dict(method="ngram", tree="regular:2x1x1"),
     "recycle": dict(method="recycle", tree="dynamic:9@3"),
     "draft_model": dict(method="draft_model", tree="dynamic:15@4"),
+    "eagle": dict(method="eagle", tree="dynamic:7@3"),
+    "medusa": dict(method="medusa", tree="dynamic:7@3"),
 }
+HEADS = {"eagle": functools.partial(heads.eagle, generation=3), "medusa": heads.medusa}
 
 
 def loaded(model, **changes) -> LoadedModel:
@@ -39,6 +44,12 @@ def llms(tiny_target, tiny_draft):
         settings = DRAFTERS[name] and dict(DRAFTERS[name])
         if name == "draft_model":
             settings["model"] = loaded(tiny_draft, eos_ids=(END,))
+        if name in HEADS:
+            model = HEADS[name](tiny_target)
+            dtype = np.dtype("float32")
+            settings["model"] = LoadedDrafter(name, model.config, model, name, dtype)
+            # Random heads know nothing, which is not the point here.
+            settings["check_drafter"] = False
         return LLM(loaded(tiny_target, eos_ids=(END,)), speculative=settings, **SIZES)
 
     return make
@@ -110,6 +121,23 @@ def test_finds_what_plain_search_finds(llms, log_probs, ragged_prompts, drafter)
             assert texts.stats.tokens <= TOKENS
         assert llm.engine.free_pages == pages
     assert ends > 10, "hardly any text ends before its last token"
+
+
+@pytest.mark.parametrize("drafter", list(HEADS))
+def test_drafters_over_the_targets_rows_change_no_text(
+    llms, log_probs, ragged_prompts, drafter
+):
+    """Their state follows a beam into the slot where it goes on."""
+    llm = llms(drafter)
+    pages = llm.engine.free_pages
+    for beams in (2, 4):
+        settings = dict(beams=beams, max_tokens=TOKENS, n_best=beams)
+        found = llm.beam_search(ragged_prompts, **settings)
+        for prompt, texts in zip(ragged_prompts, found, strict=True):
+            wanted = plain_search(log_probs, tuple(prompt), beams, 1.0, False)
+            check(texts, wanted)
+        assert found.stats.drafted > 0
+        assert llm.engine.free_pages == pages
 
 
 def test_trees_save_passes(llms, ragged_prompts):
