@@ -30,7 +30,7 @@ class Random:
         self._shapes, self._random = shapes, random.Random(seed)
         self.chosen = []
 
-    def choose(self, max_steps, requests, ready):
+    def choose(self, max_steps, requests, ready, under_way):
         shape = self._random.choice(self._shapes)
         rehearse = not shape.depth and self._random.random() < 0.5
         self.chosen.append(Choice(shape, self._random.randint(1, 4), rehearse))
@@ -45,7 +45,7 @@ class Random:
     def ignore(self, *_):
         pass
 
-    begin_text = started = record = rehearsed = ignore
+    started = record = rehearsed = ignore
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting.recycle import table_of
 from treespec_jax.engine.chooser import Choice
 from treespec_jax.engine.engine import Engine
-from treespec_jax.engine.expectation import rehearsed_tokens
+from treespec_jax.engine.expectation import observed_shapes, rehearsed_tokens
 from treespec_jax.engine.rehearsal import Watching
 from treespec_jax.engine.request import Request
 from treespec_jax.trees import shapes
@@ -112,20 +112,17 @@ class Told:
     def load(self, requests):
         return None
 
-    def choose(self, max_steps, requests, ready):
+    def choose(self, max_steps, requests, ready, under_way):
         return self.choices[0] if self.choices else Choice(ROOT_ONLY, None)
 
     def started(self, choice, requests):
         self.choices = self.choices[1:]
 
-    def record(self, shape, observed, steps, load, seconds):
-        self.tokens += [tokens[0] for _, tokens, _ in observed]
+    def record(self, choice, observed, steps, load, seconds):
+        self.tokens += [tokens[-1] for _, tokens, _ in observed]
 
-    def rehearsed(self, observed, load):
-        self.heard += [tokens[0] for _, tokens in observed]
-
-    def begin_text(self):
-        pass
+    def rehearsed(self, observed):
+        self.heard += [tokens[-1] for _, tokens in observed]
 
 
 @pytest.fixture(scope="module", params=["no model", "a layer"])
@@ -170,8 +167,11 @@ def serve(engine, asked, choices) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_a_rehearsal_says_what_a_tree_would_have_brought(engine, asked):
-    tree, rehearsal = engine.speculation.shape, Choice(ROOT_ONLY, STEPS, True)
-    assert tree.depth == DEPTH < STEPS
+    layered = engine.speculation.drafter.module is not None
+    tree = observed_shapes(engine.speculation.shapes, layered)[-1]
+    rehearsal = Choice(ROOT_ONLY, STEPS, True)
+    assert tree.depth == (1 if layered else DEPTH) < STEPS
+    hits = 0
     for one in asked:
         text = serve(engine, [one], [rehearsal] * 9)
         heard = list(engine._chooser.heard)
@@ -180,7 +180,8 @@ def test_a_rehearsal_says_what_a_tree_would_have_brought(engine, asked):
             again = serve(engine, [one], [rehearsal] * number + [Choice(tree, 1)])
             assert again == text
             assert engine._chooser.tokens[number] == heard[number]
-        assert max(heard) >= 2, "guesses hit"
+        hits += sum(tokens >= 2 for tokens in heard[:5])
+    assert hits, "guesses hit"
 
 
 @pytest.mark.slow

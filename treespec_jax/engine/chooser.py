@@ -1,16 +1,18 @@
 """Which shape the next dispatch grows, where a speculation may take several.
 
 Plain decoding is one of them. Before every dispatch the shape with the most expected
-tokens (`engine.expectation`) for its cost (`engine.costs`) wins, for the texts that
-decode now:
+tokens (`engine.expectation`) for its cost (`engine.costs`) is the best one, for the
+texts that decode now. It runs as far as that is safe: an account says what speculation
+may still lose against plain decoding (a conservative bandit, Wu et al., 1602.04282). A
+small share of all time is put aside, and what trees gain, up to a limit. Trees whose
+gain is not certain take from it, and so does whatever is only done to find out:
 
 * What shapes bring belongs to texts. A step tells of its own tree and of all smaller
-  ones. Plain steps tell nothing; beside them trees are rehearsed now and then
-  (`engine.rehearsal`), ever more rarely while no tree would pay.
+  ones. Plain steps tell nothing; beside them trees are rehearsed (`engine.rehearsal`).
 * What shapes cost belongs to the machine. A dispatch that follows one of another shape
-  compares the two. Shapes not in use get a short dispatch for it, soon at first and
-  ever more rarely later, whatever texts begin meanwhile; those that could not win
-  anyway get none.
+  compares the two. Shapes not in use get a dispatch for it, soon at first and ever more
+  rarely later, whatever texts begin meanwhile; those that could not win anyway get
+  none.
 
 Programs are compiled one by one: plain decoding first, because it takes the least time
 to compile, the others while it runs (`Chooser.wanted`). With the exact rule the text
@@ -26,28 +28,30 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from treespec_jax.engine.costs import Costs, Load
-from treespec_jax.engine.expectation import GAIN, GAIN_OF_MODEL, Expectation
+from treespec_jax.engine.costs import COMPARISONS, REHEARSAL, Costs, Load
+from treespec_jax.engine.expectation import (
+    GAIN,
+    GAIN_OF_MODEL,
+    Expectation,
+    observed_shapes,
+)
 from treespec_jax.engine.request import Request
 from treespec_jax.trees.shapes import TreeShape
 
-# The program that grows trees which nobody verifies.
-REHEARSAL = "rehearsal"
 Program = TreeShape | str
 
-# Plain steps between rehearsals, of drafters without and with a model; and how many
-# times rarer they get while no tree pays.
-EVERY, EVERY_WITH_MODEL, RARER = 8, 32, 8
+# What the account gets, as a share of all time, and holds at most, in plain steps.
+SHARE, CREDIT = 0.01, 2.5
 # Tokens after which the first tree is compiled, and after which shapes are that may be
 # a little quicker still.
 WORTH_TREES, WORTH_COMPILING = 16, 512
-# Dispatches between those that are for timing: until one is compared, after the first
-# comparison, and at most.
+# Dispatches between those that are for timing: until every shape was compared, then,
+# and at most.
 RETRY, SOON, RARELY = 3, 8, 256
-# Steps of a dispatch that is for timing, or that shows what a new text is like. Of the
-# latter kind there are as many as rehearsals in so many plain steps.
-TRIAL_STEPS, FRESH = 2, 80
-# A shape may be this much better than it looks: before it was ever compared, and after.
+# Steps of a dispatch that is for timing and may lose, and the fewest of trees at all.
+TRIAL_STEPS = 2
+# A shape may be this much better than it looks: before it was compared a few times, and
+# after.
 DOUBT, LESS_DOUBT = 1.3, 1.1
 # Acceptance rates of first children for which a shape may be of use.
 RATES = tuple(np.linspace(0.1, 1.0, 10))
@@ -62,12 +66,31 @@ class Choice:
       max_steps: that it runs at most; None: the compiled number.
       rehearse: whether a tree of the first shape is grown that nobody verifies.
       timing: whether it runs only to be timed.
+      risk: plain steps that it may lose against plain decoding.
     """
 
     shape: TreeShape
     max_steps: int | None
     rehearse: bool = False
     timing: bool = False
+    risk: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Timed:
+    """How long a dispatch took.
+
+    Attributes:
+      choice: that it was.
+      load: of it.
+      steps: that ran.
+      seconds: of all of them, and of the rehearsal.
+    """
+
+    choice: Choice
+    load: Load
+    steps: int
+    seconds: float
 
 
 @dataclasses.dataclass
@@ -88,9 +111,8 @@ class _Trials:
 
     def due(self, shape: TreeShape) -> bool:
         """Whether it is time for one of that shape."""
-        if not self.compared:
-            return self.since >= RETRY
-        return self.since >= (self.period if shape in self.tried else SOON)
+        tried = self.compared and shape in self.tried
+        return self.since >= (self.period if tried else RETRY)
 
     def begin(self, shape: TreeShape) -> None:
         """A dispatch of that shape starts, only to be timed."""
@@ -105,18 +127,22 @@ class Chooser:
     """Chooses before every dispatch.
 
     Args:
-      shapes: at least one; with one it has no choice. Plain decoding, if it is among
-        them, is the last.
+      shapes: at least one; with one it has no choice. Of several the last is plain
+        decoding.
       costs: of steps.
       with_model: the drafter runs passes of a model.
+      steps: S, of a dispatch.
     """
 
-    def __init__(self, shapes: Sequence[TreeShape], costs: Costs, with_model: bool):
+    def __init__(
+        self, shapes: Sequence[TreeShape], costs: Costs, with_model: bool, steps: int
+    ):
         self.costs = costs
-        self._shapes = tuple(shapes)
-        self._plain = None if shapes[-1].depth else shapes[-1]
-        self._every = EVERY_WITH_MODEL if with_model else EVERY
-        self._expectation = Expectation(shapes, GAIN_OF_MODEL if with_model else GAIN)
+        self._shapes, self._steps = tuple(shapes), steps
+        self._plain = shapes[-1]
+        observed = observed_shapes(shapes, with_model)
+        self._rehearsed = observed[-1]
+        self._expectation = Expectation(observed, GAIN_OF_MODEL if with_model else GAIN)
         self._ran: collections.Counter[TreeShape] = collections.Counter()
         self._trials: dict[Load, _Trials] = collections.defaultdict(_Trials)
         self.reset()
@@ -124,28 +150,18 @@ class Chooser:
     def reset(self) -> None:
         """Forgets all texts; what a step costs stays."""
         self._expectation.reset()
-        self._emitted = 0
-        self._period = self._unrehearsed = self._every
-        self._fresh = max(2, FRESH // self._every)
-        # Shape, load and seconds per step of the last dispatch, if it was timed.
-        self._last: tuple[TreeShape, Load, float] | None = None
-
-    def expected(self, shape: TreeShape, requests: Collection[Request]) -> float:
-        """Tokens that a step of that shape should emit per text."""
-        number = self._shapes.index(shape)
-        tokens = [
-            self._expectation.tokens(request)[number]
-            for request in requests
-            if request.params.speculate
-        ]
-        rest = len(requests) - len(tokens)
-        return (sum(tokens) + rest) / len(requests) if requests else 1.0
+        self._emitted, self._account = 0, CREDIT
+        # Whether the latest dispatch has a rehearsal.
+        self._rehearses = False
+        # The last dispatch, if it was timed.
+        self._last: _Timed | None = None
 
     def choose(
         self,
         max_steps: int | None,
         requests: Collection[Request],
         ready: Collection[Program],
+        under_way: Iterable[Choice] = (),
     ) -> Choice:
         """What the next dispatch does.
 
@@ -153,26 +169,53 @@ class Chooser:
           max_steps: that the caller allows; None: the compiled number.
           requests: that decode.
           ready: programs that are compiled.
+          under_way: dispatches whose results are not known yet.
         """
-        usable = [shape for shape in self._shapes if shape in ready]
-        if not usable:
-            usable = [self._plain or self._shapes[0]]
-        speculating = any(request.params.speculate for request in requests)
-        if self._plain and not speculating:
-            return Choice(self._plain, max_steps)
         if len(self._shapes) == 1:
-            return Choice(self._shapes[0], max_steps)
-        load = self.load(requests)
-        values = self._values(usable, requests, load)
-        best = max(values, key=values.get)
-        shape = self._trial(best, values, requests, load)
-        timing = self._trials[load].due(shape) and shape != best
-        shape = shape if timing else best
-        short = TRIAL_STEPS if max_steps is None else min(TRIAL_STEPS, max_steps)
-        steps = short if timing or self._fresh else max_steps
-        due = self._fresh > 0 or self._unrehearsed >= self._period
-        due &= shape == self._plain and REHEARSAL in ready
-        return Choice(shape, steps, due, timing)
+            return Choice(self._plain, max_steps)
+        speculating = any(request.params.speculate for request in requests)
+        usable = [shape for shape in self._shapes if shape in ready]
+        if not speculating or not usable:
+            return Choice(self._plain, max_steps)
+        load, account = self.load(requests), self._account
+        account -= sum(choice.risk for choice in under_way)
+        values = self._values(usable, self._tokens(requests), load)
+        low = dict(zip(self._shapes, self._tokens(requests, low=True), strict=False))
+        steps = self._steps if max_steps is None else min(max_steps, self._steps)
+
+        def run(shape: TreeShape, steps: int, timing: bool = False) -> Choice | None:
+            """As far as the account allows; None: no further than it is worth."""
+            least = min(TRIAL_STEPS, steps)
+            if shape == self._plain:
+                return Choice(shape, least if timing else max_steps, timing=timing)
+            risk = self._risk(shape, low[shape], load)
+            if account < least * risk:
+                return None
+            if timing and risk:
+                steps = least
+            # Half of it: the next dispatch is chosen before this one is known.
+            most = steps if account >= 2 * steps * risk else int(account / 2 / risk)
+            most = max(most, least)
+            whole = most == self._steps and max_steps is None
+            return Choice(shape, None if whole else most, False, timing, most * risk)
+
+        order = sorted(values, key=values.get, reverse=True)
+        promising = [s for s in order if values[s] >= values.get(self._plain, 0.0)]
+        choices = (run(shape, steps) for shape in promising)
+        choice = next((c for c in choices if c), None) or Choice(self._plain, max_steps)
+        shape = self._trial(choice.shape, values, load)
+        if shape != choice.shape and self._trials[load].due(shape):
+            choice = run(shape, steps, timing=True) or choice
+        if choice.shape != self._plain or choice.timing:
+            return choice
+        price = self.costs.rehearsal(self._rehearsed, load)
+        # The rest is for a tree that looks good, or will.
+        rest = CREDIT / 2 if order[0] == self._plain else 0.0
+        affordable = account - price >= rest
+        # Its price shows beside dispatches without one.
+        if REHEARSAL in ready and affordable and not self._rehearses:
+            return dataclasses.replace(choice, rehearse=True, risk=price)
+        return choice
 
     def wanted(
         self, requests: Collection[Request], ready: Collection[Program]
@@ -194,7 +237,7 @@ class Chooser:
         if not self.costs.is_measured(self._shapes[0], load):
             # Nothing is timed while a program is being compiled.
             return None
-        values = self._values(self._shapes, requests, load)
+        values = self._values(self._shapes, self._tokens(requests), load)
         best = max(values[shape] for shape in self._shapes if shape in ready)
         hopes = {
             shape: values[shape] * self._doubt(shape, load)
@@ -217,24 +260,15 @@ class Chooser:
 
     def started(self, choice: Choice, requests: Collection[Request]) -> None:
         """A dispatch was started; a choice need not lead to one."""
+        self._rehearses = choice.rehearse
         trials = self._trials[self.load(requests)]
         trials.since += 1
         if choice.timing:
             trials.begin(choice.shape)
-        self._fresh = max(0, self._fresh - 1)
-        if choice.rehearse:
-            self._unrehearsed = 0
-        if choice.shape == self._plain:
-            self._unrehearsed += choice.max_steps or self._every
-
-    def begin_text(self) -> None:
-        """A new text began: what was learnt of the last one may not hold for it."""
-        self._fresh = max(2, FRESH // self._every)
-        self._period = self._every
 
     def record(
         self,
-        shape: TreeShape,
+        choice: Choice,
         observed: Iterable[tuple[Request, np.ndarray, int]],
         steps: int,
         load: Load,
@@ -243,55 +277,72 @@ class Chooser:
         """Takes in how a dispatch went.
 
         Args:
-          shape: that it grew.
-          observed: requests that speculate, mean tokens of their steps by shape [K]
+          choice: that it was.
+          observed: requests, mean tokens of their steps by shape [K]
             (`expectation.tokens_by_shape`), and how many steps.
           steps: that ran.
           load: of the dispatch.
           seconds: from its start, or from the end of the last one; None if something
             else took some of that time.
         """
+        shape, emitted, texts = choice.shape, 0.0, 0
         number = self._shapes.index(shape)
         for request, tokens, count in observed:
-            self._expectation.add(request, shape, tokens, count)
-            self._emitted += round(tokens[number] * count)
+            if request.params.speculate:
+                self._expectation.add(request, shape, tokens, count)
+            emitted += tokens[number] * count
+            texts += count
+        self._emitted += round(emitted)
+        if texts:
+            gained = (1 + SHARE) * emitted / texts - self.costs.relative(shape, load)
+            self._pay(-gained * steps)
+        if choice.rehearse:
+            self._pay(self.costs.rehearsal(self._rehearsed, load))
         self._ran[shape] += 1
         last, self._last = self._last, None
         # The first run of a program does more than to run.
         if not steps or not seconds or self._ran[shape] == 1:
             return
-        self._last = shape, load, seconds / steps
-        if last and last[0] != shape and last[1] == load:
-            self._compare(last[0], shape, load, self._last[2] / last[2])
+        self._last = _Timed(choice, load, steps, seconds)
+        if last:
+            self._compare(last, self._last)
 
-    def rehearsed(
-        self, observed: Iterable[tuple[Request, np.ndarray]], load: Load
-    ) -> None:
+    def rehearsed(self, observed: Iterable[tuple[Request, np.ndarray]]) -> None:
         """Takes in what steps with trees would have emitted: tokens by shape [K]."""
-        requests = []
         for request, tokens in observed:
-            self._expectation.add(request, self._shapes[0], tokens, 1)
-            requests.append(request)
-        values = self._values(self._shapes, requests, load)
-        hopeless = max(values, key=values.get) == self._plain and (
-            sorted(values.values())[-2] < 0.9 * values[self._plain]
-        )
-        rarest = RARER * self._every
-        self._period = min(2 * self._period, rarest) if hopeless else self._every
+            self._expectation.add(request, self._rehearsed, tokens, 1)
 
     def load(self, requests: Collection[Request]) -> Load:
         """Of texts that decode."""
         longest = max((len(r.prompt) + len(r.tokens) for r in requests), default=0)
         return Load.of(len(requests), longest)
 
-    def _values(self, shapes, requests, load: Load) -> dict[TreeShape, float]:
+    def _pay(self, plain_steps: float) -> None:
+        self._account = min(CREDIT, max(-CREDIT, self._account - plain_steps))
+
+    def _tokens(self, requests: Collection[Request], low: bool = False) -> np.ndarray:
+        """float [K]: expected tokens of a step per text, or a low estimate of them."""
+        of = self._expectation.low if low else self._expectation.tokens
+        one = np.ones(len(self._shapes) + 1)
+        found = [of(r) if r.params.speculate else one for r in requests]
+        return np.mean(found, axis=0) if found else one
+
+    def _values(self, shapes, tokens, load: Load) -> dict[TreeShape, float]:
         """Expected tokens for the time of a plain step."""
         return {
-            shape: self.expected(shape, requests) / self.costs.relative(shape, load)
-            for shape in shapes
+            shape: count / self.costs.relative(shape, load)
+            for shape, count in zip(self._shapes, tokens, strict=False)
+            if shape in shapes
         }
 
-    def _trial(self, best: TreeShape, values, requests, load: Load) -> TreeShape:
+    def _risk(self, shape: TreeShape, tokens: float, load: Load) -> float:
+        """Plain steps that a step may lose which emits that many tokens."""
+        cost = self.costs.relative(shape, load)
+        if not self.costs.is_measured(shape, load):
+            cost *= DOUBT
+        return max(0.0, cost - tokens)
+
+    def _trial(self, best: TreeShape, values, load: Load) -> TreeShape:
         """The shape to time next; the best one if no other is worth it."""
         trials = self._trials[load]
 
@@ -300,23 +351,43 @@ class Chooser:
                 return True
             return values[shape] * self._doubt(shape, load) > values[best]
 
-        # Plain decoding first, which the others are measured by.
-        others = [s for s in reversed(self._shapes) if s in values and s != best]
+        # Plain decoding first, which the others are measured by, then the best.
+        others = sorted(values, key=lambda s: (s != self._plain, -values[s]))
         untried = [shape for shape in others if shape not in trials.tried]
         order = filter(worth, [*untried, *(s for s in trials.tried if s in others)])
-        return next(order, best)
+        return next((shape for shape in order if shape != best), best)
 
     def _doubt(self, shape: TreeShape, load: Load) -> float:
-        return LESS_DOUBT if self.costs.is_measured(shape, load) else DOUBT
+        known = self.costs.is_measured(shape, load, COMPARISONS)
+        return LESS_DOUBT if known else DOUBT
 
-    def _compare(self, before, shape, load: Load, ratio: float) -> None:
-        """A step of one shape took so many times that of the one before."""
-        if shape == self._plain:
-            self.costs.compare(before, load, 1 / ratio)
+    def _compare(self, last: _Timed, this: _Timed) -> None:
+        """Takes in what two dispatches say that followed each other."""
+        load, plain = this.load, self._plain
+        if last.load != load:
+            return
+        if last.choice.shape == this.choice.shape == plain:
+            if last.choice.rehearse != this.choice.rehearse:
+                bare, more = sorted((last, this), key=lambda one: one.choice.rehearse)
+                price = more.seconds * bare.steps / bare.seconds - more.steps
+                self.costs.compare(REHEARSAL, load, max(0.0, price))
+            return
+        if last.choice.shape == this.choice.shape:
+            return
+        ratio = self._seconds_per_step(this) / self._seconds_per_step(last)
+        if this.choice.shape == plain:
+            self.costs.compare(last.choice.shape, load, 1 / ratio)
         else:
-            cost = ratio * self.costs.relative(before, load)
-            self.costs.compare(shape, load, cost)
+            cost = ratio * self.costs.relative(last.choice.shape, load)
+            self.costs.compare(this.choice.shape, load, cost)
         self._trials[load].compared = True
+
+    def _seconds_per_step(self, timed: _Timed) -> float:
+        """Of the steps alone."""
+        steps, more = timed.steps, 0.0
+        if timed.choice.rehearse:
+            more = self.costs.rehearsal(self._rehearsed, timed.load)
+        return timed.seconds / (steps + more)
 
 
 def _tokens_of(shape: TreeShape, rate: float) -> float:

@@ -19,8 +19,11 @@ from treespec_jax.engine.plan import Plan
 from treespec_jax.trees import shapes as naming
 from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
-# Comparisons of times whose median counts.
-COMPARISONS = 5
+# The program that grows trees which nobody verifies.
+REHEARSAL = "rehearsal"
+# Comparisons of times whose median counts; and of rehearsals, whose times are small
+# differences, beside as many guesses as of the others.
+COMPARISONS, MANY = 5, 31
 # Tokens of context from which on costs are learnt apart; again at every doubling.
 CONTEXT = 1024
 
@@ -70,8 +73,11 @@ class CostCurve:
 
     def step(self, shape: TreeShape, slots: int) -> float:
         """Of a step; slots without a text have their rows, too."""
-        draft = self.root + self.level * (shape.depth - 1) if shape.depth else 0.0
-        return self._verify(slots * shape.num_nodes) + draft + self.rest
+        return self._verify(slots * shape.num_nodes) + self.draft(shape) + self.rest
+
+    def draft(self, shape: TreeShape) -> float:
+        """Of growing a tree."""
+        return self.root + self.level * (shape.depth - 1) if shape.depth else 0.0
 
     def relative(self, shape: TreeShape, slots: int) -> float:
         """Of a step, in plain steps."""
@@ -100,7 +106,7 @@ def usual_curve(cpu: bool, with_model: bool) -> CostCurve:
       cpu: the device is one.
       with_model: the drafter runs passes of a model.
     """
-    level = 0.05 if with_model else 0.015
+    level = (0.1 if cpu else 0.05) if with_model else 0.015
     if cpu:
         return CostCurve(((1, 1.0), (64, 6.0)), level, level, 0.05)
     return CostCurve(((1, 1.0), (32, 1.13), (256, 2.0)), level, level, 0.1)
@@ -112,7 +118,8 @@ class Known:
 
     Attributes:
       curves: by class of context, see `context_class`.
-      steps: costs of a step in plain steps, by load and name of the shape.
+      steps: costs of a step in plain steps, by load and name of the shape, and of a
+        rehearsal.
     """
 
     curves: Mapping[int, CostCurve] = dataclasses.field(default_factory=dict)
@@ -172,7 +179,7 @@ class Costs:
         self._curves, self._keep = dict(known.curves), keep
         self._compared: dict[tuple[Load, str], collections.deque[float]] = {}
         for key, costs in known.steps.items():
-            self._compared[key] = collections.deque(costs, COMPARISONS)
+            self._compared[key] = collections.deque(costs, _kept(key[1]))
         self._fresh: collections.Counter[tuple[Load, str]] = collections.Counter()
 
     def relative(self, shape: TreeShape, load: Load) -> float:
@@ -180,10 +187,9 @@ class Costs:
         if not shape.depth:
             return 1.0
         name = naming.text_of(shape)
-        compared = self._compared.get((load, name))
-        if compared:
-            return statistics.median(compared)
         guess = self._guess(shape, load)
+        if self._compared.get((load, name)):
+            return self._measured(load, name, guess)
         # Another load tells how far the curve is off.
         near = [
             (abs(other.slots - load.slots), abs(other.context - load.context), other)
@@ -193,8 +199,8 @@ class Costs:
         if not near:
             return guess
         other = min(near)[2]
-        measured = statistics.median(self._compared[other, name])
-        return guess * measured / self._guess(shape, other)
+        guess_there = self._guess(shape, other)
+        return guess * self._measured(other, name, guess_there) / guess_there
 
     def level_price(self, shape: TreeShape, load: Load) -> float:
         """See `CostCurve.level_price`; by the curve of the nearest context."""
@@ -204,14 +210,27 @@ class Costs:
         """The plan of a dispatch of that shape with the price of a level."""
         return dataclasses.replace(plan, level_price=self.level_price(shape, load))
 
-    def is_measured(self, shape: TreeShape, load: Load) -> bool:
-        """Whether this engine compared such a step with another one."""
-        return self._fresh[load, naming.text_of(shape)] > 0
+    def _measured(self, load: Load, name: str, guess: float) -> float:
+        """The median of the comparisons; while there are few, the guess is another."""
+        compared = self._compared[load, name]
+        few = len(compared) < COMPARISONS
+        return float(statistics.median([*compared, guess] if few else compared))
 
-    def compare(self, shape: TreeShape, load: Load, cost: float) -> None:
-        """Takes in what a step cost, in plain steps."""
-        key = load, naming.text_of(shape)
-        self._compared.setdefault(key, collections.deque(maxlen=COMPARISONS))
+    def rehearsal(self, shape: TreeShape, load: Load) -> float:
+        """Of growing a tree of that shape beside a step, in plain steps."""
+        curve = self._curve(load)
+        guess = curve.draft(shape) / curve.step(ROOT_ONLY, self._slots)
+        compared = self._compared.get((load, REHEARSAL), ())
+        return statistics.median([guess] * COMPARISONS + [*compared])
+
+    def is_measured(self, shape: TreeShape, load: Load, times: int = 1) -> bool:
+        """Whether this engine compared such a step with another one, so many times."""
+        return self._fresh[load, naming.text_of(shape)] >= times
+
+    def compare(self, shape: TreeShape | str, load: Load, cost: float) -> None:
+        """Takes in what a step of a shape, or a REHEARSAL, cost in plain steps."""
+        key = load, shape if shape == REHEARSAL else naming.text_of(shape)
+        self._compared.setdefault(key, collections.deque(maxlen=_kept(key[1])))
         self._compared[key].append(cost)
         self._fresh[key] += 1
         # Rarely, since it writes a file: after 4, 8, 16, … comparisons.
@@ -234,3 +253,8 @@ class Costs:
         curves = self._curves or {0: self._usual}
         nearest = min(curves, key=lambda context: abs(context - load.context))
         return curves[nearest]
+
+
+def _kept(name: str) -> int:
+    """Comparisons of a shape, or a REHEARSAL, that count."""
+    return MANY if name == REHEARSAL else COMPARISONS

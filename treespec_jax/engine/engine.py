@@ -16,9 +16,10 @@ from treespec_jax.engine import flights, rehearsal
 from treespec_jax.engine.beam_group import Found, GroupSearch
 from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.branching import CachedTexts
-from treespec_jax.engine.chooser import REHEARSAL, Choice, Chooser, Program
-from treespec_jax.engine.costs import Costs, Load, usual_curve
+from treespec_jax.engine.chooser import Choice, Chooser, Program
+from treespec_jax.engine.costs import REHEARSAL, Costs, Load, usual_curve
 from treespec_jax.engine.executor import Executor, fetch
+from treespec_jax.engine.expectation import observed_shapes
 from treespec_jax.engine.flights import Flight
 from treespec_jax.engine.plan import DraftCache, Plan, idle_chunk
 from treespec_jax.engine.request import Request
@@ -91,10 +92,12 @@ class Engine:
         layered = speculation.drafter.module is not None
         cpu = self._executor.platform == "cpu"
         costs = costs or Costs(usual_curve(cpu, layered), config.max_batch)
-        self._chooser = Chooser(speculation.shapes, costs, layered)
+        steps = config.steps_per_dispatch
+        self._chooser = Chooser(speculation.shapes, costs, layered, steps)
         # Dispatches under way, the oldest first; at most two.
         self._flights: collections.deque[Flight] = collections.deque()
-        self._landed = 0.0
+        self._landed, self._followed = 0.0, False
+        self._observed = observed_shapes(speculation.shapes, layered)
         # Slots whose requests end if what runs now fails; None: all.
         self._concerned: Iterable[int] | None = None
         self._prepare: Callable[[Any], Any] | None = None
@@ -427,7 +430,8 @@ class Engine:
             wanted = self._chooser.wanted(requests, known)
             if wanted is not None:
                 executor.compile_behind(plan, wanted)
-        return self._chooser.choose(max_steps, requests, ready)
+        under_way = [flight.choice for flight in self._flights]
+        return self._chooser.choose(max_steps, requests, ready, under_way)
 
     def _launch(self, plan: Plan | None, choice: Choice) -> None:
         if plan is None:
@@ -437,7 +441,7 @@ class Engine:
         load, costs = self._chooser.load(requests), self._chooser.costs
         try:
             if choice.rehearse:
-                shape = self.speculation.shape
+                shape = self._observed[-1]
                 rehearsed = self._executor.rehearse(costs.priced(plan, shape, load))
             priced = costs.priced(plan, choice.shape, load)
             outbox = self._executor.dispatch(priced, choice.shape)
@@ -448,7 +452,7 @@ class Engine:
         for flight in self._flights:
             flight.timed &= timed
         timed &= not self.compiling
-        flight = Flight(plan, choice.shape, load, outbox, started, timed, rehearsed)
+        flight = Flight(plan, choice, load, outbox, started, timed, rehearsed)
         self._flights.append(flight)
         self._chooser.started(choice, requests)
 
@@ -459,11 +463,15 @@ class Engine:
         self._flights.popleft()
         now = self._clock.now()
         seconds = now - max(flight.started, self._landed)
-        self._landed = now
+        # A dispatch that follows another one at once takes less of the host's time.
+        follows, before = flight.started < self._landed, self._followed
+        self._landed, self._followed = now, follows
         if len(self.speculation.shapes) > 1:
-            seconds = seconds if flight.timed else None
-            flights.tell(self._chooser, self.speculation.shapes, flight, done, seconds)
-        return self._scheduler.file(flight.plan, done, flight.shape.num_nodes - 1)
+            seconds = seconds if flight.timed and follows == before else None
+            flights.tell(self._chooser, self._observed, flight, done, seconds)
+        return self._scheduler.file(
+            flight.plan, done, flight.choice.shape.num_nodes - 1
+        )
 
     def _prefill(self) -> list[Request]:
         """A chunk of every new text, and more until somebody can decode."""
@@ -479,8 +487,6 @@ class Engine:
                     self._executor.resume(chunk)
                 else:
                     scores = self._executor.prefill(chunk)
-                if chunk.begins:
-                    self._chooser.begin_text()
                 seconds = self._clock.now() - began
                 self._scheduler.fed(chunk, seconds, scores)
                 self.prefill_seconds += seconds

@@ -21,8 +21,9 @@ from treespec_jax.engine import beam_step, compile_time, placement, rehearsal, s
 from treespec_jax.engine import step as stepping
 from treespec_jax.engine.background import Background
 from treespec_jax.engine.beam_step import Looked, Moves, Sight
-from treespec_jax.engine.chooser import REHEARSAL, Program
+from treespec_jax.engine.chooser import Program
 from treespec_jax.engine.clock import SteadyClock
+from treespec_jax.engine.costs import REHEARSAL
 from treespec_jax.engine.device_arguments import (
     batched,
     chunk_arguments,
@@ -30,6 +31,7 @@ from treespec_jax.engine.device_arguments import (
     pair_arrays,
     variant_of,
 )
+from treespec_jax.engine.expectation import observed_shapes
 from treespec_jax.engine.plan import ChunkPlan, ExtendPlan, ForkPlan, MovePlan, Plan
 from treespec_jax.engine.sharing import Additions
 from treespec_jax.engine.state import Control, DecodeState, Outbox
@@ -449,7 +451,10 @@ class Executor:
 
     def _traced_rehearsal(self, leaves, state, control) -> TokenTree:
         self.compilations["rehearsal"] += 1
-        tree = stepping.rehearse(*self._bind(leaves), state, control)
+        speculation = self._speculation
+        layered = speculation.drafter.module is not None
+        shape = observed_shapes(speculation.shapes, layered)[-1]
+        tree = stepping.rehearse(*self._bind(leaves), shape, state, control)
         return placement.pin(tree, self._placement.mesh)
 
     def _traced_dispatch(self, shape: TreeShape) -> Callable:

@@ -16,18 +16,34 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax.trees.shapes import TreeShape
+from treespec_jax.trees.shapes import BestFirstShape, TreeShape
 from treespec_jax.trees.token_tree import TokenTree
 
 # Steps that a running mean remembers: of a request, of all, and of pairs of shapes.
 MEMORY, LONG_MEMORY = 16, 256
-# Steps that count for a new request's mean, which begins as the mean of all.
-CARRIED = 2
+# Steps that the mean of all counts for in a new request's, at least and at most: the
+# more alike the first steps of so many requests are, the more.
+CARRIED, CARRIED_AT_MOST, FIRST, REQUESTS = 2, 8, 8, 8
 # Steps that a guess made beforehand counts for.
 PRIOR = 4
+# Children of the root that are rehearsed where no more levels are.
+REHEARSED = 3
 # Accepted nodes that doubling a tree adds, until steps show it: of drafters with a
 # model, and without.
 GAIN_OF_MODEL, GAIN = 0.4, 0.25
+
+
+def observed_shapes(
+    shapes: Sequence[TreeShape], with_model: bool
+) -> tuple[TreeShape, ...]:
+    """The shapes to choose from, and last the one that is rehearsed.
+
+    That is the first, or one level of it if every level takes a pass of a model.
+    """
+    first = shapes[0]
+    if with_model and first.depth > 1:
+        first = BestFirstShape(REHEARSED, 1, 1, REHEARSED)
+    return (*shapes, first)
 
 
 def contained(shapes: Sequence[TreeShape], shape: TreeShape) -> np.ndarray:
@@ -114,10 +130,12 @@ class _Means:
     Attributes:
       values: float [K].
       weight: steps that they stand for.
+      first: sum of the first steps' accepted nodes, of the first shape, and how many.
     """
 
     values: np.ndarray
     weight: float
+    first: tuple[float, float] = (0.0, 0.0)
 
     def add(self, values: np.ndarray, steps: float, memory: float) -> None:
         self.weight = min(self.weight + steps, memory)
@@ -146,6 +164,8 @@ class Expectation:
         self._requests: weakref.WeakKeyDictionary[Any, _Means] = (
             weakref.WeakKeyDictionary()
         )
+        # Squared differences of requests from the mean of all, in those of chance.
+        self._spread = 1 + FIRST / CARRIED
         count = len(self._shapes)
         # [k, s]: accepted nodes of shape k in steps that showed both k and s.
         self._together = np.tile(PRIOR * self._prior[:, None], (1, count))
@@ -153,6 +173,16 @@ class Expectation:
     def tokens(self, request: Any) -> np.ndarray:
         """float [K]: expected tokens of a step for one request."""
         return 1.0 + self._of(request).values
+
+    def low(self, request: Any) -> np.ndarray:
+        """float [K]: the same, a standard error lower.
+
+        That of a mean of geometric counts, which numbers of accepted nodes resemble.
+        """
+        means = self._of(request)
+        mean = np.maximum(means.values, 0.0)
+        error = np.sqrt(mean * (1 + mean) / means.weight)
+        return 1.0 + np.maximum(means.values - error, 0.0)
 
     def add(
         self, request: Any, shape: TreeShape, tokens: np.ndarray, steps: float
@@ -175,10 +205,25 @@ class Expectation:
         beyond = self._together[:, number] / np.maximum(self._together[number], 1e-3)
         values = np.where(shown, accepted, accepted[number] * beyond)
         values = np.minimum(values, [s.depth for s in self._shapes])
-        self._of(request).add(values, steps, MEMORY)
+        means = self._of(request)
+        means.add(values, steps, MEMORY)
+        if means.first[1] < FIRST:
+            total, count = means.first
+            means.first = total + steps * values[0], count + steps
+            if means.first[1] >= FIRST:
+                self._compare(*means.first)
         self._all.add(values, steps, LONG_MEMORY)
+
+    def _compare(self, total: float, count: float) -> None:
+        """Takes in how far the first steps of a request were from the mean of all."""
+        mean = max(self._all.values[0], 0.05)
+        chance = mean * (1 + mean) / count
+        spread = (total / count - mean) ** 2 / chance
+        self._spread += (min(spread, 1 + FIRST) - self._spread) / REQUESTS
 
     def _of(self, request: Any) -> _Means:
         if request not in self._requests:
-            self._requests[request] = _Means(self._all.values.copy(), CARRIED)
+            alike = FIRST / max(self._spread - 1, 1e-3)
+            carried = min(max(alike, CARRIED), CARRIED_AT_MOST)
+            self._requests[request] = _Means(self._all.values.copy(), carried)
         return self._requests[request]

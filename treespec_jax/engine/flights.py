@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from treespec_jax.engine.chooser import Chooser
+from treespec_jax.engine.chooser import Choice, Chooser
 from treespec_jax.engine.costs import Load
 from treespec_jax.engine.executor import fetch
 from treespec_jax.engine.expectation import rehearsed_tokens, tokens_by_shape
@@ -21,7 +21,7 @@ class Flight:
 
     Attributes:
       plan: what runs.
-      shape: that it grows.
+      choice: that it follows.
       load: of its requests.
       outbox: on the device.
       started: time of its launch, by the engine's clock.
@@ -30,7 +30,7 @@ class Flight:
     """
 
     plan: Plan
-    shape: TreeShape
+    choice: Choice
     load: Load
     outbox: Outbox
     started: float
@@ -49,7 +49,7 @@ def tell(
 
     Args:
       chooser: of the engine.
-      shapes: to choose from.
+      shapes: see `expectation.observed_shapes`.
       flight: that is done.
       done: its outbox, of NumPy arrays.
       seconds: that it took; None if something else took some of that time.
@@ -59,10 +59,10 @@ def tell(
     observed = []
     for index, slot in slots.items():
         ran = counts[:, index] > 0
-        if ran.any() and slot.request.params.speculate:
+        if ran.any():
             mean = tokens[ran, index].mean(axis=0)
             observed.append((slot.request, mean, int(ran.sum())))
-    chooser.record(flight.shape, observed, int(done.steps), flight.load, seconds)
+    chooser.record(flight.choice, observed, int(done.steps), flight.load, seconds)
     if flight.rehearsed is None:
         return
     counts_B = counts.sum(axis=0)
@@ -70,6 +70,5 @@ def tell(
     tokens = rehearsed_tokens(shapes, fetch(flight.rehearsed), emitted_BS, counts_B)
     requests = {i: slot.request for i, slot in slots.items() if counts_B[i]}
     chooser.rehearsed(
-        [(r, tokens[i]) for i, r in requests.items() if r.params.speculate],
-        flight.load,
+        [(r, tokens[i]) for i, r in requests.items() if r.params.speculate]
     )

@@ -28,7 +28,6 @@ class ChunkPlan:
       start: int32 [1], absolute position of the first.
       count: int32 [1], may be 0.
       page_table: int32 [1, max_pages].
-      begins: whether it is the first of its text.
       cached: whether its rows are in the caches already, so that only the drafter has
         to be told.
       top: K of the prompt's log p, see `cache.prefill.Chunk`.
@@ -41,7 +40,6 @@ class ChunkPlan:
     start: np.ndarray
     count: np.ndarray
     page_table: np.ndarray
-    begins: bool = False
     cached: bool = False
     top: int | None = None
 
@@ -236,7 +234,6 @@ def chunk_of(
     index: int,
     slot: Slot,
     page_table: np.ndarray,
-    drafted: DraftCache,
     top: int | None,
 ) -> ChunkPlan:
     """The next piece of a slot's text.
@@ -245,7 +242,6 @@ def chunk_of(
       index: of the slot.
       slot: with a chunk to come.
       page_table: int32 [1, max_pages], its row.
-      drafted: what the drafter keeps by page.
       top: see `ChunkPlan`.
     """
     start, size, count = slot.chunks[0]
@@ -260,7 +256,6 @@ def chunk_of(
         start=np.array([start], np.int32),
         count=np.array([count], np.int32),
         page_table=page_table,
-        begins=start == (0 if drafted.hears_all else slot.cached),
         cached=start < slot.cached,
         top=top,
     )

@@ -418,7 +418,7 @@ class Scheduler:
     def _chunk(self, index: int, slot: Slot) -> ChunkPlan:
         table = self.pages.table[index : index + 1].copy()
         top = self._settings.prompt_top(slot.request)
-        return chunk_of(index, slot, table, self._drafted, top)
+        return chunk_of(index, slot, table, top)
 
     def _reserve(self, steps: int) -> bool:
         """Reserves pages, for the oldest first; whether everybody can go on."""

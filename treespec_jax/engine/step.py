@@ -353,18 +353,19 @@ def dispatch(
 def rehearse(
     target: Transformer,
     speculation: Speculation,
+    shape: TreeShape,
     state: DecodeState,
     control: Control,
 ) -> TokenTree:
-    """The tree of the first shape, as a step would grow it now; nobody verifies it.
+    """A tree as a step would grow it now; nobody verifies it.
 
     What the drafter finds for it is forgotten.
     """
     penalties = None
     if control.text is not None:
         penalties = control.text.tables(target.config.vocab_size)
-    turn = turn_of(target, speculation.shape, state, control, penalties)
-    return propose(target, speculation, speculation.shape, state, turn).tree
+    turn = turn_of(target, shape, state, control, penalties)
+    return propose(target, speculation, shape, state, turn).tree
 
 
 def prefill(

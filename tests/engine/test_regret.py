@@ -1,0 +1,72 @@
+"""What choosing loses against plain decoding and against the best fixed shape."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.simulated import Machine, Simulation, relative
+from treespec_jax.trees.shapes import ROOT_ONLY
+
+# Like SmolLM2-135M with an EAGLE layer on two cores, and like guesses without a model;
+# like an accelerator; and like a target so small that no tree pays.
+LAYER = Machine()
+GUESSES = Machine((1.6, 1.3, 2.4, 3.7), level=0.03, dispatch=0.05)
+WIDE = Machine((1.25, 1.2, 1.4, 1.7), level=0.08, dispatch=0.3, cpu=False)
+TINY = Machine((4.0, 2.9, 5.5, 8.0), level=0.4, dispatch=0.8)
+GOOD, LONG, SHORT = 0.7, 128, 32
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("machine", [LAYER, GUESSES], ids=["a layer", "guesses"])
+def test_hopeless_texts_lose_two_percent_behind_the_first_tokens(machine, rate):
+    with_model = machine is LAYER
+    one = Simulation(machine, 1, with_model)
+    one.run([[rate] * 64])
+    plain = Simulation(machine, 1, with_model, fixed=ROOT_ONLY)
+    texts = [[rate] * 1500]
+    assert one.run(texts) <= 1.02 * plain.run(texts)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_hopeless_texts_in_turn_lose_three_percent(rate, seed):
+    x_plain, _, _ = relative(LAYER, [[rate] * LONG] * 8, seed=seed)
+    assert x_plain >= 0.97
+
+
+def test_no_tree_is_grown_where_none_pays():
+    x_plain, _, one = relative(TINY, [[0.4] * LONG] * 16)
+    assert x_plain >= 0.97
+    assert one.steps["none"] > 0.9 * one.steps.total()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("machine", [LAYER, WIDE], ids=["two cores", "a GPU"])
+def test_good_texts_have_the_best_shape(machine, seed):
+    """And nearly from the first one on."""
+    texts = [[GOOD] * LONG] * 24
+    assert relative(machine, texts, seed=seed)[1] >= 0.94
+    assert relative(machine, texts, seed=seed, earlier=texts)[1] >= 0.97
+
+
+def test_a_text_that_turns_is_followed():
+    """Both ways, quicker than plain decoding and than any one shape."""
+    for first, second in ((0.05, GOOD), (GOOD, 0.05)):
+        turning = [first] * 300 + [second] * 300
+        x_plain, x_best, _ = relative(LAYER, [turning])
+        assert x_plain > 1.15 and x_best > 0.97
+
+
+def test_short_and_mixed_texts_never_lose():
+    hopeless, good = [0.05] * SHORT, [GOOD] * SHORT
+    assert relative(LAYER, [hopeless] * 30)[0] >= 0.97
+    assert relative(LAYER, [good, hopeless] * 15)[0] >= 0.97
+    long = [[0.05] * LONG, [GOOD] * LONG] * 10
+    assert min(relative(LAYER, long)[:2]) >= 0.97
+
+
+def test_batches_lose_no_more():
+    dear = Machine((3.2, 2.2, 5.0, 8.0), level=0.15)
+    assert relative(dear, [[0.3] * LONG] * 24, slots=4)[0] >= 0.97
+    mixed = [[rate] * LONG for rate in (0.05, 0.7, 0.3, 0.6)] * 8
+    assert min(relative(LAYER, mixed, slots=4)[:2]) >= 0.97
