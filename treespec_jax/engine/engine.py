@@ -469,9 +469,7 @@ class Engine:
         if len(self.speculation.shapes) > 1:
             seconds = seconds if flight.timed and follows == before else None
             flights.tell(self._chooser, self._observed, flight, done, seconds)
-        return self._scheduler.file(
-            flight.plan, done, flight.choice.shape.num_nodes - 1
-        )
+        return self._scheduler.file(flight.plan, done, flight.nodes)
 
     def _prefill(self) -> list[Request]:
         """A chunk of every new text, and more until somebody can decode."""

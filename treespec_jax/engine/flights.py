@@ -37,6 +37,11 @@ class Flight:
     timed: bool
     rehearsed: TokenTree | None
 
+    @property
+    def nodes(self) -> int:
+        """Drafted by each step."""
+        return self.choice.shape.num_nodes - 1
+
 
 def tell(
     chooser: Chooser,
