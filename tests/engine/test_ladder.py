@@ -12,6 +12,7 @@ from tests.engine.support import serve
 from treespec_jax import speculation
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.engine.chooser import Choice
+from treespec_jax.engine.costs import Costs, Load, usual_curve
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.speculation import PLAIN
@@ -28,7 +29,7 @@ class Random:
 
     def __init__(self, shapes, seed):
         self._shapes, self._random = shapes, random.Random(seed)
-        self.chosen = []
+        self.costs, self.chosen = Costs(usual_curve(True, True), 1), []
 
     def choose(self, max_steps, requests, ready, under_way):
         shape = self._random.choice(self._shapes)
@@ -40,7 +41,7 @@ class Random:
         return None
 
     def load(self, requests):
-        return None
+        return Load.of(len(requests), 0)
 
     def ignore(self, *_):
         pass

@@ -14,6 +14,7 @@ from treespec_jax import speculation
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting.recycle import table_of
 from treespec_jax.engine.chooser import Choice
+from treespec_jax.engine.costs import Costs, Load, usual_curve
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.expectation import observed_shapes, rehearsed_tokens
 from treespec_jax.engine.rehearsal import Watching
@@ -100,7 +101,7 @@ class Told:
     """A chooser that is told what to do, and lists what it hears."""
 
     def __init__(self):
-        self.choices = []
+        self.choices, self.costs = [], Costs(usual_curve(True, True), 1)
         self.reset()
 
     def reset(self):
@@ -110,7 +111,7 @@ class Told:
         return None
 
     def load(self, requests):
-        return None
+        return Load.of(len(requests), 0)
 
     def choose(self, max_steps, requests, ready, under_way):
         return self.choices[0] if self.choices else Choice(ROOT_ONLY, None)
