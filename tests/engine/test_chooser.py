@@ -292,9 +292,11 @@ def test_a_loss_that_nobody_foresaw_ends_trees_for_a_while():
     assert new.shape == TREE and 0 < new.risk <= CREDIT
     risky = Choice(TREE, None, risk=CREDIT)
     assert one.choose(None, [request()], script.ready, [risky]).shape == ROOT_ONLY
-    nothing = [(request(), np.ones(3), STEPS)]
-    one.record(new, nothing, STEPS, ONE, None)
+    nothing = [(request(), np.ones(3), 2 * STEPS)]
+    one.record(new, nothing, 2 * STEPS, ONE, None)
     assert one.choose(None, [request()], script.ready).shape == ROOT_ONLY
+    # A tree that gains for certain needs no account.
+    assert one.choose(None, script.requests, script.ready) == Choice(TREE, None)
 
 
 def test_what_a_caller_allows_is_an_upper_bound():

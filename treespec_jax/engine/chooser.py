@@ -64,7 +64,8 @@ class Choice:
     Attributes:
       shape: that it grows.
       max_steps: that it runs at most; None: the compiled number.
-      rehearse: whether a tree of the first shape is grown that nobody verifies.
+      rehearse: whether a tree is grown that nobody verifies, the last one of
+        `expectation.observed_shapes`.
       timing: whether it runs only to be timed.
       risk: plain steps that it may lose against plain decoding.
     """
@@ -189,13 +190,13 @@ class Chooser:
             if shape == self._plain:
                 return Choice(shape, least if timing else max_steps, timing=timing)
             risk = self._risk(shape, low[shape], load)
-            if account < least * risk:
+            most = steps
+            if risk and account < least * risk:
                 return None
-            if timing and risk:
-                steps = least
-            # Half of it: the next dispatch is chosen before this one is known.
-            most = steps if account >= 2 * steps * risk else int(account / 2 / risk)
-            most = max(most, least)
+            if risk:
+                # Half of it: the next dispatch is chosen before this one is known.
+                affordable = least if timing else int(account / 2 / risk)
+                most = max(least, min(steps, affordable))
             whole = most == self._steps and max_steps is None
             return Choice(shape, None if whole else most, False, timing, most * risk)
 
