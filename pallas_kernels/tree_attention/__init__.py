@@ -3,7 +3,11 @@
 from pallas_kernels.tree_attention.api import tree_attention
 from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes
 from pallas_kernels.tree_attention.operands import Operands
-from pallas_kernels.tree_attention.quantized import dequantize_rows, quantize_rows
+from pallas_kernels.tree_attention.quantized import (
+    dequantize_rows,
+    quantize_rows,
+    rounded,
+)
 from pallas_kernels.tree_attention.sizes import BlockSizes
 from pallas_kernels.tree_attention.spec import IMPLEMENTATIONS, AttentionSpec
 
@@ -15,5 +19,6 @@ __all__ = [
     "Operands",
     "dequantize_rows",
     "quantize_rows",
+    "rounded",
     "tree_attention",
 ]

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.tree_attention import reference
+from pallas_kernels.tree_attention import bitwise, reference
 from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes, default_sizes
 from pallas_kernels.tree_attention.operands import Operands
 from pallas_kernels.tree_attention.sizes import BlockSizes, choose
-from pallas_kernels.tree_attention.spec import PLATFORMS, AttentionSpec
+from pallas_kernels.tree_attention.spec import PLAIN, PLATFORMS, AttentionSpec
 
 # As `jax.Device.device_kind` says of a CPU, which no kernel is for.
 _CPU = "cpu"
@@ -46,9 +46,9 @@ def tree_attention(operands: Operands, spec: AttentionSpec) -> jax.Array:
         operands = dataclasses.replace(operands, tree_depth=None)
     if spec.mesh is not None:
         return _on_mesh(spec, operands)
-    plain = functools.partial(_reference, spec)
+    plain = functools.partial(_plain, spec)
     named = spec.implementation is not None
-    if spec.implementation == "reference" or (not named and spec.device_kind == _CPU):
+    if spec.implementation in PLAIN or (not named and spec.device_kind == _CPU):
         return plain(operands)
     kernels = {}
     for name in [spec.implementation] if named else PLATFORMS:
@@ -117,8 +117,9 @@ def _on_mesh(spec: AttentionSpec, operands: Operands) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)  # Traced once for all layers.
-def _reference(spec: AttentionSpec, operands: Operands) -> jax.Array:
-    return reference.tree_attention(operands, spec)
+def _plain(spec: AttentionSpec, operands: Operands) -> jax.Array:
+    module = bitwise if spec.implementation == "bitwise" else reference
+    return module.tree_attention(operands, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -161,7 +162,7 @@ def _validate(operands: Operands, spec: AttentionSpec) -> None:
         )
     if operands.tree_mask.shape != (B, T, U):
         raise ValueError(f"tree_mask is {operands.tree_mask.shape}, want {(B, T, U)}")
-    _validate_prefix(operands)
+    _validate_prefix(operands, spec)
     if spec.window is not None:
         depth = operands.tree_depth
         if depth is None:
@@ -176,7 +177,7 @@ def _validate(operands: Operands, spec: AttentionSpec) -> None:
         )
 
 
-def _validate_prefix(operands: Operands) -> None:
+def _validate_prefix(operands: Operands, spec: AttentionSpec) -> None:
     B, _, _, H, K, _, _ = operands.dims
     kv_pages, kv_scales = operands.kv_pages, operands.kv_scales
     if kv_pages is None:
@@ -194,6 +195,8 @@ def _validate_prefix(operands: Operands) -> None:
             f"page_table {table} and lengths {lengths} must be "
             f"[{B}, max_pages] and [{B}]"
         )
+    if spec.implementation == "bitwise" and kv_scales is None:
+        raise ValueError(f"bitwise attention wants int8 pages, got {kv_pages.dtype}")
     if (kv_pages.dtype == jnp.int8) != (kv_scales is not None):
         raise ValueError(
             f"kv_pages is {kv_pages.dtype} and kv_scales "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def quantize_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -35,3 +36,12 @@ def rescale(x: jax.Array, scales: jax.Array | None) -> jax.Array:
       scales: [..., 1, S]; None: the rows are not int8.
     """
     return x if scales is None else x * scales
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """Rounds float32 to 23 significant bits, one less than it has.
+
+    What comes out is no product to a compiler, which so cannot join it to an addition;
+    and it cannot tell the rounding from one that matters, and leave it out.
+    """
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=22)

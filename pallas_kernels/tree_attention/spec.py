@@ -11,7 +11,9 @@ from pallas_kernels.tree_attention.sizes import BlockSizes
 
 # Platforms by the name of their kernel.
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
-IMPLEMENTATIONS = ("reference", *PLATFORMS)
+# Those in XLA, which run anywhere.
+PLAIN = ("reference", "bitwise")
+IMPLEMENTATIONS = (*PLAIN, *PLATFORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class AttentionSpec:
       soft_cap: scores become cap · tanh(score / cap).
       implementation: a name of `IMPLEMENTATIONS`, or None to choose by the platform
         that the program is compiled for; the reference where the kernel cannot take
-        the operands.
+        the operands. "bitwise" takes int8 pages only, and rounds the tree's rows too:
+        its results have the same bits whatever is beside a row.
       device_kind: `jax.Device.device_kind` to choose block sizes for; None: sizes that
         fit every kind.
       block_sizes: instead of the chosen ones; their type says for which kernel.
