@@ -365,6 +365,10 @@ class EngineConfig:
       record: keep what became of every drafted tree (`Completion.records`).
       prefix_cache: texts that begin alike share the pages of their common beginning,
         also with texts that ended while nobody needed their pages.
+      exact: "bitwise": the target's logits, keys and values have the same bits in
+        every program, whatever the tree, the batch, the slot, the page size and the
+        chunks of a prompt. On one CPU, with int8 weights, float32 activations and an
+        int8 cache. Empty: they differ in their last bits, by the order of sums.
     """
 
     max_batch: int = 8
@@ -377,8 +381,10 @@ class EngineConfig:
     cache_dtype: str = "float32"
     record: bool = False
     prefix_cache: bool = True
+    exact: str = ""
 
     CACHE_DTYPES: ClassVar = ("float32", "bfloat16", "float16", "int8")
+    EXACT: ClassVar = ("", "bitwise")
 
     def __post_init__(self):
         for name, least in (
@@ -399,6 +405,13 @@ class EngineConfig:
                 f"cache_dtype must be one of {', '.join(self.CACHE_DTYPES)}, got "
                 f"{self.cache_dtype!r}"
             )
+        if self.exact not in self.EXACT:
+            raise UserError(f'exact must be "bitwise" or empty, got {self.exact!r}')
+        if self.exact and self.cache_dtype != "int8":
+            raise UserError(
+                f'exact="bitwise" keeps keys and values in int8, got cache_dtype='
+                f"{self.cache_dtype!r}; leave cache_dtype out"
+            )
         check_bool("record", self.record)
         check_bool("prefix_cache", self.prefix_cache)
         chunks = check_ints("prefill_chunks", self.prefill_chunks, 1)
@@ -415,18 +428,24 @@ class EngineSettings(EngineConfig):
 
     Attributes:
       max_len: None: what the models can do, 4096 at most.
-      cache_dtype: empty: the dtype of the weights.
+      cache_dtype: empty: the dtype of the activations, or what `exact` wants.
     """
 
     max_len: int | None = None
     cache_dtype: str = ""
 
     def __post_init__(self):
-        checked = self.resolve(self.max_len or 4096, self.cache_dtype or "float32")
+        checked = self.resolve(self.max_len or 4096, "float32")
         object.__setattr__(self, "prefill_chunks", checked.prefill_chunks)
 
-    def resolve(self, max_len: int, cache_dtype: str) -> EngineConfig:
-        """With what the models decide filled in."""
+    def resolve(self, max_len: int, dtype: str) -> EngineConfig:
+        """With what the models decide filled in.
+
+        Args:
+          max_len: tokens per slot.
+          dtype: of activations.
+        """
+        cache_dtype = self.cache_dtype or ("int8" if self.exact else dtype)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return EngineConfig(
             **{**values, "max_len": max_len, "cache_dtype": cache_dtype}

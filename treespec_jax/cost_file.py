@@ -63,6 +63,7 @@ class CostFile:
             "target": sizes,
             "dtypes": sorted({str(leaf.dtype) for leaf in leaves}),
             "cache_dtype": config.cache_dtype,
+            **({"exact": config.exact} if config.exact else {}),
             "drafter": f"{type(drafter).__name__}, {draft} parameters",
             "slots": config.max_batch,
             "jax": jax.__version__,

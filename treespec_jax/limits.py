@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from treespec_jax.acceptance import compatibility
 from treespec_jax.config import ModelConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
+from treespec_jax.models.weight_types import is_int8
 from treespec_jax.trees import shapes
 from treespec_jax.trees.budgets import Budgets
 from treespec_jax.trees.shapes import ROOT_ONLY, Ladder, TreeShape
@@ -128,6 +129,37 @@ def check_speculation(config: SpeculativeConfig) -> TreeShape | Ladder:
     if shape.depth and config.recycle_table:
         check_table(config)
     return shape if shape.depth else ROOT_ONLY
+
+
+def check_exact(
+    exact: str, weights: str | None, dtype: str | None = None, mesh: Any = None
+) -> str | None:
+    """The type of weights that a setting of `EngineConfig.exact` goes with.
+
+    Args:
+      exact: the setting.
+      weights: that is asked for; empty: none is.
+      dtype: of activations; empty: not known yet.
+      mesh: of devices; empty: one device.
+
+    Raises:
+      UserError: "bitwise" with another type than it computes in, or several devices.
+    """
+    if not exact:
+        return weights
+    if weights and not is_int8(weights):
+        raise UserError(
+            f'exact="bitwise" computes with int8 weights, got weights={weights!r}; '
+            "leave weights out, or take int8"
+        )
+    if dtype and dtype != "float32":
+        raise UserError(
+            f'exact="bitwise" computes with float32 activations, got dtype={dtype!r}; '
+            "leave dtype out"
+        )
+    if mesh:
+        raise UserError('exact="bitwise" runs on one device; leave mesh out')
+    return weights or "int8"
 
 
 def check_table(config: SpeculativeConfig) -> None:

@@ -81,7 +81,8 @@ class LLM:
         leaves alone if this process has set up or turned off jax's cache; "" or
         False: none. jax has one such cache for a whole process.
       **engine: fields of `EngineSettings` (max_batch, max_len, page_size, num_pages,
-        steps_per_dispatch, prefill_chunks, lanes, cache_dtype, record).
+        steps_per_dispatch, prefill_chunks, lanes, cache_dtype, record, prefix_cache,
+        exact).
 
     Attributes:
       config: of the target.
@@ -143,6 +144,7 @@ class LLM:
             mesh = make_mesh(mesh)
         if not isinstance(mesh, jax.sharding.Mesh | None):
             raise UserError(f'mesh must be a text such as "tensor:4", got {mesh!r:.60}')
+        weights = limits.check_exact(settings.exact, weights, dtype, mesh)
         target = pairs.loaded(target, dtype, mesh, weights)
         use_huge_pages(target.model)
         if draft is not None:
@@ -159,7 +161,7 @@ class LLM:
         self.weights = target.weights
         self.notes += pairs.weight_notes(target)
         self.drafter = made.drafter
-        sizes = settings.resolve(max_len, settings.cache_dtype or self.dtype)
+        sizes = settings.resolve(max_len, self.dtype)
         costs = None
         if len(made.shapes) > 1:
             costs = CostFile.of(target.model, made.drafter, sizes).costs()

@@ -40,11 +40,29 @@ def test_loss_of_a_text(run_script, tmp_path):
     assert full["same_best"] == 1 and rounded["bytes"] < 0.3 * full["bytes"]
 
 
+def test_int8_in_bitwise_arithmetic(run_script, tmp_path):
+    file, folder = tmp_path / "text.txt", tmp_path / "out"
+    file.write_text(" ".join(STORIES))
+    result = run_script(
+        "evaluate.py", f"--text={file}", f"--target={BUNDLED}", "--window=16",
+        "--weights=int8", "--tokens=40", f"--output={folder}", "--exact=bitwise",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    found = json.loads((folder / "results.json").read_text())["weights"]
+    assert list(found) == ["int8", "int8, bitwise"]
+    usual, bitwise = found.values()
+    assert 0 < abs(usual["loss"] - bitwise["loss"]) < 0.05
+    assert usual["bytes"] == bitwise["bytes"]
+
+
 def test_what_cannot_be(refuses, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("short")
     text = f"--text={file}"
     refuses("int4", "evaluate.py", text, "--weights=int4")
     refuses("--dtype=int8", "evaluate.py", text, "--dtype=int8")
+    refuses("--weights=int8", "evaluate.py", text, "--exact=bitwise")
+    bitwise = text, "--exact=bitwise", "--weights=int8"
+    refuses("--dtype=float32", "evaluate.py", *bitwise, "--dtype=bfloat16")
     refuses("check the path", "evaluate.py", f"--text={tmp_path / 'absent'}")
     refuses("smaller --window", "evaluate.py", text, f"--target={BUNDLED}")

@@ -163,7 +163,7 @@ def load_pair(settings: Experiment) -> Pair:
         dtype,
         tokenizer=tokenizer,
         mesh=mesh,
-        weights=settings.weights or None,
+        weights=limits.check_exact(settings.engine.exact, settings.weights) or None,
     )
     pair = Pair(target, tokenizer, mesh)
     pair.draft(settings)

@@ -197,6 +197,7 @@ class Experiment:
             )
         if self.weights:
             check_weights(self.weights)
+        limits.check_exact(self.engine.exact, self.weights, self.dtype, self.mesh)
         shape = limits.check_speculation(self.speculative)
         if self.engine.max_len is not None:
             limits.check_tree(shape.depth, self.engine.max_len)

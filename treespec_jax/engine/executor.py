@@ -67,7 +67,8 @@ class Executor:
       platform: kind of the device, such as "cpu".
 
     Raises:
-      UserError: target and drafter lie on different devices.
+      UserError: target and drafter lie on different devices; a model that cannot be
+        computed with as `EngineConfig.exact` says.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Executor:
         self._clock = clock
         self.compilations: collections.Counter[str] = collections.Counter()
         module = speculation.drafter.module
+        target = placement.in_arithmetic(target, config.exact)
         self._speculation = speculation
         self._target, self._draft = FlatModule(target), FlatModule(module)
         self._placement = placement.placement(target, module)

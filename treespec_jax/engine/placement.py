@@ -8,7 +8,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from treespec_jax.errors import UserError
+from treespec_jax.models.arithmetic import bitwise
 from treespec_jax.models.quantized import stored_axes
+from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import Pages
 from treespec_jax.sharding import Placement
 
@@ -33,6 +35,29 @@ def placement(target: nnx.Module, draft: nnx.Module | None) -> Placement:
                 f"{_text(*lie[1])}; load both with the same mesh"
             )
     return Placement(mesh, axis, device.device_kind if device is not None else None)
+
+
+def in_arithmetic(target: Transformer, exact: str) -> Transformer:
+    """A model as an engine of some `EngineConfig.exact` computes with it.
+
+    Raises:
+      UserError: "bitwise", and the model is not of the types that it takes, or lies on
+        several devices or on one that is no CPU.
+    """
+    if not exact:
+        return target
+    types, (mesh, _, device) = target.types, _of(target)
+    if not types.is_int8 or types.dtype != np.float32:
+        raise UserError(
+            f'exact="bitwise" wants int8 weights and float32 activations, not '
+            f"{types.weights} and {types.dtype}; load the model with weights='int8'"
+        )
+    if mesh is not None or (device is not None and device.platform != "cpu"):
+        raise UserError(
+            f'exact="bitwise" runs on one CPU, and the model lies on '
+            f"{_text(mesh, device)}; set JAX_PLATFORMS=cpu"
+        )
+    return bitwise(target)
 
 
 def device(target: nnx.Module) -> jax.Device | None:

@@ -51,6 +51,7 @@ class Probe:
       products_equal: whether each kind of weight gives a row the same bits alone and
         among N.
       weights: type of the target's.
+      bitwise: one row and N are to give the same bits (`EngineConfig.exact`).
     """
 
     rows: int
@@ -58,9 +59,12 @@ class Probe:
     kv: float
     products_equal: bool
     weights: str = "float32"
+    bitwise: bool = False
 
     def near(self, params: SamplingParams) -> float:
         """Scores that are apart by no more may be ordered either way by rounding."""
+        if self.bitwise:
+            return 0.0
         greedy = params.temperature < MIN_TEMPERATURE
         scale = 1.0 if greedy else 1 / params.temperature
         least = _TIES[self.weights.partition(":")[0]]
@@ -68,6 +72,11 @@ class Probe:
 
     def __str__(self) -> str:
         equal = "bit-equal" if self.products_equal else "not bit-equal"
+        if not self.logits and not self.kv:
+            return (
+                f"one row against {self.rows}: logits, keys and values are bit-equal; "
+                f"products are {equal}"
+            )
         return (
             f"one row against {self.rows}: logits differ by {self.logits:.1e} at most, "
             f"keys and values by {self.kv:.1e}; products are {equal}"
@@ -83,6 +92,7 @@ def probe(target: Transformer, config: EngineConfig, rows: int) -> Probe:
       rows: N, nodes of the tree; at least 2 are compared.
     """
     rows = max(2, rows)
+    target = placement.in_arithmetic(target, config.exact)
     tokens = np.random.default_rng(0).integers(
         target.config.vocab_size, size=(_BLOCKS, rows), dtype=np.int32
     )
@@ -94,6 +104,7 @@ def probe(target: Transformer, config: EngineConfig, rows: int) -> Probe:
         max(map(_apart, kv, lone_kv)),
         _products_equal(target, rows),
         target.types.weights,
+        bool(config.exact),
     )
 
 
@@ -188,7 +199,7 @@ class Difference:
     @property
     def is_tie(self) -> bool:
         """Whether rounding explains it."""
-        return self.gap is not None and self.gap <= self.near
+        return self.gap is not None and 0 < self.near >= self.gap
 
     def __str__(self) -> str:
         if self.gap is None:

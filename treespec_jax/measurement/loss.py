@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,12 @@ import tqdm
 from flax import nnx
 
 from treespec_jax.checkpoints import Description, load
+from treespec_jax.engine.placement import in_arithmetic
 from treespec_jax.errors import UserError
 from treespec_jax.measurement.machine import versions
 from treespec_jax.models.flat import FlatModule
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.models.weight_types import is_int8
 
 
 def windows(ids: Sequence[int], tokens: int, width: int) -> np.ndarray:
@@ -42,12 +45,14 @@ class Job:
       dtype: of activations.
       kinds: types of weights; the first is what others are compared with.
       windows: int32 [windows, width].
+      exact: of `EngineConfig`: also measure types of int8 so.
     """
 
     about: Description
     dtype: str
     kinds: Sequence[str]
     windows: np.ndarray
+    exact: str = ""
 
     def measure(self) -> dict[str, Any]:
         """Figures of every type, as plain values for JSON.
@@ -56,10 +61,9 @@ class Job:
           UserError: the checkpoint cannot be read.
         """
         figures, first = {}, None
-        for kind in self.kinds:
-            loaded = load(self.about, self.dtype, weights=kind)
-            arrays = jax.tree.leaves(nnx.state(loaded.model))
-            losses, best = _passes(loaded.model, self.windows, kind)
+        for kind, model in self._models():
+            arrays = jax.tree.leaves(nnx.state(model))
+            losses, best = _passes(model, self.windows, kind)
             first = best if first is None else first
             figures[kind] = {
                 "loss": float(losses.mean()),
@@ -75,6 +79,14 @@ class Job:
             "weights": figures,
             "versions": versions(),
         }
+
+    def _models(self) -> Iterator[tuple[str, Transformer]]:
+        """One at a time, by name."""
+        for kind in self.kinds:
+            model = load(self.about, self.dtype, weights=kind).model
+            yield kind, model
+            if self.exact and is_int8(kind):
+                yield f"{kind}, {self.exact}", in_arithmetic(model, self.exact)
 
 
 def _passes(model: nnx.Module, rows: np.ndarray, name: str):

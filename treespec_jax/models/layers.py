@@ -21,16 +21,12 @@ from pallas_kernels.tree_attention import (
     tree_attention,
 )
 from treespec_jax.config import ModelConfig
+from treespec_jax.models.arithmetic import Arithmetic
 from treespec_jax.models.linear import abstract_weight, linear, weight_of
 from treespec_jax.models.rotary import apply_rotary
 from treespec_jax.models.views import CacheView
 from treespec_jax.models.weight_types import Types
 from treespec_jax.sharding import Placement
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
 
 
 def vector(rngs: nnx.Rngs | None, types: Types, axes: tuple[str, ...], shape, fill=1.0):
@@ -89,17 +85,18 @@ class RMSNorm(nnx.Module):
     def __init__(
         self, config: ModelConfig, types: Types, rngs: nnx.Rngs, axis: str, size
     ):
+        self.arithmetic = Arithmetic()
         self.eps = config.norm_eps
         self.offset = 1.0 if config.unit_offset_norms else 0.0
         self.scale = vector(rngs, types, (axis,), (size,), 1 - self.offset)
 
     def __call__(self, x_xDR: jax.Array) -> jax.Array:
-        x = x_xDR.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-2, keepdims=True) + self.eps)
+        x, rounded = x_xDR.astype(jnp.float32), self.arithmetic.rounded
+        inverse = self.arithmetic.inverse_rms(x, self.eps)
         scale_D1 = self.scale[...].astype(jnp.float32)[:, None]
         if self.offset:
             scale_D1 += self.offset
-        return (x * inverse * scale_D1).astype(x_xDR.dtype)
+        return rounded(rounded(x * inverse) * scale_D1).astype(x_xDR.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +133,7 @@ class Attention(nnx.Module):
         local: bool = False,
         inputs: int | None = None,
     ):
+        self.arithmetic = Arithmetic()
         self.config = config
         self.window = config.window if local else None
         D, N, K, G, H = (
@@ -186,7 +184,7 @@ class Attention(nnx.Module):
         if cfg.qk_norm:
             normed = self.q_norm(qk_KxHR[:, :G]), self.k_norm(qk_KxHR[:, G:])
             qk_KxHR = jnp.concatenate(normed, axis=1)
-        qk_KxHR = apply_rotary(qk_KxHR, cos_sin)
+        qk_KxHR = apply_rotary(qk_KxHR, cos_sin, self.arithmetic)
         q_BTNH = qk_KxHR[:, :G].reshape(K * G, H, B, T).transpose(2, 3, 0, 1)
         kv_K2HR = jnp.stack([qk_KxHR[:, G], qkv_KxHR[:, G + 1]], axis=1)
         return q_BTNH, kv_K2HR.reshape(K, 2, H, B, T).transpose(3, 0, 1, 4, 2)
@@ -225,6 +223,7 @@ class Attention(nnx.Module):
             scale=cfg.attention_scale or cfg.head_dim**-0.5,
             window=self.window,
             soft_cap=cfg.attention_soft_cap,
+            implementation=self.arithmetic.attention,
             device_kind=placement.device_kind,
             mesh=placement.mesh,
             heads_axis=placement.axis,
@@ -237,6 +236,7 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, types: Types, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
+        self.arithmetic = Arithmetic()
         self.activation = config.activation
         self.gate_up = matrix(
             rngs, types, ("gate_up", "mlp", "embed"), (2, F, D), D**-0.5
@@ -251,7 +251,8 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_DR: jax.Array) -> jax.Array:
         gate_FR, up_FR = linear(self.gate_up[...], x_DR)
-        return linear(self.down[...], ACTIVATIONS[self.activation](gate_FR) * up_FR)
+        active_FR = self.arithmetic.activate(self.activation, gate_FR)
+        return linear(self.down[...], active_FR * up_FR)
 
 
 class Block(nnx.Module):

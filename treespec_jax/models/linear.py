@@ -14,6 +14,7 @@ is free to lay it out otherwise.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.tree_attention import rounded
 from treespec_jax.models import product_forms
 from treespec_jax.models.quantized import TOP, Quantized, abstract, quantize, signed
 from treespec_jax.models.weight_types import Types
@@ -58,6 +60,7 @@ def rows_of(table: Weight, tokens_R: jax.Array, dtype) -> jax.Array:
     if not isinstance(table, Quantized):
         return table[tokens_R].T.astype(dtype)
     rows_GRI = signed(table.values[:, tokens_R]) * table.scales[:, tokens_R][..., None]
+    rows_GRI = rounded(rows_GRI) if table.bitwise else rows_GRI
     return rows_GRI.transpose(0, 2, 1).reshape(-1, len(tokens_R)).astype(dtype)
 
 
@@ -94,7 +97,10 @@ def _int8(weight: Quantized, x_IR: jax.Array) -> jax.Array:
     q_GIR = jnp.round(x_GIR * (TOP / jnp.where(top_G1R > 0, top_G1R, 1.0)))
     y = _in_blocks(weight.values, q_GIR.astype(jnp.int8), jnp.int32)
     scales_R = jnp.expand_dims(top_G1R[:, 0] * (1 / TOP), range(1, 1 + rank))
-    y = y.astype(jnp.float32) * weight.scales[..., None] * scales_R
+    y = y.astype(jnp.float32) * weight.scales[..., None]
+    if weight.bitwise:
+        return functools.reduce(jnp.add, rounded(rounded(y) * scales_R))
+    y *= scales_R
     return y[0] if groups == 1 else jnp.sum(y, axis=0)
 
 

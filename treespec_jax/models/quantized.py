@@ -25,7 +25,7 @@ OFFSET = 128
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales"),
-    meta_fields=("shape",),
+    meta_fields=("shape", "bitwise"),
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -36,11 +36,14 @@ class Quantized:
         128 added, where products of uint8 and int8 are the quicker ones.
       scales: float32 [G, *out].
       shape: (*out, *in), of the matrix that it stands for.
+      bitwise: products with it have the same bits in every program, also after
+        something was added to them (see `arithmetic`).
     """
 
     values: jax.Array
     scales: jax.Array
     shape: tuple[int, ...]
+    bitwise: bool = False
 
     @property
     def out_rank(self) -> int:
@@ -69,7 +72,8 @@ class Quantized:
         index = index if isinstance(index, tuple) else (index,)
         values, scales = (x[:, *index] for x in (self.values, self.scales))
         rank = self.out_rank
-        return Quantized(values, scales, (*scales.shape[1:], *self.shape[rank:]))
+        shape = *scales.shape[1:], *self.shape[rank:]
+        return Quantized(values, scales, shape, self.bitwise)
 
 
 def signed(values: jax.Array) -> jax.Array:

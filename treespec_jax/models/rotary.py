@@ -14,6 +14,7 @@ import numpy as np
 
 from treespec_jax.branches import on_gpu
 from treespec_jax.config import RotaryConfig
+from treespec_jax.models.arithmetic import Arithmetic
 
 
 def frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
@@ -83,9 +84,12 @@ def rotary_angles(config: RotaryConfig, head_dim: int, positions_R: jax.Array):
     return on_gpu(table, apart)
 
 
-def apply_rotary(x_xHR: jax.Array, cos_sin) -> jax.Array:
+def apply_rotary(x_xHR: jax.Array, cos_sin, arithmetic: Arithmetic) -> jax.Array:
     """Rotates the pairs (i, i + H/2) of the axis before the last."""
-    cos, sin = cos_sin
+    (cos, sin), rounded = cos_sin, arithmetic.rounded
     first, second = jnp.split(x_xHR.astype(jnp.float32), 2, axis=-2)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
+    rotated = [
+        rounded(first * cos) - rounded(second * sin),
+        rounded(second * cos) + rounded(first * sin),
+    ]
     return jnp.concatenate(rotated, axis=-2).astype(x_xHR.dtype)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from treespec_jax.config import ModelConfig
+from treespec_jax.models.arithmetic import Arithmetic
 from treespec_jax.models.layers import Block, RMSNorm, Rows, matrix
 from treespec_jax.models.linear import linear, rows_of
 from treespec_jax.models.rotary import rotary_angles
@@ -59,7 +60,7 @@ class Transformer(nnx.Module):
         weights: str | None = None,
         rngs: nnx.Rngs | None,
     ):
-        self.config = config
+        self.config, self.arithmetic = config, Arithmetic()
         self.types = types = types_of(dtype, weights)
         table = (config.vocab_size, config.embed_dim)
         axes = ("vocab", "embed")
@@ -103,7 +104,8 @@ class Transformer(nnx.Module):
         x_DR = rows_of(self.embedding[...], tokens_R, self.types.dtype)
         if cfg.scaled_embeddings:
             # Gemma rounds the factor to the dtype of the embedding.
-            x_DR = x_DR * jnp.asarray(cfg.embed_dim**0.5, x_DR.dtype)
+            factor = jnp.asarray(cfg.embed_dim**0.5, x_DR.dtype)
+            x_DR = self.arithmetic.rounded(x_DR * factor)
         positions_R = positions_BU[:, -tokens_BT.shape[1] :].reshape(-1)
         cos_sin = rotary_angles(cfg.rotary, cfg.head_dim, positions_R)
         local_cos_sin, depth_BU = cos_sin, None
