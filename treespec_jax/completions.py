@@ -81,6 +81,11 @@ class Completion:
     others: tuple[Completion, ...] = ()
 
     @property
+    def texts(self) -> tuple[Completion, ...]:
+        """This text and the others of its prompt."""
+        return (self, *self.others)
+
+    @property
     def first_token_seconds(self) -> float | None:
         """From the submission to the first token on the host; None: there is none.
 

@@ -38,7 +38,7 @@ from treespec_jax.errors import UserError
 from treespec_jax.models.memory import use_huge_pages
 from treespec_jax.progress import Progress
 from treespec_jax.sharding import make_mesh
-from treespec_jax.texts import AsyncStream, Reader, Stream, completions_of
+from treespec_jax.texts import AsyncStream, Reader, Stream, completions_of, telling
 from treespec_jax.worker import AsyncBell, Bell, Call, Worker
 
 __all__ = ["LLM", "AsyncStream", "Completion", "Generation", "Stream"]
@@ -313,14 +313,13 @@ class LLM:
 
     def _serve(self, readers: list[Reader], max_steps, use_tqdm, on_finish):
         shown = as_bool("use_tqdm", use_tqdm)
-        news = shown or on_finish is not None
+        news, ended = shown or on_finish is not None, telling(readers, on_finish)
         call = Call(readers, Bell(), _steps(max_steps), streaming=news)
         try:
             with Progress([reader.request for reader in readers], shown) as progress:
                 self._worker.submit(call)
                 for index in call.ends(progress.show):
-                    if on_finish is not None:
-                        on_finish(index, readers[index].completion())
+                    ended(index)
         except BaseException:
             # Nothing of an interrupted call stays in the slots.
             call.cancel()

@@ -94,8 +94,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    n: int = dataclasses.field(default=1, metadata={"python": True})
-    best_of: int | None = dataclasses.field(default=None, metadata={"python": True})
+    n: int = 1
+    best_of: int | None = None
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processors: tuple[Callable[..., Any], ...] = dataclasses.field(

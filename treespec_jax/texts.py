@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from treespec_jax.checkpoints.tokenizers import Tokenizer
-from treespec_jax.completions import Completion, Messages, Prompt, TokenLogprob
+from treespec_jax.completions import (
+    Completion,
+    Messages,
+    OnFinish,
+    Prompt,
+    TokenLogprob,
+)
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import BestTokens, Request
 from treespec_jax.pace import Pace
@@ -155,16 +161,52 @@ def completions_of(readers: Sequence[Reader]) -> list[Completion]:
     Args:
       readers: whose requests have ended; those of a prompt stand together.
     """
-    found, rest = [], list(readers)
+    return [_completion_of(group) for group in _by_prompt(readers)]
+
+
+def telling(
+    readers: Sequence[Reader], on_finish: OnFinish | None
+) -> Callable[[int], None]:
+    """A function to call with the number of every reader whose request has ended.
+
+    It calls `on_finish` with the number of a prompt and its completion as soon as all
+    texts of that prompt have ended.
+
+    Args:
+      readers: as of `completions_of`.
+      on_finish: None: nothing is told.
+    """
+    groups = _by_prompt(readers)
+    prompts = [number for number, group in enumerate(groups) for _ in group]
+    missing = [len(group) for group in groups]
+
+    def ended(index: int) -> None:
+        number = prompts[index]
+        missing[number] -= 1
+        if on_finish is not None and not missing[number]:
+            on_finish(number, _completion_of(groups[number]))
+
+    return ended
+
+
+def _by_prompt(readers: Sequence[Reader]) -> list[list[Reader]]:
+    """Those of a prompt, which stand together."""
+    groups, rest = [], list(readers)
     while rest:
-        params = rest[0].request.params
-        group, rest = rest[: params.samples], rest[params.samples :]
-        if params.ranked:
-            # The order of seeds decides between equals.
-            group.sort(key=_mean_log_prob, reverse=True)
-        first, *others = (reader.completion() for reader in group[: params.n])
-        found.append(dataclasses.replace(first, others=tuple(others)))
-    return found
+        count = rest[0].request.params.samples
+        groups.append(rest[:count])
+        rest = rest[count:]
+    return groups
+
+
+def _completion_of(group: Sequence[Reader]) -> Completion:
+    """The first of a prompt's texts, with the others; the best ones, if ranked."""
+    params = group[0].request.params
+    if params.ranked:
+        # The order of seeds decides between equals.
+        group = sorted(group, key=_mean_log_prob, reverse=True)
+    first, *others = (reader.completion() for reader in group[: params.n])
+    return dataclasses.replace(first, others=tuple(others))
 
 
 def _mean_log_prob(reader: Reader) -> float:

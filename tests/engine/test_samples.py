@@ -55,6 +55,19 @@ def test_the_best_of_some_texts_come_back_the_best_first(llm):
     assert found.stats.requests == 5 and found.stats.tokens == 30
 
 
+def test_a_prompt_is_finished_with_all_its_texts(llm):
+    """Whoever waits for prompts hears of each once, by its number."""
+    told = {}
+    params = [dataclasses.replace(PARAMS, n=3, seed=1), PARAMS]
+    params.append(dataclasses.replace(PARAMS, n=1, best_of=2, seed=4))
+    found = llm.generate([PROMPT] * 3, params, on_finish=told.setdefault)
+    assert sorted(told) == [0, 1, 2]
+    for number, completion in enumerate(found):
+        ours = [text.token_ids for text in completion.texts]
+        assert [text.token_ids for text in told[number].texts] == ours
+    assert [len(told[number].texts) for number in range(3)] == [3, 1, 1]
+
+
 def test_prompts_that_ask_together_have_seeds_of_their_own(llm):
     found = llm.generate([PROMPT, PROMPT], dataclasses.replace(PARAMS, n=2, seed=0))
     assert [text.seed for c in found for text in (c, *c.others)] == [0, 1, 2, 3]

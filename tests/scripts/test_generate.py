@@ -145,6 +145,62 @@ def test_prompts_file(generate, tmp_path, name):
     assert "3/3" in result.err and "tokens per step" in result.err
 
 
+def others(completion):
+    """The tokens and seeds of a record's texts."""
+    texts = [completion, *completion["others"]]
+    return [(text["seed"], text["token_ids"]) for text in texts]
+
+
+SAMPLED = ("--max_tokens=6", "--temperature=1", "--seed=5")
+
+
+def test_several_texts_of_a_prompt(generate):
+    """Each is what its seed gives alone; as text they are numbered."""
+    report = json.loads(generate("--prompt=a cat", *SAMPLED, "--n=3", "--json").out)
+    (completion,) = report["completions"]
+    found = others(completion)
+    assert [seed for seed, _ in found] == [5, 6, 7]
+    assert "prompt" not in completion["others"][0]
+    assert report["stats"]["tokens"] == 18 and report["stats"]["requests"] == 3
+    assert report["settings"]["engine"]["max_batch"] == 3
+    last = json.loads(generate("--prompt=a cat", *SAMPLED, "--seed=7", "--json").out)
+    assert last["completions"][0]["token_ids"] == found[2][1]
+    lines = generate("--prompt=a cat", *SAMPLED, "--n=3").out.splitlines()
+    assert lines[0] == "> a cat"
+    texts = [completion["text"], *(text["text"] for text in completion["others"])]
+    numbered = [line for line in lines if line.startswith("[")]
+    assert numbered == [f"[{i}] {text.strip()}" for i, text in enumerate(texts, 1)]
+
+
+def test_several_texts_of_many_prompts(generate, tmp_path):
+    """A line of answers per prompt, of all its texts; a line may ask by itself."""
+    rows = [{"prompt": "a cat"}, {"prompt": "the dog", "n": 1, "best_of": 3, "id": 7}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "a.jsonl"
+    args = [f"--prompts_file={tmp_path / 'p.jsonl'}", f"--output={output}", *SAMPLED]
+    args += ["--n=2", "--max_batch=2"]
+    generate(*args)
+    lines = sorted(map(json.loads, output.read_text().splitlines()), key=by_index)
+    assert [line["index"] for line in lines] == [0, 1] and lines[1]["id"] == 7
+    assert [(x["sampling"]["n"], x["sampling"]["best_of"]) for x in lines] == [
+        (2, None),
+        (1, 3),
+    ]
+    assert [seed for seed, _ in others(lines[0])] == [5, 6]
+    # The likeliest of the seeds from its own on; one is returned.
+    assert lines[1]["seed"] in (7, 8, 9) and "others" not in lines[1]
+    every = generate("--prompt=the dog", *SAMPLED, "--seed=7", "--n=3", "--json",
+                     "--logprobs").out  # fmt: skip
+    (completion,) = json.loads(every)["completions"]
+    means = {
+        text["seed"]: np.mean(text["logprobs"])
+        for text in (completion, *completion["others"])
+    }
+    assert lines[1]["seed"] == max(means, key=means.get)
+    done = generate(*args, "--resume")
+    assert "all 2 answers" in done.err
+
+
 def test_flag_wins_over_override_wins_over_file(generate, tmp_path):
     (tmp_path / "c.py").write_text(CONFIG)
     out = generate(

@@ -60,8 +60,16 @@ def questions(
     Raises:
       UserError: a line with settings that are none.
     """
+    # Every text of a prompt has a seed of its own.
+    step = sampling.samples
     return [
-        Question(index, target, line.prompt, line.sampling(sampling, index), line.extra)
+        Question(
+            index,
+            target,
+            line.prompt,
+            line.sampling(sampling, index * step),
+            line.extra,
+        )
         for index, line in enumerate(lines)
     ]
 

@@ -9,6 +9,9 @@ conversation on stdin. --prompts_file answers many, each as soon as it is finish
 
   generate --prompts_file=prompts.jsonl --output=answers.jsonl --resume
 
+--n=4 --temperature=0.8 writes four texts of every prompt; with --best_of=8 the four
+likeliest of eight.
+
 --beams=4 searches for likely texts instead of sampling, and prints their scores.
 
 Text goes to stdout; statistics, notes and progress go to stderr.
@@ -52,7 +55,7 @@ from treespec_jax.errors import UserError
 from treespec_jax.measurement import tables
 
 _SECONDS = ("prefill_seconds", "decode_seconds", "compile_seconds")
-_SETTINGS = SettingFlags()
+_SETTINGS = SettingFlags(samples=True)
 
 
 def define() -> None:
@@ -89,8 +92,8 @@ def main(given) -> int | None:
     asked = answers.questions(lines, settings.target, settings.sampling)
     remaining = asked if file is None else file.unanswered(asked)
     # A slot costs its rows in every pass, whether or not it holds a text.
-    needed = max(1, len(asked)) * (beams["beams"] if beams else 1)
-    slots = min(settings.engine.max_batch, needed)
+    needed = sum(q.sampling.samples for q in asked) * (beams["beams"] if beams else 1)
+    slots = min(settings.engine.max_batch, max(1, needed))
     engine = dataclasses.replace(settings.engine, max_batch=slots)
     settings = dataclasses.replace(settings, engine=engine)
     job = Job(
@@ -104,6 +107,7 @@ def main(given) -> int | None:
     )
     # Before jax starts and weights are read, so that a mistake is answered at once.
     encoded = _check(job)
+    _check_samples(job, given)
     if given.compare or given.verify_lossless:
         _check_whole_texts(job)
     if given.verify_lossless:
@@ -210,6 +214,24 @@ def _check(job: Job) -> list[list[int]]:
     return encoded
 
 
+def _check_samples(job: Job, given) -> None:
+    """Refuses several texts of a prompt where one is wanted."""
+    params = max(job.params or [job.settings.sampling], key=lambda p: p.samples)
+    if params.samples == 1:
+        return
+    for name in ("compare", "verify_lossless", "beams"):
+        if given[name].value:
+            raise UserError(
+                f"--{name} takes one text of a prompt, not n={params.n}, "
+                f"best_of={params.best_of}; leave one of them out"
+            )
+    if job.opening is not None:
+        raise UserError(
+            f"n={params.n}, best_of={params.best_of}: a conversation has one answer at "
+            "a time; leave them out, or give --prompt"
+        )
+
+
 def _check_whole_texts(job: Job) -> None:
     """Refuses deadlines where texts are compared: they would end anywhere."""
     for params in job.params or [job.settings.sampling]:
@@ -298,7 +320,8 @@ def run(job: Job, encoded: list[list[int]], compare: bool, verify: bool) -> int:
             )
             more["replays"] = pictures.replays(llm.tokenizer, compared.generations)
         shown = pictures.shown_settings(in_force)
-        job.pictures.write(completions, shown, **more)
+        texts = [text for completion in completions for text in completion.texts]
+        job.pictures.write(texts, shown, **more)
     _report(job, in_force, completions, stats, (timing, compared, verdict))
     if verdict is None or verdict.lossless:
         return 0
@@ -315,7 +338,8 @@ def _report(job: Job, in_force, completions, stats, measured) -> None:
     comparison = compared and generate_report.verdict(
         completions, compared.generations["plain"], compared.speeds
     )
-    records = [r for c in completions for r in c.records if settings.engine.record]
+    texts = [text for completion in completions for text in completion.texts]
+    records = [r for text in texts for r in text.records if settings.engine.record]
     reliability = rounds.reliability(records)
     if output.json:
         report = {
@@ -357,7 +381,7 @@ def _completions(job: Job, llm, params):
         parts = [c.stats for c in completions]
         seconds = [sum(getattr(s, name) for s in parts) for name in _SECONDS]
         return answered, completions, total(parts, *seconds), None
-    if not job.output.many:
+    if not job.output.many and params[0].samples == 1:
         completion, first = _stream(job, llm, job.prompts[0], params[0])
         return job.prompts, [completion], completion.stats, first
     generation, seconds = _answer_all(job, llm)
@@ -382,7 +406,7 @@ def _answer_all(job: Job, llm):
                 # A bar and a text may share a terminal.
                 bar.clear()
                 _show(job, llm, completion)
-            else:
+            elif output.many:
                 record = job.questions[index].record()
                 answers.write(file, record | generate_report.completion(completion))
             count += 1
@@ -406,9 +430,13 @@ def _show(job: Job, llm, completion) -> None:
     """Prints a prompt and its answer."""
     prompt = completion.prompt
     prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    print(f"> {prompt}\n{completion.text.strip()}\n", flush=True)
-    if job.pictures.trees:
-        job.pictures.printer(llm)(completion.trace.steps)
+    print(f"> {prompt}")
+    several = len(completion.texts) > 1
+    for number, text in enumerate(completion.texts, 1):
+        mark = f"[{number}] " if several else ""
+        print(f"{mark}{text.text.strip()}\n", flush=True)
+        if job.pictures.trees:
+            job.pictures.printer(llm)(text.trace.steps)
 
 
 def _stream(job: Job, llm, prompt: Prompt, params, talks: bool = False):

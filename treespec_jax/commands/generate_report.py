@@ -14,6 +14,11 @@ def completion(done) -> dict[str, Any]:
     names = ["prompt", "prompt_token_ids", "text", "token_ids", "finish_reason", "seed"]
     values = {name: getattr(done, name) for name in names}
     values["stats"] = done.stats.as_dict()
+    if done.others:
+        values["others"] = [
+            {k: v for k, v in completion(other).items() if not k.startswith("prompt")}
+            for other in done.others
+        ]
     for name in ("", "top_", "prompt_", "prompt_top_"):
         found = getattr(done, f"{name}logprobs")
         if found is not None:

@@ -45,6 +45,9 @@ HELP: dict[str, dict[str, str]] = {
         "stop_token_ids": "tokens that end the output; default: none",
         "include_stop_str_in_output": "keep the stop text that ended the output",
         "ignore_eos": "go on past the end of text",
+        "n": "texts per prompt, with seeds that follow; needs a temperature",
+        "best_of": "texts per prompt that are tried; the n of the greatest mean log p "
+        "are kept, best first; default: n",
         "logprobs": "log p of every token and of so many likelier ones, with --json; "
         "true: of the token alone; default: none",
         "prompt_logprobs": "the same of the prompt's tokens; default: none",
@@ -138,6 +141,8 @@ _NAMES = {
 }
 # Settings of several texts, each of which may hold commas.
 _TEXTS = ("sampling.stop", "sampling.bad_words")
+# How many texts a prompt has, which few commands can use.
+_SAMPLES = ("sampling.n", "sampling.best_of")
 # Settings that say how many, or by true and false whether.
 _COUNTS = ("sampling.logprobs", "sampling.prompt_logprobs")
 _DEFINE = {
@@ -160,16 +165,19 @@ class SettingFlags:
       more: names of further sections.
       defaults: of one command, by dotted name, in force without a --config.
       without: dotted names of settings that the command chooses by itself.
+      samples: whether a prompt may have several texts (--n, --best_of).
     """
 
     more: Sequence[str] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     without: Collection[str] = ()
+    samples: bool = False
 
     def __iter__(self) -> Iterator[Setting]:
         for section in ("", *settings.MODEL, *self.more):
             for setting in settings.fields_of(section):
-                if setting.dotted not in self.without:
+                several = setting.dotted in _SAMPLES and not self.samples
+                if setting.dotted not in self.without and not several:
                     default = self.defaults.get(setting.dotted, setting.default)
                     yield dataclasses.replace(setting, default=default)
 
@@ -207,7 +215,13 @@ class SettingFlags:
             value = flags.FLAGS[name_of(setting)].value
             if value is not None:
                 given[setting.dotted] = _parsed(setting, value)
-        return settings.build(config, given)
+        built = settings.build(config, given)
+        if built.sampling.samples > 1 and not self.samples:
+            raise UserError(
+                f"sampling.n={built.sampling.n} and best_of={built.sampling.best_of}: "
+                "this command takes one text of a prompt; leave them to generate"
+            )
+        return built
 
 
 class _CountParser(flags.ArgumentParser):
