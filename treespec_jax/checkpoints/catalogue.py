@@ -47,6 +47,7 @@ class Model:
       method: what drafts for it unless the user chooses, one of `drafting.METHODS`.
       draft: name of the drafter that goes with it; "": none.
       others: further drafters that go with it: method and name of each.
+      int8_scales: file of factors that it loses less with in int8, see `int8_scales`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Model:
     method: str = "auto"
     draft: str = ""
     others: tuple[tuple[str, str], ...] = ()
+    int8_scales: Path | None = None
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -134,6 +136,7 @@ CATALOGUE = {
                 ("eagle", "smollm2-135m-instruct-eagle3"),
                 ("medusa", "smollm2-135m-instruct-medusa"),
             ),
+            int8_scales=BUNDLED / "smollm2-int8" / "int8_scales.npz",
         ),
         Model(
             name="smollm2-135m-instruct-eagle3",

@@ -199,6 +199,7 @@ def _fingerprint(about: Description, parameters: Parameters) -> dict[str, Any]:
         "source": str(about.path.absolute()),
         **parameters.types.on_file,
         "model": dataclasses.asdict(about.config),
+        "scales": parameters.scales and parameters.scales.digest,
         "groups": [[g.name, g.nbytes] for g in grouped(parameters.items)],
         "files": [_stamp(file) for file in parameters.source.files()],
     }

@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from treespec_jax.checkpoints import int8_scales
 from treespec_jax.checkpoints.pieces import Piece, Tensors, TensorSource
 from treespec_jax.config import ModelConfig
 from treespec_jax.errors import UserError
@@ -33,7 +34,13 @@ from treespec_jax.models.eagle import EagleModel
 from treespec_jax.models.medusa import MedusaHeads
 from treespec_jax.models.quantized import Quantized, quantize, stored_axes
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.models.weight_types import FLOATS, Types, check_dtype, types_of
+from treespec_jax.models.weight_types import (
+    FLOATS,
+    Types,
+    check_dtype,
+    is_int8,
+    types_of,
+)
 from treespec_jax.sharding import Rules, sharding_of
 
 # What is built of which configuration.
@@ -122,6 +129,7 @@ class Parameters:
       items: what there is to read, in the order of the model.
       count: of the numbers in them.
       source: of the tensors.
+      scales: factors of channels that are folded in before rounding to int8, or None.
 
     Raises:
       UserError: a tensor is missing, unread, of the wrong shape or of a dtype that is
@@ -140,8 +148,14 @@ class Parameters:
             check_dtype(dtype)
         tensors = about.open()
         self.source = tensors.source
-        weights = weights or getattr(self.source, "weights", None)
-        self.types = types_of(dtype or self.source.dtype, weights)
+        stored = getattr(self.source, "weights", None)
+        self.types = types_of(dtype or self.source.dtype, weights or stored)
+        self.scales: int8_scales.Int8Scales | None = None
+        self._offset = float(getattr(about.config, "unit_offset_norms", False))
+        # What was rounded already has had them.
+        rounds = self.types.is_int8 and not (stored and is_int8(stored))
+        if rounds and isinstance(about.config, ModelConfig):
+            self.scales = int8_scales.read(about.path, about.config)
         abstract = abstract_parameters(about.config, self.types)
         self._graph, self._state, self._flat = abstract
         pieces = tensors.pieces
@@ -176,6 +190,8 @@ class Parameters:
         buffer = memory.empty(tuple(stop - start for start, stop in box), dtype)
         for piece in self._pieces[path]:
             _fill(buffer, box, self._flat[path].shape, piece, self.source)
+        if self.scales is not None:
+            self.scales.apply(path, buffer, box, self._offset)
         return buffer
 
     def _read_int8(self, path: str, leaf: Quantized, box: Box) -> Quantized:

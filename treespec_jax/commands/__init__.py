@@ -18,6 +18,7 @@ COMMANDS = (
     "compare_rules",
     "measure_rules",
     "calibrate_drafter",
+    "calibrate_int8",
     "predict_speedup",
     "search_shape",
     "measure_costs",

@@ -44,7 +44,7 @@ def main(given) -> None:
         raise UserError("--exact=bitwise is for int8 weights; give --weights=int8")
     if given.exact and given.dtype != "float32":
         raise UserError(f"--exact=bitwise wants --dtype=float32, got {given.dtype}")
-    text = _read(given.text)
+    text = read_text(given.text)
 
     runtime.set_up(given.compilation_cache)
     from treespec_jax import checkpoints
@@ -58,7 +58,12 @@ def main(given) -> None:
     Study(job.measure, loss.table).carry_out(given.output, must_write=False)
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
+    """The text of a file.
+
+    Raises:
+      UserError: it is not UTF-8.
+    """
     try:
         return Path(path).expanduser().read_text("utf-8")
     except UnicodeDecodeError:

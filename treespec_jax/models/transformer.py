@@ -101,11 +101,7 @@ class Transformer(nnx.Module):
         """
         cfg = self.config
         tokens_R = tokens_BT.reshape(-1)
-        x_DR = rows_of(self.embedding[...], tokens_R, self.types.dtype)
-        if cfg.scaled_embeddings:
-            # Gemma rounds the factor to the dtype of the embedding.
-            factor = jnp.asarray(cfg.embed_dim**0.5, x_DR.dtype)
-            x_DR = self.arithmetic.rounded(x_DR * factor)
+        x_DR = self.embed(tokens_R)
         positions_R = positions_BU[:, -tokens_BT.shape[1] :].reshape(-1)
         cos_sin = rotary_angles(cfg.rotary, cfg.head_dim, positions_R)
         local_cos_sin, depth_BU = cos_sin, None
@@ -134,6 +130,15 @@ class Transformer(nnx.Module):
         if cfg.num_layers in feature_layers:
             outputs[cfg.num_layers] = self.norm(x_DR)
         return Forward(x_DR, tuple(outputs[i] for i in feature_layers), tuple(new))
+
+    def embed(self, tokens_R: jax.Array) -> jax.Array:
+        """What the first layer reads of int32 token ids: [D, R]."""
+        x_DR = rows_of(self.embedding[...], tokens_R, self.types.dtype)
+        if self.config.scaled_embeddings:
+            # Gemma rounds the factor to the dtype of the embedding.
+            factor = jnp.asarray(self.config.embed_dim**0.5, x_DR.dtype)
+            x_DR = self.arithmetic.rounded(x_DR * factor)
+        return x_DR
 
     def logit_columns(self, hidden_DR: jax.Array) -> jax.Array:
         """float32 logits [V, R] of hidden rows [D, R], a column per token.
