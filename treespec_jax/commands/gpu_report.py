@@ -22,7 +22,10 @@ def define() -> None:
     DEFINE_string("target", "llama-3.2-1b", "a name (list_models)")
     DEFINE_string("draft", None, "a name; default: four narrow layers")
     DEFINE_string("tree", "dynamic:15@5", "none, chain:5, regular:4x2x1, …")
-    DEFINE_string("dtype", "bfloat16", "of weights and cache, or float32")
+    DEFINE_string("dtype", "bfloat16", "of activations and cache, or float32")
+    DEFINE_string(
+        "weights", None, "type of weights, int8 for example; default: --dtype"
+    )
     DEFINE_bool("lowered_only", False, "compile nothing")
     DEFINE_integer("max_len", 2048, "tokens per text")
     flags.define("page_size", "output", max_batch=1)
@@ -33,11 +36,12 @@ def main(given) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation, gpu_programs
 
+    same = ("draft", "tree", "page_size", "dtype", "weights")
     job = compilation.Job(
         model=given.target,
         batch=given.max_batch,
         context=given.max_len,
-        **{name: given[name].value for name in ("draft", "tree", "page_size", "dtype")},
+        **{name: given[name].value for name in same},
     )
     measure, table = gpu_programs.study(job, not given.lowered_only)
     Study(measure, table).carry_out(given.output, must_write=False)

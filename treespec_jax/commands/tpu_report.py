@@ -24,7 +24,10 @@ def define() -> None:
     DEFINE_string("draft", None, "a name; default: four narrow layers")
     DEFINE_string("tree", "regular:4x2x1", "none, chain:5, dynamic:15@5, …")
     DEFINE_integer("max_len", 2048, "tokens per text, all of them prefix")
-    DEFINE_string("dtype", "bfloat16", "of weights and cache, or float32")
+    DEFINE_string("dtype", "bfloat16", "of activations and cache, or float32")
+    DEFINE_string(
+        "weights", None, "type of weights, int8 for example; default: --dtype"
+    )
     DEFINE_string("mesh", "tensor:1", "devices that share the weights of the step")
     DEFINE_integer("layers", 0, "of the target, the first so many; 0: all")
     DEFINE_list("nodes", "1,16,64,128,256", "rows of the kernel's table")
@@ -38,7 +41,7 @@ def main(given) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation
 
-    same = ("topology", "draft", "tree", "page_size", "dtype", "layers")
+    same = ("topology", "draft", "tree", "page_size", "dtype", "weights", "layers")
     job = compilation.Job(
         model=given.target,
         batch=given.max_batch,

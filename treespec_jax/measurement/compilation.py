@@ -25,7 +25,9 @@ from treespec_jax.errors import UserError
 from treespec_jax.measurement.tables import markdown
 from treespec_jax.models import presets
 from treespec_jax.models.flat import FlatModule
-from treespec_jax.models.transformer import Transformer, parameter_count
+from treespec_jax.models.quantized import stored_axes_of_leaves
+from treespec_jax.models.transformer import Transformer
+from treespec_jax.models.weight_types import check_weights
 from treespec_jax.trees import shapes
 
 DTYPES = ("bfloat16", "float32")
@@ -43,7 +45,8 @@ class Job:
       batch: B, slots.
       context: rows of prefix per slot.
       page_size: cache rows per page.
-      dtype: of weights and cache.
+      dtype: of activations and cache.
+      weights: type of the matrices, see `models.weight_types`; None: `dtype`.
       devices: that share the weights (tensor parallelism).
       layers: the target's first so many; 0: all of them.
       nodes: T of the kernel's table.
@@ -58,6 +61,7 @@ class Job:
     context: int = 2048
     page_size: int = 128
     dtype: str = "bfloat16"
+    weights: str | None = None
     devices: int = 1
     layers: int = 0
     nodes: tuple[int, ...] = (1, 16, 64, 128, 256)
@@ -73,6 +77,8 @@ class Job:
             raise UserError(
                 f"dtype {self.dtype!r} is unknown; choose from {', '.join(DTYPES)}"
             )
+        if self.weights is not None:
+            check_weights(self.weights)
         shapes.parse(self.tree)
         for name in filter(None, (self.model, self.draft)):
             presets.get(name)
@@ -131,32 +137,44 @@ def small_drafter(target: ModelConfig) -> ModelConfig:
 
 
 def abstract_model(
-    config: ModelConfig, dtype: str, devices: Sequence[jax.Device] = ()
+    config: ModelConfig,
+    dtype: str,
+    devices: Sequence[jax.Device] = (),
+    weights: str | None = None,
 ) -> Transformer:
     """A model with shapes in place of parameters, cut by the default rules.
 
     Args:
       config: of the model.
-      dtype: of the parameters.
+      dtype: of activations, norms and biases.
       devices: that share it; empty: not known, as for lowering alone.
+      weights: type of the matrices; None: `dtype`.
     """
-    model = Transformer(config, dtype=jnp.dtype(dtype), rngs=None)
+    model = Transformer(config, dtype=jnp.dtype(dtype), weights=weights, rngs=None)
     if not devices:
         return model
     mesh = sharding.make_mesh({sharding.TENSOR: len(devices)}, devices)
 
-    def abstract(leaf, variable):
+    def abstract(leaf, axes):
         if len(devices) == 1:
             where = SingleDeviceSharding(devices[0])
         else:
-            where = sharding.sharding_of(variable.logical_axes, leaf.shape, mesh)
+            where = sharding.sharding_of(axes, leaf.shape, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     flat = FlatModule(model)
     variables = jax.tree.leaves(
         nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
-    return flat.bind(tuple(map(abstract, flat.leaves, variables)))
+    # A matrix in int8 is two leaves.
+    axes = [
+        found
+        for variable in variables
+        for found in stored_axes_of_leaves(
+            variable.get_value(), variable.get_metadata("logical_axes")
+        )
+    ]
+    return flat.bind(tuple(map(abstract, flat.leaves, axes)))
 
 
 def abstract_engine(job: Job, devices: Sequence[jax.Device] = ()) -> Engine:
@@ -170,7 +188,7 @@ def abstract_engine(job: Job, devices: Sequence[jax.Device] = ()) -> Engine:
       UserError: a preset, tree or size that does not fit.
     """
     target, drafter = (
-        abstract_model(config, job.dtype, devices)
+        abstract_model(config, job.dtype, devices, job.weights)
         for config in (job.target, job.drafter)
     )
     config = EngineConfig(job.batch, job.context, job.page_size, cache_dtype=job.dtype)
@@ -321,7 +339,7 @@ def step_table(job: Job, report: aot.Report) -> str:
         ("compilation, on this machine", f"{report.compile_seconds:.0f} s"),
     ]
     return (
-        f"Step of {job.model} with tree {job.tree}, {job.dtype}, {job.batch} slots × "
+        f"Step of {job.model} with tree {job.tree}, {_types(job)}, {job.batch} slots × "
         f"{job.context} rows, {report.num_devices} device(s), figures of one; loops "
         "and both sides of conditionals count once. Traffic is what instructions move "
         "between HBM and the core, only the rows of what is updated in place. XLA's "
@@ -347,6 +365,11 @@ def collectives_table(report: aot.Report) -> str:
     )
 
 
+def _types(job: Job) -> str:
+    """Of activations and cache, and of weights where it is another."""
+    return job.dtype + (f" with {job.weights} weights" if job.weights else "")
+
+
 def _mb(size: float) -> str:
     return f"{size / 1e6:.1f} MB"
 
@@ -367,11 +390,13 @@ def _step_bytes(job: Job) -> int:
     itemsize = jnp.dtype(job.dtype).itemsize
 
     def one_pass(config):
-        weights = parameter_count(config)
+        model = abstract_model(config, job.dtype, weights=job.weights)
+        weights = sum(x.size * x.dtype.itemsize for x in FlatModule(model).leaves)
         if not config.tied_embeddings:  # only a few rows of the table are read
-            weights -= config.vocab_size * config.embed_dim
+            table = jax.tree.leaves(model.embedding[...])
+            weights -= sum(x.size * x.dtype.itemsize for x in table)
         rows = config.num_layers * 2 * config.num_kv_heads * config.head_dim
-        return (weights + job.batch * job.context * rows) * itemsize
+        return weights + job.batch * job.context * rows * itemsize
 
     total = one_pass(job.target)
     if job.tree != "none":

@@ -102,6 +102,12 @@ def stored_axes(weight, axes: tuple[str, ...]) -> tuple[str, ...]:
     return (outer, *axes[:rank], inner)
 
 
+def stored_axes_of_leaves(weight, axes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Logical axes of every array that a weight consists of, see `stored_axes`."""
+    stored = stored_axes(weight, axes)
+    return [stored, stored[:-1]] if isinstance(weight, Quantized) else [stored]
+
+
 def abstract(shape: tuple[int, ...], inputs: int, groups: int) -> Quantized:
     """A matrix of `shape`, whose last `inputs` axes are contracted, without values."""
     out = shape[:-inputs]
