@@ -142,6 +142,7 @@ def folders(tmp_path_factory):
         ("bfloat16", "float32", 1),
         ("float32", "bfloat16", 1),
         ("float32", "float32", 2),
+        ("float32", "int8", 1),
         ("float32", "int8:128", 1),
         ("float32 native", "float32", 1),
         ("bfloat16 native", "float32", 1),
