@@ -60,7 +60,7 @@ def test_every_field_has_a_help_text_and_every_text_a_field():
 def test_every_field_has_a_flag(own_flags, monkeypatch, section):
     """Sections beside those of the model have flags in their own commands."""
     without = ("weights",) if section == "benchmark" else ()
-    made = setting_flags.SettingFlags(more=(section,), without=without)
+    made = setting_flags.SettingFlags((section,), without=without, samples=True)
     made.define()
     wanted = [
         s

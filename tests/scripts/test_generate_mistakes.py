@@ -105,7 +105,7 @@ def test_texts_that_end_anywhere_are_not_compared(refuses, files):
     refuses("max_time=2 ends", "generate.py", *args, "--max_time=2", "--compare")
 
 
-def test_several_texts_where_one_is_wanted(refuses, files, tmp_path):
+def test_several_texts_where_one_is_wanted(refuses, files, chat_pair, tmp_path):
     pair = [f"--target={files.target}", f"--draft={files.draft}", "--temperature=1"]
     args = [*pair, "--prompt=a", "--n=2"]
     refuses("--compare takes one text of a prompt", "generate.py", *args, "--compare")
@@ -114,7 +114,8 @@ def test_several_texts_where_one_is_wanted(refuses, files, tmp_path):
     refuses("a prompt, not n=2", "generate.py", *args, "--beams=2")
     refuses("greedy texts are all the same", "generate.py", *args, "--temperature=0")
     refuses("less than n=2", "generate.py", *args, "--best_of=1")
-    refuses("one answer at a time", "generate.py", *pair, "--chat", "--n=2")
+    chat = [f"--target={chat_pair / 'target'}", "--chat", "--temperature=1"]
+    refuses("one answer at a time", "generate.py", *chat, "--n=2")
     (tmp_path / "c.py").write_text(
         "from treespec_jax.commands.settings import default_config\n"
         "def get_config():\n    config = default_config()\n"

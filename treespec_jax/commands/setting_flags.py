@@ -103,7 +103,8 @@ HELP: dict[str, dict[str, str]] = {
         "cache_dtype": "float32, bfloat16, float16, or int8: half the cache, LOSSY; "
         "default: as --dtype",
         "exact": "bitwise: the target's logits have the same bits whatever tree, batch "
-        "and pages, so that no tie is left to rounding; int8 weights and cache, LOSSY",
+        "and pages, so that no tie is left to rounding; int8 weights and cache, LOSSY; "
+        "default: rounding as it comes",
         "prefix_cache": "texts that begin alike share the pages of their beginning",
         "record": "also say how often the drafter's estimates come true",
     },

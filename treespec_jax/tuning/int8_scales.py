@@ -11,7 +11,7 @@ import numpy as np
 from treespec_jax.checkpoints.int8_scales import LARGEST, STEPS, Int8Scales
 from treespec_jax.checkpoints.loading import LoadedModel, check_floats
 from treespec_jax.models.flat import FlatModule
-from treespec_jax.models.layers import ACTIVATIONS, Rows
+from treespec_jax.models.layers import Rows
 from treespec_jax.models.linear import linear
 from treespec_jax.models.rotary import rotary_angles
 from treespec_jax.models.transformer import Transformer
@@ -70,7 +70,9 @@ def _pass(model: Transformer, tokens_T: jax.Array) -> dict[str, jax.Array]:
             out_DR = layer.attention_post_norm(out_DR)
         between_DR = layer.mlp_norm(x_DR + out_DR)
         gate_FR, up_FR = linear(layer.mlp.gate_up[...], between_DR)
-        hidden_FR = ACTIVATIONS[layer.mlp.activation](gate_FR) * up_FR
+        mlp = layer.mlp
+        gated_FR = mlp.arithmetic.activate(mlp.activation, gate_FR)
+        hidden_FR = gated_FR * up_FR
         for name, read in zip(_NAMES, (normed_DR, between_DR, hidden_FR), strict=True):
             found[name].append(jnp.max(jnp.abs(read), axis=1))
     return {name: jnp.stack(rows) for name, rows in found.items()}
