@@ -81,8 +81,7 @@ class LLM:
         leaves alone if this process has set up or turned off jax's cache; "" or
         False: none. jax has one such cache for a whole process.
       **engine: fields of `EngineSettings` (max_batch, max_len, page_size, num_pages,
-        steps_per_dispatch, prefill_chunks, lanes, cache_dtype, record, prefix_cache,
-        exact).
+        steps_per_dispatch, prefill_chunks, lanes, cache_dtype, record, exact, …).
 
     Attributes:
       config: of the target.
@@ -177,9 +176,8 @@ class LLM:
     def warm_up(self, params: SamplingParams | None = None) -> float:
         """Compiles all that `generate` and `chat` run, before the first request does.
 
-        Nothing needs it: what is not compiled is compiled when it is first used.
-
-        Calls of other threads wait meanwhile.
+        Nothing needs it: what is not compiled is compiled when it is first used. Calls
+        of other threads wait meanwhile.
 
         Args:
           params: settings of requests to come. Most of them are numbers of one
