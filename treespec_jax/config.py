@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from treespec_jax import adaptive
 from treespec_jax.checks import (
     as_int,
     check_bool,
@@ -279,6 +280,10 @@ class SpeculativeConfig:
       tau: temperature of the drafter's estimate that a child is right,
         softmax(score / tau); orders the paths of a dynamic tree. None: the one that
         scripts/calibrate_drafter.py left beside the drafter, else DEFAULT_TAU.
+      adaptive_temperature: "depth:0.9", "siblings:0.2" or "entropy:1": the temperature
+        that the drafter proposes by, as a function of a node's place in the tree, see
+        `treespec_jax.adaptive`. Texts stay as lossless as the rule is: it sees the
+        distribution that was sampled from. "": that of the request.
       rule: which drafted tokens are kept: "exact" (the text of plain decoding, token
         for token), "token", "block", "traversal", "terminal" (different text, same
         distribution) or "typical" (lossy), see `treespec_jax.acceptance`.
@@ -304,6 +309,7 @@ class SpeculativeConfig:
     max_nodes_per_level: int | None = None
     max_total_nodes: int | None = None
     tau: float | None = None
+    adaptive_temperature: str = ""
     rule: str = "exact"
     proposal: str = ""
     cascade: str = ""
@@ -331,6 +337,7 @@ class SpeculativeConfig:
                 count = as_int(f"speculative {name}", getattr(self, name), 1)
                 object.__setattr__(self, name, count)
         check_optional("speculative tau", self.tau)
+        adaptive.parse("speculative adaptive_temperature", self.adaptive_temperature)
         check_float("speculative alpha", self.alpha, 0, 1)
         for name in ("typical_eps", "typical_delta"):
             check_float(f"speculative {name}", getattr(self, name), 0, 1, open_low=True)

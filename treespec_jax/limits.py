@@ -128,6 +128,8 @@ def check_speculation(config: SpeculativeConfig) -> TreeShape | Ladder:
     _check_rule(config, shape)
     if shape.depth and config.recycle_table:
         check_table(config)
+    if shape.depth and config.adaptive_temperature:
+        _check_temperature(config, shape)
     return shape if shape.depth else ROOT_ONLY
 
 
@@ -160,6 +162,30 @@ def check_exact(
     if mesh:
         raise UserError('exact="bitwise" runs on one device; leave mesh out')
     return weights or "int8"
+
+
+def _check_temperature(config: SpeculativeConfig, shape: TreeShape | Ladder) -> None:
+    """Raises UserError if a temperature of the drafter's own could not work."""
+    named = f"adaptive_temperature={config.adaptive_temperature!r}"
+    if not METHODS[config.method].has_logits:
+        known = " or ".join(name for name, m in METHODS.items() if m.has_logits)
+        raise UserError(
+            f"{named} needs a drafter with probabilities of its own, which method "
+            f"{config.method!r} has not; leave it out, or take method {known}"
+        )
+    if config.cascade:
+        raise UserError(
+            f"{named} would change the policy of cascade {config.cascade!r}, which "
+            "reads the drafter's distribution; leave one of them out"
+        )
+    one = shape.shapes[0] if isinstance(shape, Ladder) else shape
+    proposal = compatibility.choose_proposal(config.rule, config.proposal, one)
+    if proposal not in compatibility.TEMPERED:
+        raise UserError(
+            f"{named} changes nothing under proposal={proposal!r}, which takes the "
+            "likeliest tokens at any temperature; leave it out, or take proposal="
+            f"{' or '.join(map(repr, compatibility.TEMPERED))}"
+        )
 
 
 def check_table(config: SpeculativeConfig) -> None:

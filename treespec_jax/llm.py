@@ -162,7 +162,7 @@ class LLM:
         self.drafter = made.drafter
         sizes = settings.resolve(max_len, self.dtype)
         costs = None
-        if len(made.shapes) > 1:
+        if made.asks_costs:
             costs = CostFile.of(target.model, made.drafter, sizes).costs()
         self.engine = Engine(target.model, sizes, made, target.config.eos_ids, costs)
         if isinstance(draft, LoadedDrafter) and config.check_drafter:

@@ -11,11 +11,12 @@ from typing import Any
 
 from flax import nnx
 
-from treespec_jax import limits
+from treespec_jax import adaptive, limits
 from treespec_jax.acceptance import compatibility, rules
 from treespec_jax.acceptance.cascade import Cascade
 from treespec_jax.acceptance.exact import ExactMatch
 from treespec_jax.acceptance.protocol import Rule
+from treespec_jax.adaptive import AdaptiveTemperature
 from treespec_jax.checks import from_mapping
 from treespec_jax.config import DEFAULT_TAU, SpeculativeConfig
 from treespec_jax.drafting import METHODS
@@ -37,6 +38,7 @@ class Speculation:
       rule: decides which drafted tokens are kept.
       proposal: how the drafter proposes nodes; "": as the rule usually has it.
       cascade: a lossy policy between drafter and target; None: the target's own.
+      draft_temperature: of the drafter's own; None: that of the request.
       bound_by: names of the budgets of nodes that made the shapes smaller.
 
     Raises:
@@ -49,6 +51,7 @@ class Speculation:
     proposal: str = ""
     cascade: Cascade | None = None
     bound_by: tuple[str, ...] = ()
+    draft_temperature: AdaptiveTemperature | None = None
 
     def __post_init__(self):
         cascade = self.cascade.name if self.cascade else ""
@@ -65,6 +68,12 @@ class Speculation:
     def shape(self) -> TreeShape:
         """The only shape, or the first of several."""
         return self.shapes[0]
+
+    @property
+    def asks_costs(self) -> bool:
+        """Whether it hangs on what steps cost."""
+        priced = any(getattr(shape, "priced", False) for shape in self.shapes)
+        return len(self.shapes) > 1 or priced
 
     @property
     def depth(self) -> int:
@@ -118,4 +127,12 @@ def make(
     cascade = Cascade(config.cascade, float(config.alpha)) if config.cascade else None
     shapes = shape.shapes if isinstance(shape, Ladder) else (shape,)
     rule, bound_by = rules.make(config), limits.bound_by(config)
-    return Speculation(drafter, shapes, rule, config.proposal, cascade, bound_by)
+    return Speculation(
+        drafter,
+        shapes,
+        rule,
+        config.proposal,
+        cascade,
+        bound_by,
+        adaptive.parse("adaptive_temperature", config.adaptive_temperature),
+    )

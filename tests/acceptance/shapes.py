@@ -83,6 +83,34 @@ def allotted(world, sizes):
     return levels
 
 
+def tempered(world, form, strength, children):
+    """A world whose q has temperatures that follow the tree.
+
+    By the papers' words, path by path: a power of the depth, a power of the number of
+    siblings, or EDT's 0.8^(strength / entropy).
+
+    Args:
+      world: its p stays.
+      form: of `treespec_jax.adaptive`.
+      strength: of the form.
+      children: of a node, at most, by depth.
+    """
+    q = {}
+    for path, column in world.q.items():
+        some = column[column > 0]
+        if form == "depth":
+            factor = strength ** len(path)
+        elif form == "siblings":
+            factor = float(children[min(len(path), len(children) - 1)]) ** strength
+        else:
+            factor = 0.8 ** (strength / -(some * np.log(some)).sum())
+        powers = np.where(column > 0, column, 0.0) ** (1 / np.clip(factor, 0.05, 20))
+        q[path] = powers / powers.sum()
+    made = world.replace()
+    made.q = q
+    return made
+
+
 def trees_of(name, world, replacement=False):
     """Every tree of a shape that q can draw."""
     if name in ALLOTTED:

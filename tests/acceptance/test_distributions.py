@@ -22,6 +22,7 @@ from tests.acceptance.shapes import (
     best_tree,
     depth_of,
     meta_of,
+    tempered,
     trees_of,
 )
 from treespec_jax.acceptance.block import BlockRule
@@ -56,6 +57,22 @@ def test_sampled_trees(rule, name):
         assert np.abs(distribution - want).max() < EXACT
         own = sum(t.probability * ref.accepted(paper(world, t)) for t in trees)
         assert mean == pytest.approx(own, abs=EXACT)
+
+
+@pytest.mark.parametrize("rule, name", [("token", "late"), ("traversal", "tapered")])
+@pytest.mark.parametrize(
+    "temperature", [("depth", 0.5), ("siblings", 1.0), ("entropy", 1.0)]
+)
+def test_a_drafter_of_another_temperature(rule, name, temperature):
+    """Colder or hotter from depth to depth; `test_sampled` grows these very trees."""
+    meta = meta_of(name)
+    for world in ref.worlds(depth_of(name))[1::4]:
+        other = tempered(world, *temperature, meta["max_children"])
+        with jax.enable_x64(True):
+            distribution, _ = shipped_distribution(
+                RULES[rule][0], other, trees_of(name, other), meta
+            )
+        assert np.abs(distribution - world.distribution()).max() < EXACT
 
 
 @pytest.mark.parametrize("name", ["chain2", "late", "full"])

@@ -14,7 +14,7 @@ import pytest
 
 from tests.acceptance import enumeration as ref
 from tests.acceptance.driving import arrays, judge, last_tokens, shipped_distribution
-from tests.acceptance.shapes import EXACT, RULES, meta_of, trees_of
+from tests.acceptance.shapes import EXACT, RULES, meta_of, tempered, trees_of
 from treespec_jax.sampling import draw
 
 pytestmark = pytest.mark.slow
@@ -66,6 +66,17 @@ def test_a_sampled_node_pruned(rule):
             worst = min((3, 4), key=lambda n: q[tree.paths[n][-1]])
             pruned.append(tree.without(worst))
         errors.append(shipped_error(rule, world, pruned, meta_of("late")))
+    assert max(errors) > WRONG
+
+
+@pytest.mark.parametrize("rule", ["token", "traversal"])
+def test_judged_by_another_temperature_than_sampled_by(rule):
+    """Trees of a drafter that cools with depth, compared with its q as it was."""
+    errors, meta = [], meta_of("late")
+    for world in (ref.worlds(2)[i] for i in WORLDS):
+        other = tempered(world, "depth", 0.5, meta["max_children"])
+        trees = trees_of("late", other)
+        errors.append(shipped_error(rule, world, trees, meta))
     assert max(errors) > WRONG
 
 

@@ -20,9 +20,11 @@ from tests.acceptance.shapes import (
     TOPOLOGIES,
     depth_of,
     meta_of,
+    tempered,
     trees_of,
 )
 from tests.oracles import sampling
+from treespec_jax.adaptive import AdaptiveTemperature
 from treespec_jax.config import SamplingParams
 from treespec_jax.drafting.growth import grow
 from treespec_jax.drafting.protocol import DraftContext
@@ -59,8 +61,8 @@ def tables_of(world):
     return tables
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def grown(shape, proposal, tables, uniforms, params):
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def grown(shape, proposal, tables, uniforms, params, temperature=None):
     B = uniforms.shape[0]
     context = DraftContext(
         target=None,
@@ -72,6 +74,7 @@ def grown(shape, proposal, tables, uniforms, params):
         sampling=params,
         randomness=Given(uniforms=uniforms),
         proposal=proposal,
+        temperature=temperature,
     )
     root = jnp.broadcast_to(tables[0], (tables[0].shape[0], B))
     return grow(shape, context, root, expander(tables), tau=1.0)
@@ -89,31 +92,57 @@ CASES = [(n, False) for n in ("chain3", "lopsided", "overfull", *ALLOTTED)]
 @pytest.mark.parametrize("name, replacement", [*CASES, ("late", True)])
 def test_every_tree_is_drawn_by_its_piece_of_the_uniforms(name, replacement):
     for world in ref.worlds(depth_of(name))[2::3]:
-        trees = trees_of(name, world, replacement)
-        pieces = [np.add(t.before, np.multiply(t.shares, 0.5)) for t in trees]
-        uniforms = np.stack([np.zeros_like(pieces), pieces], axis=2)
-        proposal = "with_replacement" if replacement else "sampled"
-        with jax.enable_x64(True):
-            params = sampling(SamplingParams(temperature=1.0), len(trees))
-            got = grown(shape_of(name), proposal, tables_of(world), uniforms, params)
-            got = jax.tree.map(np.asarray, got)
-        meta = meta_of(name, replacement)
-        for key, value in meta.items():
-            assert getattr(got.proposal, key) == value
-        for b, tree in enumerate(trees):
-            assert got.valid[b].tolist() == tree.valid
-            for n, path in enumerate(tree.paths):
-                if path is None or n == 0:
-                    continue
-                assert got.parents[b, n] == tree.parents[n]
-                assert got.tokens[b, n] == path[-1]
-                assert got.proposal.remaining[b, n] == pytest.approx(tree.left[n])
-                probability = world.q[path[:-1]][path[-1]]
-                assert got.draft_logprob[b, n] == pytest.approx(np.log(probability))
-            for e, n in enumerate(meta["nodes"]):
-                if tree.paths[n] is not None:
-                    q = np.exp(got.proposal.log_q[:, b, e])
-                    np.testing.assert_allclose(q, world.q[tree.paths[n]])
+        check_trees(name, world, world, replacement)
+
+
+@pytest.mark.parametrize("name", ["lopsided", "allotted6@3"])
+@pytest.mark.parametrize(
+    ("form", "strength"), [("depth", 0.5), ("siblings", -0.5), ("entropy", 1.0)]
+)
+def test_a_drafter_of_another_temperature_samples_what_it_keeps(name, form, strength):
+    """Trees are those of the changed q, and the rule is told of that q."""
+    given = AdaptiveTemperature(form, strength)
+    for world in ref.worlds(depth_of(name))[2::6]:
+        other = tempered(world, form, strength, meta_of(name)["max_children"])
+        check_trees(name, world, other, temperature=given)
+        changed = [np.abs(world.q[p] - other.q[p]).max() for p in world.q]
+        assert max(changed) > 0.05, "a dead test"
+
+
+def check_trees(name, drafter, world, replacement=False, temperature=None):
+    """Every tree of a world, grown from the logits of a drafter."""
+    trees = trees_of(name, world, replacement)
+    pieces = [np.add(t.before, np.multiply(t.shares, 0.5)) for t in trees]
+    uniforms = np.stack([np.zeros_like(pieces), pieces], axis=2)
+    shape = shape_of(name)
+    proposal = "with_replacement" if replacement else "sampled"
+    with jax.enable_x64(True):
+        params = sampling(SamplingParams(temperature=1.0), len(trees))
+        tables = tables_of(drafter)
+        got = grown(shape, proposal, tables, uniforms, params, temperature)
+        got = jax.tree.map(np.asarray, got)
+    meta = meta_of(name, replacement)
+    for key, value in meta.items():
+        assert getattr(got.proposal, key) == value
+    check_nodes(trees, world, got, meta)
+
+
+def check_nodes(trees, world, got, meta):
+    """Nodes, their probabilities and what of q is kept, tree by tree."""
+    for b, tree in enumerate(trees):
+        assert got.valid[b].tolist() == tree.valid
+        for n, path in enumerate(tree.paths):
+            if path is None or n == 0:
+                continue
+            assert got.parents[b, n] == tree.parents[n]
+            assert got.tokens[b, n] == path[-1]
+            assert got.proposal.remaining[b, n] == pytest.approx(tree.left[n])
+            probability = world.q[path[:-1]][path[-1]]
+            assert got.draft_logprob[b, n] == pytest.approx(np.log(probability))
+        for e, n in enumerate(meta["nodes"]):
+            if tree.paths[n] is not None:
+                q = np.exp(got.proposal.log_q[:, b, e])
+                np.testing.assert_allclose(q, world.q[tree.paths[n]], atol=1e-7)
 
 
 def test_a_greedy_slot_gets_the_likeliest_tokens():

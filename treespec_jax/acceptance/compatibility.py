@@ -22,6 +22,8 @@ from treespec_jax.trees.shapes import BestFirstShape, TreeShape, is_chain
 PROPOSALS = ("shared", "sampled", "with_replacement", "best", "best_kept")
 # Proposals that keep the drafter's distributions.
 KEEP_Q = ("sampled", "with_replacement", "best_kept")
+# Proposals that depend on a temperature of the drafter.
+TEMPERED = ("shared", "sampled", "with_replacement")
 # Policies between drafter and target (acceptance.cascade), all of them lossy.
 CASCADES = ("chow", "diff", "opt", "token_v1", "token_v2", "token_v3")
 

@@ -76,6 +76,9 @@ HELP: dict[str, dict[str, str]] = {
         "the tree's",
         "tau": "temperature of the drafter's estimates; default: the one fitted by "
         "calibrate_drafter, else 0.7",
+        "adaptive_temperature": "the drafter's temperature over the request's: depth:S "
+        "(S^depth), siblings:S (number^S) or entropy:S (0.8^(S / entropy)); default: "
+        "none",
         "rule": "exact, token, block, traversal, terminal or (LOSSY) typical",
         "proposal": "how nodes are proposed: shared, sampled, with_replacement, best "
         "or best_kept; default: the usual one of the rule",
@@ -137,6 +140,7 @@ HELP: dict[str, dict[str, str]] = {
 # A field that has a flag of another name.
 _NAMES = {
     "speculative.model": "draft",
+    "speculative.adaptive_temperature": "draft_adaptive_temperature",
     "speculative.options": "drafter_option",
     "benchmark.chat_options": "chat_option",
 }

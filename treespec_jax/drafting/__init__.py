@@ -14,6 +14,8 @@ class Method:
       name: of the class.
       needs_model: whether it needs a checkpoint of its own.
       takes_model: whether it can use one.
+      has_logits: whether it scores the whole vocabulary, so that a temperature of its
+        own means something.
       has_table: whether it recycles successors, which a file can keep
         (`SpeculativeConfig.recycle_table`).
       tree: the shape that it grows unless one is named, where there is no choice.
@@ -25,6 +27,7 @@ class Method:
     name: str
     needs_model: bool = False
     takes_model: bool = False
+    has_logits: bool = False
     has_table: bool = False
     tree: str = "dynamic:7@5"
     ladder: str = "auto:7@5+3@3+15@7+31@7"
@@ -41,6 +44,7 @@ METHODS = {
         "DraftModel",
         needs_model=True,
         takes_model=True,
+        has_logits=True,
         tree="chain:5",
         ladder=_MODEL,
     ),
@@ -49,6 +53,7 @@ METHODS = {
         "Eagle",
         needs_model=True,
         takes_model=True,
+        has_logits=True,
         tree="dynamic:7@4",
         ladder=_MODEL,
     ),
@@ -57,6 +62,7 @@ METHODS = {
         "Medusa",
         needs_model=True,
         takes_model=True,
+        has_logits=True,
         tree="dynamic:7@3",
         ladder="auto:7@3+3@3+15@4+31@4",
     ),

@@ -12,6 +12,8 @@ may judge what):
   Nothing may be dropped, moved or sorted afterwards, or no rule would be lossless.
 * `LikeliestOfQ`: the likeliest tokens, with q kept for a cascade.
 
+A drafter's temperature may follow the tree (`Tempered`).
+
 A drafter that scores few tokens (`protocol.Guesses`) has estimates already: they order
 the children of greedy slots as they are, and the noise is made for these tokens alone.
 Where q is kept, it is the guesses and the rest of the probability spread evenly.
@@ -31,6 +33,7 @@ from treespec_jax.sampling import draw, policy
 from treespec_jax.sampling.noise import EULER
 from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.sampling.select import top_k, top_k_rows
+from treespec_jax.sampling.temperature import Adaptive
 
 # Best tokens of a node over which its children's probabilities are normalised.
 NORMALISED = 8
@@ -82,6 +85,15 @@ class Children(Protocol):
 
 def make(context: DraftContext, tau: float) -> Children:
     """The strategy of `context.proposal`; asks for the randomness that it needs."""
+    if context.temperature is None:
+        return _make(context, tau)
+    # Greedy slots have no temperature.
+    sampled_B = ~context.sampling.greedy
+    adaptive = Adaptive.of_all(context.temperature, sampled_B)
+    return Tempered(_make(context, tau), adaptive)
+
+
+def _make(context: DraftContext, tau: float) -> Children:
     name, sampling = context.proposal, context.sampling
     if name == "shared":
         return Likeliest(sampling, tau, context.randomness)
@@ -231,6 +243,35 @@ class Sampled:
         tokens, log_prob, remaining = (x.reshape(B, W, X) for x in found)
         log_q_VBW, source = log_q_VR.reshape(-1, B, W), _source(scores, tokens)
         return Family(tokens, log_prob, log_q_VBW, remaining, source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tempered:
+    """Another strategy at temperatures that follow the tree.
+
+    The strategy samples from and keeps one q, which is that of the changed logits, so
+    that a rule compares with the distribution that was sampled from. A node's factor
+    hangs on its path alone. Guesses stay as they are.
+    """
+
+    inner: Children
+    adaptive: Adaptive
+
+    @property
+    def keeps_q(self) -> bool:
+        return self.inner.keeps_q
+
+    @property
+    def replacement(self) -> bool:
+        return self.inner.replacement
+
+    def propose(self, scores, depth, number_BWX):
+        if not isinstance(scores, Guesses):
+            depth_BW = jnp.full(number_BWX.shape[:2], depth)
+            # As many as the nodes of a level have at most.
+            children_BW = jnp.full(number_BWX.shape[:2], number_BWX.shape[2])
+            scores = self.adaptive.temper(scores, depth_BW, children_BW)
+        return self.inner.propose(scores, depth, number_BWX)
 
 
 def _dense(scores: Scores, vocab: int) -> jax.Array:

@@ -42,6 +42,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 from flax import nnx
 
+from treespec_jax.adaptive import AdaptiveTemperature
 from treespec_jax.cache.pages import CacheLayout, Copies
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling.penalties import Penalties
@@ -222,6 +223,7 @@ class DraftContext:
       penalties: of the policy; None if no request has any.
       level_price: float32 [], time of a level over that of a step without any; for
         shapes that stop where a level does not pay (`drafting.levels`).
+      temperature: of the drafter's own; None: that of the requests.
     """
 
     target: Transformer | None
@@ -235,6 +237,7 @@ class DraftContext:
     proposal: str
     penalties: Penalties | None = None
     level_price: jax.Array | float = 0.0
+    temperature: AdaptiveTemperature | None = None
 
 
 class Drafter(Protocol):

@@ -147,6 +147,7 @@ def propose(
         proposal=speculation.proposal,
         penalties=turn.penalties,
         level_price=turn.control.level_price,
+        temperature=speculation.draft_temperature,
     )
     with jax.named_scope("propose"):
         return Proposed(*speculation.drafter.propose(state.draft, shape, context))
