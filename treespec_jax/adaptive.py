@@ -33,6 +33,11 @@ class AdaptiveTemperature:
     form: str
     strength: float
 
+    @property
+    def by_tree(self) -> bool:
+        """Whether it depends on the drafted tree, not on the distribution alone."""
+        return self.form != "entropy"
+
 
 def parse(name: str, text: object) -> AdaptiveTemperature | None:
     """Reads a text such as "depth:0.9"; None of an empty one.

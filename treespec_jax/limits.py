@@ -280,6 +280,30 @@ def check_params(
         )
 
 
+def check_policy(params: SamplingParams, shapes_: Sequence[TreeShape]) -> None:
+    """Raises UserError: a policy by the tree's structure that these trees do not have.
+
+    Args:
+      params: of a request.
+      shapes_: that its steps may have.
+    """
+    given = params.adaptive
+    if given is None or not given.by_tree:
+        return
+    named = f"adaptive_temperature={params.adaptive_temperature!r}"
+    if len(shapes_) > 1 or not shapes_[0].depth:
+        has = "changes from step to step" if len(shapes_) > 1 else "is its root alone"
+        raise UserError(
+            f"{named} looks at the drafted tree, which {has} here; name one tree such "
+            "as chain:5, or take entropy:1"
+        )
+    if given.form == "siblings" and isinstance(shapes_[0], shapes.BestFirstShape):
+        raise UserError(
+            f"{named} counts children, which a dynamic tree chooses by the same noise "
+            "that its tokens are sampled with; take a fixed tree such as regular:3x2x1"
+        )
+
+
 def check_prompt(ids: Sequence[int], max_len: int) -> None:
     """Raises UserError: no token, or no room for a new one."""
     if not ids:

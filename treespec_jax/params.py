@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from treespec_jax import adaptive
+from treespec_jax.adaptive import AdaptiveTemperature
 from treespec_jax.checks import (
     as_bias,
     as_bool,
@@ -34,6 +36,10 @@ class SamplingParams:
       min_tokens: tokens to emit before one that ends the text, or that completes a
         stop; at most `max_tokens`.
       temperature: 0 is greedy.
+      adaptive_temperature: "entropy:1", "depth:0.9" or "siblings:0.2": the temperature
+        as a function of the target's entropy, or of the place in the drafted tree that
+        a token comes from, see `treespec_jax.adaptive`. LOSSY: not the target's
+        distribution at `temperature`, and for the last two a text depends on its trees.
       top_k: keep the k likeliest tokens; 0 keeps all, and so does -1, which is kept
         as 0.
       top_p: keep the fewest likeliest tokens that have this probability together, in
@@ -84,6 +90,7 @@ class SamplingParams:
     max_tokens: int = 128
     min_tokens: int = 0
     temperature: float = 0.0
+    adaptive_temperature: str = ""
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -156,6 +163,7 @@ class SamplingParams:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self._check_samples()
+        self._check_temperature()
         if self.min_tokens > self.max_tokens:
             raise UserError(
                 f"min_tokens={self.min_tokens} is more than "
@@ -163,6 +171,19 @@ class SamplingParams:
             )
         if self.allowed_token_ids == ():
             raise UserError("allowed_token_ids is empty; give one at least, or None")
+
+    def _check_temperature(self):
+        given = self.adaptive
+        named = f"adaptive_temperature={self.adaptive_temperature!r}"
+        if given and self.temperature == 0:
+            raise UserError(
+                f"{named} changes no greedy text; raise temperature, or leave it out"
+            )
+        if given and given.by_tree and not self.speculate:
+            raise UserError(
+                f"{named} looks at the drafted tree, and speculate=False grows none; "
+                "leave one of them out, or take entropy:1"
+            )
 
     def _check_samples(self):
         object.__setattr__(self, "n", as_int("n", self.n, 1))
@@ -176,6 +197,11 @@ class SamplingParams:
                 f"n={self.n}, best_of={self.best_of}: greedy texts are all the same; "
                 "raise temperature"
             )
+
+    @property
+    def adaptive(self) -> AdaptiveTemperature | None:
+        """`adaptive_temperature`, read."""
+        return adaptive.parse("adaptive_temperature", self.adaptive_temperature)
 
     @property
     def samples(self) -> int:

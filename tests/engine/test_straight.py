@@ -108,6 +108,14 @@ def test_no_rule_brings_one(target, models, rule, tree, proposal):
     check_form(target, models["draft_model"], CUT, **settings)
 
 
+def test_temperatures_that_follow_the_tree_bring_none(target, models):
+    """Neither the drafter's nor the policy's."""
+    params = dataclasses.replace(SAMPLED, adaptive_temperature="entropy:1")
+    settings = {"method": "draft_model", "rule": "token", "tree": "regular:2x1"}
+    draft = models["draft_model"]
+    check_form(target, draft, params, adaptive_temperature="siblings:0.2", **settings)
+
+
 def test_an_undecided_program_has_conditionals(target, models):
     """What the form is checked by sees them, in loops and functions too."""
     function, arguments = engine_of(

@@ -124,7 +124,9 @@ def check_models(settings: Experiment, trees: Iterable[str]) -> tuple[Any, int]:
         TableFile(settings.speculative.recycle_table, target).read()
     max_len = limits.text_length(settings.engine.max_len, target, draft)
     for tree in trees:
-        limits.check_tree(shapes.parse(tree).depth, max_len)
+        shape = shapes.parse(tree)
+        limits.check_tree(shape.depth, max_len)
+        limits.check_policy(settings.sampling, getattr(shape, "shapes", (shape,)))
     if target.tokenizer is None:
         raise UserError(
             "the target's checkpoint has no tokenizer; name one with --tokenizer=PATH"

@@ -36,6 +36,9 @@ HELP: dict[str, dict[str, str]] = {
         "max_tokens": "tokens to emit per prompt, at most",
         "min_tokens": "tokens to emit before one that ends the text",
         "temperature": "0 is greedy",
+        "adaptive_temperature": "LOSSY: the temperature over --temperature: entropy:S "
+        "(0.8^(S / entropy)), depth:S (S^depth in the tree) or siblings:S "
+        "(number of children^S); default: none",
         "top_k": "keep the k likeliest tokens; 0 or -1: all",
         "top_p": "keep the likeliest tokens that have this probability together",
         "min_p": "keep tokens of at least this fraction of the greatest probability",

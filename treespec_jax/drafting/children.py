@@ -85,12 +85,16 @@ class Children(Protocol):
 
 def make(context: DraftContext, tau: float) -> Children:
     """The strategy of `context.proposal`; asks for the randomness that it needs."""
-    if context.temperature is None:
-        return _make(context, tau)
-    # Greedy slots have no temperature.
-    sampled_B = ~context.sampling.greedy
-    adaptive = Adaptive.of_all(context.temperature, sampled_B)
-    return Tempered(_make(context, tau), adaptive)
+    children = _make(context, tau)
+    if context.temperature is not None:
+        # Greedy slots have no temperature.
+        sampled_B = ~context.sampling.greedy
+        adaptive = Adaptive.of_all(context.temperature, sampled_B)
+        children = Tempered(children, adaptive)
+    if context.adaptive is not None:
+        # The drafter takes after the policy, which comes first.
+        children = Tempered(children, context.adaptive)
+    return children
 
 
 def _make(context: DraftContext, tau: float) -> Children:

@@ -48,6 +48,7 @@ from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling.penalties import Penalties
 from treespec_jax.sampling.policy import Sampling
 from treespec_jax.sampling.randomness import Randomness
+from treespec_jax.sampling.temperature import Adaptive
 from treespec_jax.trees.shapes import TreeShape
 from treespec_jax.trees.token_tree import TokenTree
 
@@ -224,6 +225,7 @@ class DraftContext:
       level_price: float32 [], time of a level over that of a step without any; for
         shapes that stop where a level does not pay (`drafting.levels`).
       temperature: of the drafter's own; None: that of the requests.
+      adaptive: of the policy; None if no request has any.
     """
 
     target: Transformer | None
@@ -238,6 +240,7 @@ class DraftContext:
     penalties: Penalties | None = None
     level_price: jax.Array | float = 0.0
     temperature: AdaptiveTemperature | None = None
+    adaptive: Adaptive | None = None
 
 
 class Drafter(Protocol):

@@ -12,6 +12,7 @@ from treespec_jax.engine.plan import ChunkPlan, Plan
 from treespec_jax.engine.state import Control
 from treespec_jax.sampling import policy
 from treespec_jax.sampling.penalties import TextSoFar
+from treespec_jax.sampling.temperature import Adaptive
 
 
 def chunk_arguments(chunk: ChunkPlan) -> tuple:
@@ -62,4 +63,5 @@ def control_of(plan: Plan, straight: bool) -> Control:
         level_price=np.float32(plan.level_price),
         top=plan.top,
         text=TextSoFar.of(plan.text) if plan.text is not None else None,
+        adaptive=Adaptive(**plan.adaptive) if plan.adaptive is not None else None,
     )

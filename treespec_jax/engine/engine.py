@@ -183,6 +183,7 @@ class Engine:
           params: bad words among them are token ids.
         """
         limits.check_params(params, self._vocab_size, self._eos_ids)
+        limits.check_policy(params, self.speculation.shapes)
         chain, length = params.logits_processors, self.config.max_len
         constraints.check(chain, length, self._vocab_size)
 
@@ -192,6 +193,7 @@ class Engine:
         speculation, stats = self.speculation, request.stats
         stats.rule = speculation.rule.name
         stats.cache_dtype = self.config.cache_dtype
+        stats.adaptive_temperature = request.params.adaptive_temperature
         if speculation.cascade:
             stats.cascade = speculation.cascade.name
             stats.alpha = speculation.cascade.alpha
@@ -221,10 +223,12 @@ class Engine:
         sizes = 1, self.config.max_len + 1
         settings = SlotSettings(*sizes, self._eos_ids, self._vocab_size)
         settings.insert(0, params)
-        text = None
+        text, adaptive = None, settings.adaptive()
         if params.penalised or len(tokens) - prompt < params.min_tokens:
             text = settings.text({0: (tokens[:prompt], tokens[prompt:])})
-        return self._executor.scores(logits, len(tokens), settings.sampling(), text)
+        return self._executor.scores(
+            logits, len(tokens), settings.sampling(), text, adaptive
+        )
 
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
         """A second request that goes on from where one stands, in a slot of its own.

@@ -40,6 +40,7 @@ from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import Pages
 from treespec_jax.sampling import policy
 from treespec_jax.sampling.penalties import TextSoFar
+from treespec_jax.sampling.temperature import Adaptive
 from treespec_jax.speculation import Speculation
 from treespec_jax.trees.shapes import TreeShape
 from treespec_jax.trees.token_tree import TokenTree
@@ -204,6 +205,7 @@ class Executor:
         position: int,
         sampling: Mapping[str, np.ndarray],
         text: Mapping[str, np.ndarray] | None,
+        adaptive: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """float32 [V], of which plain decoding emits the best.
 
@@ -212,6 +214,7 @@ class Executor:
           position: absolute.
           sampling: fields of `Sampling`, of one text.
           text: fields of `TextSoFar`, likewise; None without penalties.
+          adaptive: fields of `Adaptive`, likewise; None without one.
         """
         with compile_time.measured(self._clock):
             found = self._scores(
@@ -219,6 +222,7 @@ class Executor:
                 np.array([position], np.int32),
                 policy.from_host(sampling, self._straight),
                 TextSoFar.of(text) if text is not None else None,
+                Adaptive(**adaptive) if adaptive is not None else None,
             )
             return jax.device_get(found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from treespec_jax.cache.prefixes import HeldPages
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine.clock import Stopwatch
 from treespec_jax.engine.request import Request
-from treespec_jax.engine.slots import sampling_of_all
+from treespec_jax.engine.slots import adaptive_of_all, sampling_of_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Plan:
       max_steps: int32 [], steps to run at most.
       slots: who runs, by index; for `Scheduler.file`.
       level_price: of a level of the drafter, see `engine.costs`.
+      adaptive: fields of `sampling.temperature.Adaptive`; None if nobody asked for it.
     """
 
     page_table: np.ndarray
@@ -146,11 +148,14 @@ class Plan:
     max_steps: np.ndarray
     slots: Mapping[int, Slot]
     level_price: float = 0.0
+    adaptive: Mapping[str, Any] | None = None
 
     def asking(self, params: SamplingParams) -> Plan:
         """The same, as if every slot sampled like `params`."""
-        sampling = sampling_of_all(len(self.limits), params)
-        return dataclasses.replace(self, sampling=sampling)
+        batch = len(self.limits)
+        sampling = sampling_of_all(batch, params)
+        adaptive = adaptive_of_all(batch, params)
+        return dataclasses.replace(self, sampling=sampling, adaptive=adaptive)
 
 
 @dataclasses.dataclass(eq=False)

@@ -463,6 +463,7 @@ class Scheduler:
             top=settings.top,
             max_steps=np.array(steps, np.int32),
             slots=ready,
+            adaptive=settings.adaptive(),
         )
         for slot in ready.values():
             slot.planned += steps * self._width

@@ -19,6 +19,7 @@ from treespec_jax.sampling import policy
 from treespec_jax.sampling.noise import Noise
 from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.sampling.policy import Sampling
+from treespec_jax.sampling.temperature import Adaptive
 from treespec_jax.speculation import Speculation
 
 
@@ -163,6 +164,7 @@ def scores(
     position_1: jax.Array,
     sampling: Sampling,
     text: TextSoFar | None,
+    adaptive: Adaptive | None = None,
 ) -> jax.Array:
     """float32 [V], of which plain decoding emits the best at a position.
 
@@ -173,6 +175,7 @@ def scores(
       position_1: int32, absolute.
       sampling: settings of the one text.
       text: what penalties look at; None without any.
+      adaptive: of the policy; a root without a child.
     """
     logits_V1, vocab = logits_1V.T, logits_1V.shape[1]
     if text is not None:
@@ -180,5 +183,8 @@ def scores(
         logits_V1 = text.tables(vocab).apply(
             logits_V1, nothing, jnp.zeros((1, 1, 0), bool)
         )
+    if adaptive is not None:
+        root_11 = jnp.zeros((1, 1), jnp.int32)
+        logits_V1 = adaptive.temper(logits_V1, root_11, root_11)
     noise = Noise(sampling.seed, position_1, vocab).after(jnp.int32(0))
     return policy.perturbed(logits_V1, noise, sampling)[:, 0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from treespec_jax.adaptive import FORMS
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine.request import Request
 
@@ -40,13 +41,25 @@ def sampling_of_all(batch: int, params: SamplingParams) -> dict[str, np.ndarray]
     }
 
 
+def adaptive_of_all(batch: int, params: SamplingParams) -> dict[str, Any] | None:
+    """Fields of `sampling.temperature.Adaptive`, if all slots ask for the same."""
+    given = params.adaptive
+    if given is None:
+        return None
+    return {
+        "form": np.full(batch, list(FORMS).index(given.form), np.int32),
+        "strength": np.full(batch, given.strength, np.float32),
+        "forms": (given.form,),
+    }
+
+
 class SlotSettings:
     """What each slot's request asked for.
 
     A free slot is greedy and asks for nothing, so that it does not keep the others
     from the shortcuts of a batch in which nobody does. Only what makes another program,
-    `top` and the parts of `text`, stays until the last request that asked for such is
-    done: a batch that runs empty compiles nothing anew.
+    `top`, the forms of `adaptive` and the parts of `text`, stays until the last request
+    that asked for such is done: a batch that runs empty compiles nothing anew.
 
     Args:
       batch: B.
@@ -63,6 +76,7 @@ class SlotSettings:
         self._params: dict[int, SamplingParams] = {}
         self._top = 0
         self._parts: set[str] = set()
+        self._forms: set[str] = set()
         self._words_shape = 0, 0
         self._chains: tuple[tuple[Callable[..., Any], ...], ...] = ()
         bits = batch, -(-vocab_size // 32)
@@ -92,6 +106,8 @@ class SlotSettings:
         self._allowed[slot] = self._allowed_bits(params)
         self._ends[slot] = self._end_bits(params)
         self._speculate[slot] = params.speculate
+        if params.adaptive is not None:
+            self._forms |= {params.adaptive.form}
         for column, (token, bias) in enumerate(params.logit_bias):
             self._bias_tokens[slot, column] = token
             self._bias[slot, column] = bias
@@ -103,6 +119,8 @@ class SlotSettings:
             self._parts, self._words_shape, self._chains = set(), (0, 0), ()
         if not any(p.logprobs for p in self._params.values()):
             self._top = 0
+        if not any(p.adaptive_temperature for p in self._params.values()):
+            self._forms = set()
         self._allowed[slot] = ALL
         self._ends[slot] = 0
         for name, values in self._values.items():
@@ -159,6 +177,19 @@ class SlotSettings:
     def sampling(self) -> dict[str, np.ndarray]:
         """Fields of `sampling.policy.Sampling`."""
         return {name: self._values[name].copy() for name in _SAMPLING}
+
+    def adaptive(self) -> dict[str, Any] | None:
+        """Fields of `sampling.temperature.Adaptive`; None if nobody asked for it."""
+        if not self._forms:
+            return None
+        batch = len(self._want_logprobs)
+        form, strength = np.full(batch, -1, np.int32), np.zeros(batch, np.float32)
+        for slot, params in self._params.items():
+            given = params.adaptive
+            if given is not None:
+                form[slot] = list(FORMS).index(given.form)
+                strength[slot] = given.strength
+        return {"form": form, "strength": strength, "forms": tuple(sorted(self._forms))}
 
     def text(
         self, texts: Mapping[int, tuple[Sequence[int], Sequence[int]]]

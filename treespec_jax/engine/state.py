@@ -12,6 +12,7 @@ from treespec_jax.config import EngineConfig
 from treespec_jax.models.views import Pages
 from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.sampling.policy import Sampling
+from treespec_jax.sampling.temperature import Adaptive
 from treespec_jax.trees.shapes import TreeShape
 
 
@@ -52,6 +53,7 @@ class Control:
       top: K, tokens whose log p is told beside that of an emitted one; another number
         is another program.
       text: what penalties look at; None, another program, if no request has any.
+      adaptive: of the policy; None, another program, if no request has any.
     """
 
     page_table: jax.Array
@@ -63,6 +65,7 @@ class Control:
     max_steps: jax.Array
     level_price: jax.Array
     text: TextSoFar | None = None
+    adaptive: Adaptive | None = None
     top: int = dataclasses.field(default=0, metadata=dict(static=True))
 
 

@@ -24,6 +24,7 @@ class Stats:
       rule: which drafted tokens were kept.
       cascade: the policy, if it was not the target's.
       alpha: of the cascade.
+      adaptive_temperature: of the policy, `SamplingParams.adaptive_temperature`.
       cache_dtype: of keys and values; "int8" rounds them.
       bound_by: names of the budgets that were reached: `max_nodes_per_level` and
         `max_total_nodes` where they made trees smaller, `max_time`.
@@ -53,6 +54,7 @@ class Stats:
     cascade: str = ""
     alpha: float = 0.0
     cache_dtype: str = ""
+    adaptive_temperature: str = ""
     bound_by: tuple[str, ...] = ()
     emitted_counts: list[int] = dataclasses.field(default_factory=list)
     rank_counts: list[int] = dataclasses.field(default_factory=list)
@@ -93,7 +95,7 @@ class Stats:
     def lossless(self) -> bool:
         """Whether tokens are distributed as in plain decoding with unrounded keys."""
         label = compatibility.label(self.rule, self.cascade, self.cache_dtype)
-        return label == "lossless"
+        return label == "lossless" and not self.adaptive_temperature
 
     @property
     def label(self) -> str:
@@ -101,6 +103,8 @@ class Stats:
         label = compatibility.label(self.rule, self.cascade)
         if self.cache_dtype == "int8":
             label = "lossy: int8 cache"
+        if self.adaptive_temperature:
+            label = f"lossy: temperature {self.adaptive_temperature}"
         if self.cascade:
             return f"{self.rule} ({label}: cascade {self.cascade}, {self.alpha:g})"
         return f"{self.rule} ({label})"
@@ -200,6 +204,8 @@ def total(
         cascade=parts[0].cascade if parts else "",
         alpha=parts[0].alpha if parts else 0.0,
         cache_dtype=parts[0].cache_dtype if parts else "",
+        # One text that has it makes the whole lossy.
+        adaptive_temperature=max((p.adaptive_temperature for p in parts), default=""),
         bound_by=tuple(dict.fromkeys(n for p in parts for n in p.bound_by)),
         emitted_counts=_summed(p.emitted_counts for p in parts),
         rank_counts=_summed(p.rank_counts for p in parts),

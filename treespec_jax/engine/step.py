@@ -32,7 +32,7 @@ from treespec_jax.sampling.penalties import Penalties
 from treespec_jax.sampling.randomness import Randomness
 from treespec_jax.speculation import Speculation
 from treespec_jax.trees.shapes import TreeShape
-from treespec_jax.trees.token_tree import TokenTree, only_roots
+from treespec_jax.trees.token_tree import TokenTree, number_of_children, only_roots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,7 @@ def propose(
         penalties=turn.penalties,
         level_price=turn.control.level_price,
         temperature=speculation.draft_temperature,
+        adaptive=turn.control.adaptive,
     )
     with jax.named_scope("propose"):
         return Proposed(*speculation.drafter.propose(state.draft, shape, context))
@@ -186,6 +187,9 @@ def decide(
             logits_VR = turn.penalties.apply(
                 logits_VR, tree.tokens[:, 1:], tree.ancestors[:, :, 1:]
             )
+        if control.adaptive is not None:
+            children_BT = number_of_children(tree)
+            logits_VR = control.adaptive.temper(logits_VR, tree.depth, children_BT)
         if speculation.cascade is not None:
             p = policy.distributions(logits_VR, sampling.softened())
             log_p_VBT = p.log_probabilities().reshape(-1, *tree.depth.shape)

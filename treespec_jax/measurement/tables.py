@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from treespec_jax import adaptive
+
 
 def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> str:
     """Columns padded to equal width; the first is left-aligned, the others right."""
@@ -86,7 +88,11 @@ def verdict(settings: Mapping[str, Any]) -> str | None:
     from treespec_jax.acceptance import compatibility
 
     spec = settings["speculative"]
-    sampled = spec["rule"] != "exact" and settings["sampling"]["temperature"] > 0
+    given = settings["sampling"]
+    sampled = spec["rule"] != "exact" and given["temperature"] > 0
+    policy = adaptive.parse("", given.get("adaptive_temperature", ""))
+    if policy is not None and policy.by_tree:
+        return "Different text, LOSSY."
     if not sampled and not spec["cascade"]:
         return None
     lossless = compatibility.label(spec["rule"], spec["cascade"]) == "lossless"

@@ -155,6 +155,11 @@ def generate(llm, target: str, prompts: Sequence[Prompt], settings: Settings) ->
             "a cascade or the typical rule writes what the target would not; take "
             "--rule=exact"
         )
+    given = [settings.sampling, *(p.sampling for p in prompts if p.sampling)]
+    if any(params.adaptive_temperature for params in given):
+        raise UserError(
+            "adaptive_temperature writes what the target would not; leave it out"
+        )
     described = identity(llm, target, settings, prompts)
     check_identity(settings.output, described)
     vocab = llm.config.vocab_size

@@ -116,6 +116,14 @@ def only_roots(tree: TokenTree, slots_B: jax.Array) -> TokenTree:
     )
 
 
+def number_of_children(tree: TokenTree) -> jax.Array:
+    """int32 [B, T]: how many valid nodes have each node as their parent."""
+    below_BT = tree.valid & (tree.depth > 0)
+    node_T = jnp.arange(tree.tokens.shape[1])
+    child_BTT = (tree.parents[:, :, None] == node_T) & below_BT[:, :, None]
+    return jnp.sum(child_BTT, axis=1, dtype=jnp.int32)
+
+
 def orders(tree: TokenTree, path_BC: jax.Array) -> jax.Array:
     """int32 [B, C]: nodes that stand before those of a path by estimated probability.
 
