@@ -360,6 +360,16 @@ def test_costs_of_another_load_correct_the_curve():
     assert costs.relative(TREE, Load.of(8, 0)) == pytest.approx(2 * guess)
 
 
+def test_a_level_costs_the_tokens_of_its_time():
+    """At so many tokens in the time of a step that runs levels for all but two."""
+    curve = CostCurve(((1, 1.0), (64, 7.3)), 0.2, 0.1, 0.3)
+    step = curve.step(ROOT_ONLY, TREE.num_nodes) + 0.2
+    for tokens, count in ((1.0, 0.0), (2.5, 0.5), (99.0, TREE.depth - 1)):
+        price = curve.level_price(TREE, 1, tokens)
+        assert price == pytest.approx(0.1 * tokens / (step + 0.1 * count))
+    assert curve.level_price(ROOT_ONLY, 1, 1.0) == pytest.approx(0.1 / 1.5)
+
+
 def test_known_costs_survive_a_file():
     kept = []
     costs = Costs(usual_curve(True, True), 1, keep=kept.append)

@@ -21,11 +21,11 @@ THRESHOLD, COST = "dynamic:12@4~0.6", "dynamic:12@4~cost"
 
 
 class Priced(Costs):
-    """A level of the drafter costs what the test says."""
+    """A level of the drafter has to add what the test says."""
 
-    price = 0.33
+    price = 0.8
 
-    def level_price(self, shape, load):
+    def level_price(self, shape, load, tokens):
         return self.price
 
 

@@ -70,7 +70,8 @@ HELP: dict[str, dict[str, str]] = {
         "model": "drafter's checkpoint: a small model, EAGLE or Medusa; default: the "
         "one for that name, if the target is a name of list_models",
         "tree": "auto (a choice at every step), none, chain:5, regular:4x2x1, "
-        "dynamic:15@5, allotted:15@5, static:0.0.0+0.1+1 (paths of child ranks), "
+        "dynamic:15@5, dynamic:15@5~cost (levels that are worth their time), "
+        "allotted:15@5, static:0.0.0+0.1+1 (paths of child ranks), "
         "medusa:mc_sim_7b_63, medusa:mc_sim_7b_63@3 or file:PATH (docs/shapes.md); "
         "default: auto under the rule exact, else the method's",
         "max_nodes_per_level": "drafted nodes of equal depth; larger trees are cut; "

@@ -13,12 +13,7 @@ import jax.numpy as jnp
 
 from treespec_jax.branches import branch
 from treespec_jax.drafting.children import breadth
-from treespec_jax.drafting.levels import (
-    best_tokens,
-    family_profile,
-    gain_of_level,
-    pays,
-)
+from treespec_jax.drafting.levels import family_profile, gain_of_level, pays
 from treespec_jax.drafting.protocol import DraftContext, Level
 from treespec_jax.sampling.select import ascending, top_k_rows
 from treespec_jax.trees.shapes import BestFirstShape
@@ -138,11 +133,7 @@ def _pays(context, shape: BestFirstShape, levels: list[_Candidates], frontier):
     path_BW, profile_BX = frontier
     seen_BN = jnp.exp(jnp.concatenate([level.path for level in levels], axis=1))
     gain_B = gain_of_level(seen_BN, jnp.exp(path_BW), profile_BX, shape.nodes)
-    tokens_B = 1.0 + best_tokens(seen_BN, shape.nodes)
-    gain, tokens = (
-        jnp.sum(jnp.where(context.active, x_B, 0.0)) for x_B in (gain_B, tokens_B)
-    )
-    return pays(gain, tokens, len(levels) - 1, context.level_price)
+    return pays(gain_B, context.active, context.level_price)
 
 
 def _level_if(going_on, go_on: Callable[[], tuple[_Candidates, Any, Any]]):

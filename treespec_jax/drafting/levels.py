@@ -1,25 +1,24 @@
 """Whether one more level of a best-first tree pays, decided while the tree is grown.
 
-A step that emits E tokens in expectation and takes t seconds is worth E / t tokens per
-second. One more level of the drafter adds dE tokens and takes c seconds. Because
+Steps i that emit E_i tokens in expectation and take t_i seconds are worth sum E_i /
+sum t_i tokens per second. Let R be the most that any way of stopping attains. Then no
+way attains more than 0 of sum (E_i - R t_i), and the best one attains 0 (Dinkelbach,
+Management Science 1967; in foraging theory, the marginal value theorem of Charnov,
+1976): every step by itself has to maximise E - R t. So a level that adds dE tokens and
+takes c seconds pays if
 
-    (E + dE) / (t + c) > E / t    exactly if    dE * (t / E) > c,
+    dE > R c,    or    dE * (seconds of a step per token) > c,
 
-a level pays if the tokens that it adds, at the time that a token costs now, are worth
-more than its time: marginal gain over marginal cost against their ratio so far. Where
-the gains of the levels only fall, the ratio rises up to the first level that does not
-pay and falls from there on, so that stopping there is the best of all depths (the rule
-of marginal values; of chains, where dE is the probability of the whole path, it is the
-stopping rule of 2405.19715). Texts of a batch share the time of a level: their tokens
-are summed.
+marginal gain over marginal cost against the ratio of all steps, not of this one: a sure
+step goes on where its own ratio would already fall. Where the gains of the levels only
+fall, the first level that does not pay is the best end. Any R below or above the best
+one is drawn to it if it follows what the steps bring. Texts of a batch share the time
+of a level: their gains are summed, and `level_price` is R c for each text.
 
-With p = c / (t of the step without any level), `level_price`, and n levels so far,
-t / c = 1 / p + n, and a level pays if dE (1 + n p) > p E.
-
-E is known: 1, and the paths of the N best candidates. dE is not, before the level has
-run. It is what the N best would gain if the children of every node were as sure as
-those of the level before, rank by rank (`family_profile`). A child that would not get
-among the N best gains nothing: a full tree of likely paths does not grow on.
+dE is not known before the level has run. It is what the N best paths would gain if the
+children of every node were as sure as those of the level before, rank by rank
+(`family_profile`). A child that would not get among the N best gains nothing: a full
+tree of likely paths does not grow on.
 """
 
 from __future__ import annotations
@@ -31,20 +30,17 @@ from treespec_jax.sampling.select import top_k_rows
 
 
 def pays(
-    gain: jax.Array | float,
-    tokens: jax.Array | float,
-    levels: int,
-    level_price: jax.Array | float,
+    gain_B: jax.Array, active_B: jax.Array, level_price: jax.Array | float
 ) -> jax.Array:
-    """bool: whether one more level pays, see above.
+    """bool []: whether one more level pays, see above.
 
     Args:
-      gain: dE, expected tokens that it adds, over all texts.
-      tokens: E, expected tokens of the step so far.
-      levels: n, run so far.
-      level_price: p >= 0; at 0 whatever gains anything pays.
+      gain_B: dE, expected tokens that it adds to each text.
+      active_B: bool, texts that count.
+      level_price: R c, for each text; at 0 whatever gains anything pays.
     """
-    return gain * (1 + levels * level_price) > level_price * tokens
+    worth_B = jnp.where(active_B, gain_B - level_price, 0.0)
+    return jnp.sum(worth_B) > 0
 
 
 def best_tokens(path_BN: jax.Array, nodes: int) -> jax.Array:

@@ -222,8 +222,8 @@ class DraftContext:
       randomness: of the step.
       proposal: how nodes are proposed, one of `acceptance.compatibility.PROPOSALS`.
       penalties: of the policy; None if no request has any.
-      level_price: float32 [], time of a level over that of a step without any; for
-        shapes that stop where a level does not pay (`drafting.levels`).
+      level_price: float32 [], tokens per text that a level has to add to be worth its
+        time; for shapes that stop where none does (`drafting.levels`).
       temperature: of the drafter's own; None: that of the requests.
       adaptive: of the policy; None if no request has any.
     """

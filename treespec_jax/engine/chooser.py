@@ -32,9 +32,11 @@ from treespec_jax.engine.costs import COMPARISONS, REHEARSAL, Costs, Load
 from treespec_jax.engine.expectation import (
     GAIN,
     GAIN_OF_MODEL,
+    PRIOR,
     Expectation,
     observed_shapes,
 )
+from treespec_jax.engine.plan import Plan
 from treespec_jax.engine.request import Request
 from treespec_jax.trees.shapes import TreeShape
 
@@ -258,6 +260,21 @@ class Chooser:
             near = np.flatnonzero(speeds * LESS_DOUBT >= speeds.max())
             found |= {self._shapes[number] for number in near}
         return [shape for shape in self._shapes if shape in found]
+
+    def priced(self, plan: Plan, shape: TreeShape) -> Plan:
+        """The plan of a dispatch of that shape, with the price of a level."""
+        if not getattr(shape, "priced", False):
+            return plan
+        requests = [slot.request for slot in plan.slots.values()]
+        tokens = self._tokens(requests)[self._shapes.index(shape)]
+        if len(self._shapes) == 1:
+            # Nobody tells of an only shape; all steps of a text were of it.
+            spent = sum(request.stats.steps for request in requests)
+            emitted = sum(request.stats.tokens for request in requests)
+            prior = PRIOR * len(requests)
+            tokens = (emitted + prior * tokens) / (spent + prior)
+        price = self.costs.level_price(shape, self.load(requests), tokens)
+        return dataclasses.replace(plan, level_price=price)
 
     def started(self, choice: Choice, requests: Collection[Request]) -> None:
         """A dispatch was started; a choice need not lead to one."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax.engine.plan import Plan
 from treespec_jax.trees import shapes as naming
 from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
@@ -83,10 +82,19 @@ class CostCurve:
         """Of a step, in plain steps."""
         return self.step(shape, slots) / self.step(ROOT_ONLY, slots)
 
-    def level_price(self, shape: TreeShape, slots: int) -> float:
-        """Of one level of the drafter, in steps of that shape without any level."""
-        rest = self.root + self._verify(slots * shape.num_nodes) + self.rest
-        return self.level / rest if rest > 0 else 0.0
+    def level_price(self, shape: TreeShape, slots: int, tokens: float) -> float:
+        """Tokens that are emitted in the time of a level of the drafter.
+
+        Args:
+          shape: of the tree.
+          slots: B.
+          tokens: of a step. It is taken to run a level for each but the first two: the
+            root has the first one's, the target adds the last.
+        """
+        levels = min(max(tokens - 2.0, 0.0), max(shape.depth - 1, 0))
+        time = self.root + self._verify(slots * shape.num_nodes) + self.rest
+        time += levels * self.level
+        return tokens * self.level / time if time > 0 else 0.0
 
     def _verify(self, rows: int) -> float:
         sizes, seconds = np.array(self.verify, float).T
@@ -202,13 +210,9 @@ class Costs:
         guess_there = self._guess(shape, other)
         return guess * self._measured(other, name, guess_there) / guess_there
 
-    def level_price(self, shape: TreeShape, load: Load) -> float:
+    def level_price(self, shape: TreeShape, load: Load, tokens: float) -> float:
         """See `CostCurve.level_price`; by the curve of the nearest context."""
-        return self._curve(load).level_price(shape, self._slots)
-
-    def priced(self, plan: Plan, shape: TreeShape, load: Load) -> Plan:
-        """The plan of a dispatch of that shape with the price of a level."""
-        return dataclasses.replace(plan, level_price=self.level_price(shape, load))
+        return self._curve(load).level_price(shape, self._slots, tokens)
 
     def _measured(self, load: Load, name: str, guess: float) -> float:
         """The median of the comparisons; while there are few, the guess is another."""

@@ -190,17 +190,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request; raises what `check` raises."""
         self.check(request)
-        speculation, stats = self.speculation, request.stats
-        stats.rule = speculation.rule.name
-        stats.cache_dtype = self.config.cache_dtype
-        stats.adaptive_temperature = request.params.adaptive_temperature
-        if speculation.cascade:
-            stats.cascade = speculation.cascade.name
-            stats.alpha = speculation.cascade.alpha
-        stats.sources = speculation.drafter.sources
-        if request.params.speculate:
-            stats.bound_by = speculation.bound_by
-        stats.emitted_counts = [0] * (speculation.depth + 2)
+        cache_dtype = self.config.cache_dtype
+        request.stats.begin(self.speculation, cache_dtype, request.params)
         self._scheduler.submit(request)
 
     def cancel(self, request: Request, finish_reason: str = "stop") -> None:
@@ -442,13 +433,12 @@ class Engine:
             return
         started, compiled = self._clock.now(), sum(self.compilations.values())
         requests, rehearsed = [slot.request for slot in plan.slots.values()], None
-        load, costs = self._chooser.load(requests), self._chooser.costs
+        load = self._chooser.load(requests)
+        plan = self._chooser.priced(plan, choice.shape)
         try:
             if choice.rehearse:
-                shape = self._observed[-1]
-                rehearsed = self._executor.rehearse(costs.priced(plan, shape, load))
-            priced = costs.priced(plan, choice.shape, load)
-            outbox = self._executor.dispatch(priced, choice.shape)
+                rehearsed = self._executor.rehearse(plan)
+            outbox = self._executor.dispatch(plan, choice.shape)
         except BaseException:
             self._scheduler.abandon(plan)
             raise

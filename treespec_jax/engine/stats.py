@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from treespec_jax.acceptance import compatibility
+from treespec_jax.config import SamplingParams
 from treespec_jax.trees.records import StepRecord
 
 
@@ -67,6 +68,18 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
+
+    def begin(self, speculation: Any, cache_dtype: str, params: SamplingParams) -> None:
+        """Notes how a request will be decoded, by a `speculation.Speculation`."""
+        self.rule, self.cache_dtype = speculation.rule.name, cache_dtype
+        self.adaptive_temperature = params.adaptive_temperature
+        if speculation.cascade:
+            self.cascade = speculation.cascade.name
+            self.alpha = speculation.cascade.alpha
+        self.sources = speculation.drafter.sources
+        if params.speculate:
+            self.bound_by = speculation.bound_by
+        self.emitted_counts = [0] * (speculation.depth + 2)
 
     def record_step(self, step: StepRecord, times: int = 1) -> None:
         """Counts a step, or so many that did the same."""
