@@ -225,7 +225,7 @@ class SettingFlags:
             if value is not None:
                 given[setting.dotted] = _parsed(setting, value)
         built = settings.build(config, given)
-        if built.sampling.samples > 1 and not self.samples:
+        if not self.samples and built.sampling.samples > 1:
             raise UserError(
                 f"sampling.n={built.sampling.n} and best_of={built.sampling.best_of}: "
                 "this command takes one text of a prompt; leave them to generate"
