@@ -14,7 +14,7 @@ PACKAGES = ("treespec_jax", "pallas_kernels")
 # Rooms of treespec_jax from the ground up; one may import those of lines above its own.
 FLOORS = (
     ("errors", "interrupts", "pace"),
-    ("adaptive", "branches", "checks"),
+    ("adaptive", "branches", "checks", "distributed"),
     ("params",),
     ("config",),
     ("sharding", "trees"),

@@ -150,7 +150,11 @@ def ending(process: bool) -> Iterator[None]:
         yield
     except SystemExit as end:
         background = sys.modules.get("treespec_jax.engine.background")
-        if not process or background is None or not background.compiling():
+        team = sys.modules.get("treespec_jax.distributed")
+        # Other processes would take a sudden end for a failure.
+        shared = team is not None and team.is_multiprocess()
+        busy = background is not None and background.compiling()
+        if not process or shared or not busy:
             raise
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from treespec_jax import distributed
 from treespec_jax.checkpoints import Description, LoadedModel, describe, drafters, load
 from treespec_jax.checkpoints.drafters import (
     DrafterDescription,
@@ -22,6 +23,7 @@ from treespec_jax.checks import from_mapping
 from treespec_jax.config import SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import recycle, wiring
 from treespec_jax.drafting.protocol import Drafter
+from treespec_jax.engine import placement
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
@@ -146,6 +148,10 @@ def try_drafter(engine: Engine, target: LoadedModel, draft: LoadedDrafter) -> No
     count = min(_CHECKED, settings.max_len - 1)
     if draft.known or count < 3:
         return
+    mesh = placement.placement(target.model, None).mesh
+    wired = distributed.repeated(_Wiring(target, draft), ("check",), mesh)
+    if distributed.is_follower():
+        return
     config = target.config
     begins = [config.bos_id, *config.eos_ids, 0]
     begin = next(token for token in begins if token is not None)
@@ -162,14 +168,27 @@ def try_drafter(engine: Engine, target: LoadedModel, draft: LoadedDrafter) -> No
     shortest = min(len(request.tokens) for request in requests)
     if shortest >= 3:
         texts = np.asarray([r.tokens[:shortest] for r in requests], np.int32)
-        wiring.check(target.model, draft.model, texts, draft.source)
+        wired.check(texts)
     engine.reset()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wiring:
+    """A drafter and its target, in every process that has a part of them."""
+
+    target: LoadedModel
+    draft: LoadedDrafter
+
+    def check(self, texts: np.ndarray) -> None:
+        """Raises UserError for a drafter that `wiring.check` refuses."""
+        parts = self.target.model, self.draft.model
+        wiring.check(*parts, texts, self.draft.source)
 
 
 def recycle_table_of(drafter: Drafter, engine: Engine) -> Table | None:
     """What all requests taught, in copies: the next dispatch takes the arrays."""
     found = recycle.table_of(drafter, engine.draft_state)
-    return found and Table(np.array(found.best[0]), np.array(found.logits[0]))
+    return found and Table(np.array(found.best)[0], np.array(found.logits)[0])
 
 
 def with_recycle_table(drafter: Drafter, table: Table, state: Any) -> Any:

@@ -109,7 +109,8 @@ def make_mesh(
       devices: to fill it with, in order; None: the first ones there are.
 
     Raises:
-      UserError: it does not parse, or asks for more devices than there are.
+      UserError: it does not parse, asks for more devices than there are, or has none
+        of some process.
     """
     sizes = _parse(axes) if isinstance(axes, str) else dict(axes)
     for name, size in sizes.items():
@@ -126,6 +127,13 @@ def make_mesh(
         raise UserError(
             f"mesh {_text(sizes)} asks for {count} devices, there are {len(found)}; "
             "lower it"
+        )
+    taken = {device.process_index for device in found[:count]}
+    idle = set(range(jax.process_count())) - taken if devices is None else set()
+    if idle:
+        raise UserError(
+            f"mesh {_text(sizes)} leaves process {min(idle)} without a device; raise "
+            f"it ({len(found)} are all devices), or start fewer processes"
         )
     return jax.make_mesh(
         tuple(sizes.values()),

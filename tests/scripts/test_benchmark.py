@@ -105,8 +105,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(FakeLLM, "asked", [])
     monkeypatch.setattr(FakeLLM, "stop_after", 10**9)
     monkeypatch.setattr(plots, "save_suite", lambda results, path: None)
-    monkeypatch.setattr(loading, "load_pair", lambda settings: None)
-    monkeypatch.setattr(loading, "make_llm", lambda settings, pair: FakeLLM(settings))
+    pair = types.SimpleNamespace(make=FakeLLM, target=None)
+    monkeypatch.setattr(loading, "load_pair", lambda settings: pair)
     return FakeLLM
 
 

@@ -129,7 +129,7 @@ def test_several_texts_where_one_is_wanted(refuses, files, chat_pair, tmp_path):
 
 def test_bad_options_and_tables(refuses, files, tmp_path, monkeypatch):
     """Found before weights are read, and tables before jax starts."""
-    monkeypatch.setattr(loading, "make_llm", lambda *_: pytest.fail("weights"))
+    monkeypatch.setattr(loading, "make_llms", lambda *_: pytest.fail("weights"))
     args = [f"--target={files.target}", "--method=recycle", "--prompt=a"]
     monkeypatch.setattr(checkpoints, "load", lambda *_, **__: pytest.fail("weights"))
     for option, expected in (

@@ -17,8 +17,10 @@ from typing import Any
 
 from absl.flags import DEFINE_bool
 
+from treespec_jax import distributed
 from treespec_jax.commands import benchmark_job, flags, loading, runtime, setting_flags
 from treespec_jax.commands.benchmark_job import Job
+from treespec_jax.errors import UserError
 from treespec_jax.measurement import peers
 from treespec_jax.measurement.grid import ANSWER, Combination, Task
 from treespec_jax.measurement.journal import FILE, Journal
@@ -47,13 +49,23 @@ def define() -> None:
     words = "a question per category, one round of short answers, two shapes"
     DEFINE_bool("quick", False, words)
     DEFINE_bool("overwrite", False, "replace results of other settings")
-    flags.define("output", "compilation_cache")
+    flags.define("output", "compilation_cache", *flags.CLUSTER)
 
 
 def main(given) -> None:
-    folder = check_folder(given.output)
     settings = _SETTINGS.experiment(_QUICK if given.quick else None)
+    if given.distributed and settings.benchmark.breakdown:
+        raise UserError(
+            "the parts of a step are timed in one process; give --nobreakdown with "
+            "--distributed"
+        )
     job = benchmark_job.make(settings)
+    settings = runtime.join(given, job.settings)
+    if distributed.is_follower():
+        runtime.set_up(given.compilation_cache)
+        return loading.follow()
+    folder = check_folder(given.output)
+    job = dataclasses.replace(job, settings=settings)
     journal = Journal(folder, job.identity, given.overwrite)
 
     # Heavy imports only now, so that a bad flag answers at once.

@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import flags
 
+from treespec_jax.distributed import Cluster
 from treespec_jax.errors import UserError
 
 # --help shows the flags below as those of the command that defines them.
@@ -27,12 +28,44 @@ _SHARED = {
         None,
         "its folder; default: in the user's cache folder; '' is none",
     ),
+    "distributed": (
+        flags.DEFINE_bool,
+        False,
+        "one of several processes that share the devices of --mesh; docs/tpu.md",
+    ),
+    "coordinator": (
+        flags.DEFINE_string,
+        None,
+        "HOST:PORT of process 0; default: jax finds it, and the next two (Cloud TPU)",
+    ),
+    "num_processes": (flags.DEFINE_integer, None, "how many processes there are"),
+    "process_id": (flags.DEFINE_integer, None, "which this is, from 0"),
+    "join_timeout": (flags.DEFINE_integer, 300, "seconds to wait for all processes"),
     "max_batch": (_positive, 8, "texts decoded together"),
     "page_size": (_positive, 128, "cache rows per page"),
     "prefix": (_positive, 2048, "tokens of prefix of each text"),
     "kv_heads": (_positive, 8, "key/value heads"),
     "head_dim": (_positive, 128, "width of a head"),
 }
+
+
+# Those of `cluster`.
+CLUSTER = "distributed", "coordinator", "num_processes", "process_id", "join_timeout"
+
+
+def cluster(given) -> Cluster | None:
+    """The processes that `CLUSTER` names; None: this one is alone.
+
+    Raises:
+      UserError: flags that do not fit together.
+    """
+    names = CLUSTER[1:4]
+    if given.distributed:
+        return Cluster(*(given[name].value for name in names), given.join_timeout)
+    for name in names:
+        if given[name].value is not None:
+            raise UserError(f"--{name} needs --distributed; give both")
+    return None
 
 
 def define(*names: str, **defaults: Any) -> None:

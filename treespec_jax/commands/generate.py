@@ -30,7 +30,7 @@ from typing import Any
 
 from absl.flags import DEFINE_bool, DEFINE_multi_string, DEFINE_string
 
-from treespec_jax import commands
+from treespec_jax import commands, distributed
 from treespec_jax.checkpoints import recycle_table
 from treespec_jax.commands import (
     answers,
@@ -79,7 +79,7 @@ def define() -> None:
     DEFINE_bool("overwrite", False, "forget the answers in --output")
     pictures.define()
     generate_beams.define()
-    flags.define("prompts_file", "compilation_cache")
+    flags.define("prompts_file", "compilation_cache", *flags.CLUSTER)
 
 
 def main(given) -> int | None:
@@ -88,6 +88,12 @@ def main(given) -> int | None:
         given.chat, given.prompt, given.prompts_file, given.system
     )
     settings = _SETTINGS.experiment().with_paths()
+    if given.distributed:
+        _check_alone(given)
+    settings = runtime.join(given, settings)
+    if distributed.is_follower():
+        runtime.set_up(given.compilation_cache)
+        return loading.follow()
     file = _answer_file(given)
     asked = answers.questions(lines, settings.target, settings.sampling)
     remaining = asked if file is None else file.unanswered(asked)
@@ -242,6 +248,15 @@ def _check_whole_texts(job: Job) -> None:
             )
 
 
+def _check_alone(given) -> None:
+    """Refuses what runs the model beside an engine, where processes share it."""
+    for name in ("verify_lossless", "trace"):
+        if given[name].value:
+            raise UserError(
+                f"--{name} runs in one process; leave it out, or --distributed"
+            )
+
+
 def _check_same_text(job: Job) -> None:
     """Refuses settings under which a tree may give another text by intention."""
     settings = job.settings
@@ -298,10 +313,10 @@ def run(job: Job, encoded: list[list[int]], compare: bool, verify: bool) -> int:
         if first is not None:
             timing["first_token_seconds"] = first - commands.STARTED
         if compare and answered:
-            llms = {"plain": loading.make_llm(settings.with_tree("none"), pair)}
+            llms = {"plain": pair.make(settings.with_tree("none"))}
             # An engine that records takes longer.
             same = recorded == settings
-            llms["tree"] = llm if same else loading.make_llm(settings, pair)
+            llms["tree"] = llm if same else pair.make(settings)
             with runtime.says_compiling(not job.output.quiet):
                 for other in llms.values():
                     step_cost.warm_up(other, encoded)

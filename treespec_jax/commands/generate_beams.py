@@ -57,7 +57,7 @@ def run(
       output: `generate.Output`.
     """
     pair = loading.load_pair(settings)
-    llm = loading.make_llm(settings, pair)
+    llm = pair.make(settings)
     fields = {**fields, "max_tokens": settings.sampling.max_tokens}
     with loading.keeping_table(llm), runtime.says_compiling(not output.quiet):
         found = llm.beam_search(prompts, **fields)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from treespec_jax import limits
+from treespec_jax import distributed, limits
 from treespec_jax.arguments import with_token_ids
 from treespec_jax.checkpoints import drafters
 from treespec_jax.commands.prompts import Prompt
@@ -49,7 +50,25 @@ class Pair:
             self._drafts[name] = self._load(speculative)
         return self._drafts[name]
 
-    def checked(self, settings: Experiment) -> None:
+    def make(self, settings: Experiment) -> Any:
+        """An `LLM` with an engine of its own over the shared weights.
+
+        Raises:
+          UserError: vocabularies that differ, or sizes that do not fit.
+        """
+        from treespec_jax import LLM
+
+        engine, speculative = settings.engine, settings.speculative
+        made = LLM(
+            self.target,
+            speculative=dataclasses.replace(speculative, model=self.draft(settings)),
+            **{f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)},
+        )
+        # Once is enough.
+        self._checked(settings)
+        return made
+
+    def _checked(self, settings: Experiment) -> None:
         """Notes that the drafter of some settings is known to fit the target."""
         found = self.draft(settings)
         if getattr(found, "method", ""):
@@ -140,6 +159,41 @@ def _check_params(params: SamplingParams, target: Any) -> None:
     limits.check_params(params, about.vocab_size, about.eos_ids)
 
 
+class _Loader:
+    """Reads weights, in every process that has a part of them."""
+
+    def load(self, settings: Experiment) -> Pair:
+        """See `load_pair`."""
+        import jax
+
+        from treespec_jax import speculation
+        from treespec_jax.checkpoints import load
+        from treespec_jax.sharding import make_mesh
+
+        if not settings.plain:
+            speculation.find(settings.speculative)
+        dtype = settings.dtype or None
+        if dtype is None and jax.default_backend() == "cpu":
+            dtype = "float32"
+        tokenizer = settings.tokenizer or None
+        mesh = make_mesh(settings.mesh) if settings.mesh else None
+        target = load(
+            settings.target,
+            dtype,
+            tokenizer=tokenizer,
+            mesh=mesh,
+            weights=limits.check_exact(settings.engine.exact, settings.weights) or None,
+        )
+        pair = Pair(target, tokenizer, mesh)
+        pair.draft(settings)
+        return distributed.repeated(pair, ("make",), mesh)
+
+
+@functools.cache
+def _loader() -> Any:
+    return distributed.repeated(_Loader(), ("load",))
+
+
 def load_pair(settings: Experiment) -> Pair:
     """Reads the weights that `settings` name.
 
@@ -147,53 +201,18 @@ def load_pair(settings: Experiment) -> Pair:
       UserError: an option that the method does not have, a checkpoint that cannot be
         read, or a mesh that cannot be had.
     """
-    import jax
-
-    from treespec_jax import speculation
-    from treespec_jax.checkpoints import load
-    from treespec_jax.sharding import make_mesh
-
-    if not settings.plain:
-        speculation.find(settings.speculative)
-    dtype = settings.dtype or None
-    if dtype is None and jax.default_backend() == "cpu":
-        dtype = "float32"
-    tokenizer = settings.tokenizer or None
-    mesh = make_mesh(settings.mesh) if settings.mesh else None
-    target = load(
-        settings.target,
-        dtype,
-        tokenizer=tokenizer,
-        mesh=mesh,
-        weights=limits.check_exact(settings.engine.exact, settings.weights) or None,
-    )
-    pair = Pair(target, tokenizer, mesh)
-    pair.draft(settings)
-    return pair
+    return _loader().load(settings)
 
 
-def make_llm(settings: Experiment, pair: Pair):
-    """An `LLM` with an engine of its own over the shared weights.
-
-    Raises:
-      UserError: vocabularies that differ, or sizes that do not fit.
-    """
-    from treespec_jax import LLM
-
-    engine, speculative = settings.engine, settings.speculative
-    made = LLM(
-        pair.target,
-        speculative=dataclasses.replace(speculative, model=pair.draft(settings)),
-        **{f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)},
-    )
-    # Once is enough.
-    pair.checked(settings)
-    return made
+def follow() -> None:
+    """Does as process 0 does, to its end; for the other processes."""
+    _loader()
+    distributed.follow()
 
 
 def make_llms(variants: Mapping[Any, Experiment], pair: Pair) -> dict[Any, Any]:
     """An `LLM` for each of some settings; says on stderr what is to know of them."""
-    llms = {name: make_llm(settings, pair) for name, settings in variants.items()}
+    llms = {name: pair.make(settings) for name, settings in variants.items()}
     for note in dict.fromkeys(note for llm in llms.values() for note in llm.notes):
         print(f"note: {note}", file=sys.stderr)
     return llms

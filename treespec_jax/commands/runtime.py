@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import sys
 import threading
 from collections.abc import Iterator
 
-from treespec_jax import disk_cache, interrupts
+from treespec_jax import disk_cache, distributed, interrupts
+from treespec_jax.commands import flags
+from treespec_jax.commands.settings import Experiment
 
 # Seconds of silence that nobody minds.
 _PATIENCE = 1.0
@@ -30,6 +34,42 @@ def set_up(compilation_cache: str | None = None) -> None:
     note = disk_cache.use(compilation_cache)
     if note:
         print(f"note: {note}", file=sys.stderr)
+
+
+def join(given, settings: Experiment) -> Experiment:
+    """Joins the processes that --distributed stands for; before `set_up`.
+
+    Args:
+      given: values of the flags `flags.CLUSTER`.
+      settings: of all of them.
+
+    Returns:
+      The settings, with a mesh of all devices where they name none.
+
+    Raises:
+      UserError: as `distributed.initialize`.
+    """
+    cluster = flags.cluster(given)
+    if cluster is None:
+        return settings
+    import jax
+
+    from treespec_jax.sharding import TENSOR
+
+    same = json.dumps([settings.as_dict(), jax.__version__], default=str)
+    _keep_stdout()
+    with interrupts.ends_at_once():
+        distributed.initialize(**dataclasses.asdict(cluster), settings=same)
+    mesh = settings.mesh or f"{TENSOR}:{jax.device_count()}"
+    return dataclasses.replace(settings, mesh=mesh)
+
+
+def _keep_stdout() -> None:
+    """Lets what libraries write to file 1 by themselves, as Gloo does, go to stderr."""
+    sys.stdout.flush()
+    own = dict(encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout = os.fdopen(os.dup(1), "w", **own)
+    os.dup2(2, 1)
 
 
 @contextlib.contextmanager

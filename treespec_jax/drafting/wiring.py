@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from treespec_jax import distributed
 from treespec_jax.errors import UserError
 from treespec_jax.models.drafter_config import EagleConfig, HeadConfig
 from treespec_jax.models.flat import FlatModule
@@ -65,7 +66,7 @@ def agreement(
         return _guesses(target, drafter, configs, tokens_BT)
 
     leaves = flats[0].leaves, flats[1].leaves
-    said_BS, *guesses = map(np.asarray, compared(leaves, jnp.asarray(tokens_BT)))
+    said_BS, *guesses = distributed.to_host(compared(leaves, np.asarray(tokens_BT)))
     _, counts = np.unique(said_BS, return_counts=True)
     right = [float(np.mean(said_BS == guess_BS)) for guess_BS in guesses]
     return Agreement(

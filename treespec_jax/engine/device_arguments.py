@@ -14,6 +14,24 @@ from treespec_jax.sampling import policy
 from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.sampling.temperature import Adaptive
 
+# Methods of `Executor` that run a program over all devices, or compile one. They take
+# NumPy arrays and plain values: other processes repeat them (`distributed.repeated`).
+REPEATED = (
+    "reset",
+    "prefill",
+    "resume",
+    "fork",
+    "copy_pages",
+    "extend",
+    "look",
+    "go",
+    "dispatch",
+    "rehearse",
+    "compile",
+    "compile_behind",
+    "set_draft_leaves",
+)
+
 
 def chunk_arguments(chunk: ChunkPlan) -> tuple:
     """Arguments of a prefill behind the state."""

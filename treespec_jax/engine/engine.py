@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from treespec_jax import limits
+from treespec_jax import distributed, limits
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.engine import flights, rehearsal
 from treespec_jax.engine.beam_group import Found, GroupSearch
@@ -18,6 +18,7 @@ from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.branching import CachedTexts
 from treespec_jax.engine.chooser import Choice, Chooser, Program
 from treespec_jax.engine.costs import REHEARSAL, Costs, Load, usual_curve
+from treespec_jax.engine.device_arguments import REPEATED
 from treespec_jax.engine.executor import Executor, fetch
 from treespec_jax.engine.expectation import observed_shapes
 from treespec_jax.engine.flights import Flight
@@ -79,15 +80,13 @@ class Engine:
         self._clock = self._scheduler.clock
         # Whether a drafter has to be told of beginnings that are in the caches.
         self._resumes = config.prefix_cache and drafted.hears_all
-        self._executor = Executor(
+        executor = Executor(
             target, speculation, config, self._scheduler.num_pages, self._clock
         )
+        self._executor = distributed.repeated(executor, REPEATED, executor.mesh)
+        pages = self._scheduler.pages
         self._texts = CachedTexts(
-            config,
-            self._scheduler.pages.allocator,
-            self._scheduler.pages.prefixes,
-            drafted.in_pages,
-            self._executor,
+            config, pages.allocator, pages.prefixes, drafted.in_pages, self._executor
         )
         layered = speculation.drafter.module is not None
         cpu = self._executor.platform == "cpu"
@@ -140,7 +139,7 @@ class Engine:
     @draft_state.setter
     def draft_state(self, state: Any) -> None:
         self._scheduler.forget_prefixes()
-        self._executor.draft_state = state
+        self._executor.set_draft_leaves(self._executor.draft_leaves(state))
 
     def begin_with(self, prepare: Callable[[Any], Any]) -> None:
         """Sets how the drafter begins, now and after every `reset`.
@@ -150,7 +149,8 @@ class Engine:
             one to begin with, see `draft_state`.
         """
         self._prepare = prepare
-        self.draft_state = prepare(self.draft_state)
+        if not distributed.is_follower():
+            self.draft_state = prepare(self.draft_state)
 
     def program(
         self, params: SamplingParams = GREEDY, straight: bool | None = None

@@ -16,6 +16,7 @@ from treespec_jax.branches import is_gpu
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.pages import Copies
 from treespec_jax.config import EngineConfig
+from treespec_jax.distributed import is_multiprocess
 from treespec_jax.drafting.protocol import Sizes
 from treespec_jax.engine import beam_step, compile_time, placement, rehearsal, sharing
 from treespec_jax.engine import step as stepping
@@ -138,6 +139,11 @@ class Executor:
         if self._placement.mesh is None:
             state = jax.device_put(state, self._target.leaves[0].sharding)
         self._state = state
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """Of the devices that share the model; None: one device."""
+        return self._placement.mesh
 
     @property
     def lost(self) -> bool:
@@ -366,12 +372,26 @@ class Executor:
 
     @property
     def draft_state(self) -> Any:
-        """The drafter's state after all dispatches; another of its kind may be set."""
+        """The drafter's state after all dispatches."""
         return self._state.draft
 
-    @draft_state.setter
-    def draft_state(self, state: Any) -> None:
-        self._state = dataclasses.replace(self._state, draft=state)
+    def draft_leaves(self, state: Any) -> dict[int, Any]:
+        """Arrays of a drafter's state, by number, that are not those of ours."""
+        pairs = zip(
+            jax.tree.leaves(state), jax.tree.leaves(self._state.draft), strict=True
+        )
+        changed = {i: new for i, (new, old) in enumerate(pairs) if new is not old}
+        return jax.device_get(changed) if is_multiprocess() else changed
+
+    def set_draft_leaves(self, leaves: Mapping[int, Any]) -> None:
+        """Replaces arrays of the drafter's state; see `draft_leaves`."""
+        old, structure = jax.tree.flatten(self._state.draft)
+        new = [
+            jax.device_put(leaves[i], leaf.sharding) if i in leaves else leaf
+            for i, leaf in enumerate(old)
+        ]
+        draft = jax.tree.unflatten(structure, new)
+        self._state = dataclasses.replace(self._state, draft=draft)
 
     def _control(self, plan: Plan) -> Control:
         return control_of(plan, self._straight)

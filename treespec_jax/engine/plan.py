@@ -150,6 +150,10 @@ class Plan:
     level_price: float = 0.0
     adaptive: Mapping[str, Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Requests stay with whoever planned.
+        return vars(self) | {"slots": dict.fromkeys(self.slots)}
+
     def asking(self, params: SamplingParams) -> Plan:
         """The same, as if every slot sampled like `params`."""
         batch = len(self.limits)

@@ -171,7 +171,8 @@ def measure(dtype, folder: Path | None = None) -> dict[int, float]:
 def prepare(model: nnx.Module, folder: Path | None = None) -> None:
     """Measures what a model's products want, if it is large and lies on a CPU.
 
-    Matrices in int8 become uint8, one by one, where those are quicker.
+    Matrices in int8 become uint8, one by one, where those are quicker. Nothing is done
+    where processes share the model: all must run one program.
 
     Args:
       model: with weights.
@@ -179,7 +180,9 @@ def prepare(model: nnx.Module, folder: Path | None = None) -> None:
     """
     arrays = jax.tree.leaves(nnx.state(model))
     on_cpu = {device.platform for device in arrays[0].devices()} == {"cpu"}
-    if not on_cpu or sum(array.nbytes for array in arrays) < _LARGE:
+    if not on_cpu or not arrays[0].is_fully_addressable:
+        return
+    if sum(array.nbytes for array in arrays) < _LARGE:
         return
     dtype = max(arrays, key=lambda array: array.nbytes).dtype
     measure(dtype, folder)
