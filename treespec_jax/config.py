@@ -364,8 +364,8 @@ class EngineConfig:
       steps_per_dispatch: speculation steps that run before the host looks again.
       prefill_chunks: row counts of the compiled prefill passes, ascending.
       lanes: numbers in a row of the cache are padded to a multiple of it; None: 128 on
-        a TPU, whose kernel reads whole lanes, else 1. Heads of 64 then take twice the
-        memory there.
+        a TPU, whose kernel reads whole lanes, else 1. A key and its value share a row
+        that has room for both, as heads of up to 64 have there.
       cache_dtype: of keys and values: float32, bfloat16, float16, or "int8", which
         keeps them rounded, with a scale per row and head: lossy, in a half of
         bfloat16's memory.

@@ -2,7 +2,7 @@
 
 from pallas_kernels.tree_attention.api import tree_attention
 from pallas_kernels.tree_attention.gpu_sizes import GpuBlockSizes
-from pallas_kernels.tree_attention.operands import Operands
+from pallas_kernels.tree_attention.operands import Operands, page_shape
 from pallas_kernels.tree_attention.quantized import (
     dequantize_rows,
     quantize_rows,
@@ -18,6 +18,7 @@ __all__ = [
     "GpuBlockSizes",
     "Operands",
     "dequantize_rows",
+    "page_shape",
     "quantize_rows",
     "rounded",
     "tree_attention",

@@ -185,8 +185,12 @@ def _validate_prefix(operands: Operands, spec: AttentionSpec) -> None:
             raise ValueError(f"kv_scales {kv_scales.shape} without kv_pages")
         return
     pages = kv_pages.shape
-    if len(pages) != 5 or pages[1:3] != (K, 2) or pages[4] < H:
-        raise ValueError(f"kv_pages is {pages}, want [P, {K}, 2, page, W >= {H}]")
+    fits = len(pages) == 5 and pages[1] == K and pages[2] in (1, 2)
+    if not fits or pages[4] * pages[2] < 2 * H:
+        raise ValueError(
+            f"kv_pages is {pages}, want [P, {K}, 2, page, W >= {H}], or joined "
+            f"[P, {K}, 1, page, W >= {2 * H}]"
+        )
     table, lengths = (
         x if x is None else x.shape for x in (operands.page_table, operands.lengths)
     )
@@ -205,7 +209,8 @@ def _validate_prefix(operands: Operands, spec: AttentionSpec) -> None:
         )
     if kv_scales is not None:
         scales = kv_scales.shape
-        if len(scales) != 4 or scales[:3] != pages[:3] or scales[3] < pages[3]:
+        wanted = (*pages[:2], 2)
+        if len(scales) != 4 or scales[:3] != wanted or scales[3] < pages[3]:
             raise ValueError(
                 f"kv_scales is {scales}, want [{pages[0]}, {K}, 2, X >= {pages[3]}]"
             )

@@ -228,7 +228,11 @@ class _Blocks:
             position_BT = operands.lengths[:, None] + depth_BT
             near = position_BT[:, :, None] - position_S < self._window
             seen = seen & _of_queries(near, operands)
-        pages = _read(operands.kv_pages, ids_BJ)[..., :H]
+        pages = _read(operands.kv_pages, ids_BJ)
+        parts = [pages[..., :H]]
+        if operands.is_joined:
+            parts.append(pages[..., H : 2 * H])
+        pages = jnp.concatenate(parts, axis=3)
         scales = _read(operands.kv_scales, ids_BJ)[..., : operands.page]
         scales = scales.transpose(0, 2, 3, 1, 4).reshape(B, K, 2, rows)
         pages = pages.transpose(0, 2, 3, 1, 4, 5).reshape(B, K, 2, rows, H)

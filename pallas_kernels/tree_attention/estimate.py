@@ -82,7 +82,7 @@ def prefix_cost(
         return sum(of(loop) * count for loop, count in parts) / units
 
     bundles = total(lambda loop: loop.bundles)
-    least = ROWS * 2 * static.H * static.page_bytes
+    least = ROWS * static.parts * static.H * static.page_bytes
     return PrefixCost(
         bundles=bundles,
         cycles=total(lambda loop: loop.cycles),

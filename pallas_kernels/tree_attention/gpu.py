@@ -249,6 +249,8 @@ def unsupported(operands: Operands, spec: AttentionSpec) -> str | None:
     reason = operands.unsupported_types((jnp.float32, jnp.bfloat16, jnp.float16))
     if reason is not None:
         return reason
+    if operands.is_joined:
+        return "keys and values share the rows of kv_pages, want them apart"
     if operands.dims.H > 256:
         return f"heads {operands.dims.H} wide are wider than 256"
     # Pallas counts offsets in 32 signed bits up to 2^32 bytes, and then in 64.

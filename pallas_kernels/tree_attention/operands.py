@@ -34,10 +34,11 @@ class Operands:
 
     Attributes:
       queries: [B, T, N, H], rotary applied.
-      kv_pages: [P, K, 2, page, W >= H]; None: there is no prefix. Numbers past H are
-        zeros. The TPU kernel wants W to be a multiple of 128: memory holds whole lanes
-        in any case, but XLA keeps narrower rows transposed, and would copy all pages
-        before each call.
+      kv_pages: keys and values [P, K, 2, page, W >= H], or joined in one row, the value
+        behind its key, [P, K, 1, page, W >= 2 H]; None: there is no prefix. What is
+        left of W is zeros. The TPU kernel wants W to be a multiple of 128: memory holds
+        whole lanes in any case, but XLA keeps narrower rows transposed, and would copy
+        all pages before each call. `page_shape` joins what fits in a row.
       page_table: int32 [B, max_pages]; entries past a slot's length may be read and
         masked, so they must name some page.
       lengths: int32 [B], rows of prefix per slot.
@@ -78,6 +79,11 @@ class Operands:
         return self.kv_scales is not None
 
     @property
+    def is_joined(self) -> bool:
+        """Whether a key and its value share a row of a page."""
+        return self.has_prefix and self.kv_pages.shape[2] == 1
+
+    @property
     def page(self) -> int:
         """Rows of a page; 0 without a prefix."""
         return self.kv_pages.shape[3] if self.has_prefix else 0
@@ -91,8 +97,9 @@ class Operands:
         """Bytes of one row of prefix, all heads, keys and values, scales included."""
         if not self.has_prefix:
             return 0
-        scale = self.kv_scales.dtype.itemsize if self.is_quantized else 0
-        return 2 * self.dims.K * (width * self.kv_pages.dtype.itemsize + scale)
+        rows = self.kv_pages.shape[2] * width * self.kv_pages.dtype.itemsize
+        scales = 2 * self.kv_scales.dtype.itemsize if self.is_quantized else 0
+        return self.dims.K * (rows + scales)
 
     def unsupported_types(self, dtypes: Sequence) -> str | None:
         """Why a kernel that computes in one of `dtypes` cannot take the arrays.
@@ -111,6 +118,25 @@ class Operands:
                 f"kv_pages is {self.kv_pages.dtype}, want {dtype} as queries, or int8"
             )
         return None
+
+
+def page_shape(
+    num_pages: int, kv_heads: int, page: int, head_dim: int, lanes: int = 1
+) -> tuple[int, ...]:
+    """The shape of `Operands.kv_pages` in rows of whole lanes.
+
+    Keys and values that together fill no more than one row of `lanes` are joined.
+
+    Args:
+      num_pages: P.
+      kv_heads: K.
+      page: rows per page.
+      head_dim: H.
+      lanes: the width of a row is a multiple of it.
+    """
+    if 2 * head_dim <= lanes:
+        return num_pages, kv_heads, 1, page, lanes
+    return num_pages, kv_heads, 2, page, -(-head_dim // lanes) * lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +158,19 @@ class Shape:
     page: int = 128
     dtype: str = "bfloat16"
 
-    def operands(self, nodes: int, width: int | None = None) -> Operands:
+    def operands(self, nodes: int, lanes: int = 1) -> Operands:
         """Abstract operands of a call.
 
         Args:
           nodes: T.
-          width: of a row in a page; None: H.
+          lanes: see `page_shape`.
         """
         B, K, H, T = self.slots, self.kv_heads, self.head_dim, nodes
-        pages, width = -(-self.prefix // self.page), width or H
+        pages = -(-self.prefix // self.page)
         shape, dtype = jax.ShapeDtypeStruct, jnp.dtype(self.dtype)
         return Operands(
             queries=shape((B, T, K * self.group, H), dtype),
-            kv_pages=shape((B * pages + 1, K, 2, self.page, width), dtype),
+            kv_pages=shape(page_shape(B * pages + 1, K, self.page, H, lanes), dtype),
             page_table=shape((B, pages), jnp.int32),
             lengths=shape((B,), jnp.int32),
             tree_kv=shape((B, K, 2, T, H), dtype),

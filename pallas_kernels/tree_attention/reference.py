@@ -140,14 +140,16 @@ def _read_pages(operands, ids_BJ, which):
     B, J = ids_BJ.shape
     kv_pages, page = operands.kv_pages, operands.page
     K, H = operands.dims.K, operands.dims.H
+    first = which * H if operands.is_joined else 0
+    which = 0 if operands.is_joined else which
     if B * J > MAX_SLICES:
-        rows = kv_pages[:, :, which, :, :H][ids_BJ]
+        rows = kv_pages[:, :, which, :, first : first + H][ids_BJ]
         return rows.transpose(0, 2, 1, 3, 4).reshape(B, K, J * page, H)
     size = (1, K, 1, page, H)
     slots = [
         jnp.concatenate(
             [
-                lax.dynamic_slice(kv_pages, (ids_BJ[b, j], 0, which, 0, 0), size)[0]
+                lax.dynamic_slice(kv_pages, (ids_BJ[b, j], 0, which, 0, first), size)[0]
                 for j in range(J)
             ],
             axis=2,

@@ -58,6 +58,7 @@ class Static:
     G: int
     H: int  # Width of a row in memory, whole lanes,
     width: int  # and of a row of `q` and `tree_kv`.
+    parts: int  # 2: keys and values; 1: a value lies behind its key.
     page: int
     pages_per_block: int
     max_pages: int
@@ -84,6 +85,12 @@ class Static:
         return self.tree_rows < self.U or self.width < self.H
 
     @property
+    def value_lanes(self) -> slice:
+        """Where a value lies in its row, and so an output."""
+        first = self.width if self.parts == 1 else 0
+        return slice(first, first + self.width)
+
+    @property
     def precision(self):
         return lax.Precision.HIGHEST if self.row_bytes == 4 else None
 
@@ -99,11 +106,11 @@ class Static:
         }
         if self.pads_tree:
             shapes["tree"] = (self.heads, 2, self.U, self.H)
-        ring = (self.sizes.buffers, self.pages_per_block, self.heads, 2)
+        ring = (self.sizes.buffers, self.pages_per_block, self.heads)
         if self.prefix:
-            shapes["buffer"] = (*ring, self.page, self.H)
+            shapes["buffer"] = (*ring, self.parts, self.page, self.H)
         if self.quantized:
-            shapes["scales"] = (*ring, self.scale_width)
+            shapes["scales"] = (*ring, 2, self.scale_width)
         return shapes
 
     def scratch(self, operands: Operands) -> list:
@@ -239,7 +246,7 @@ def _kernel(static: Static, *refs):
     tree_kv = take().at[0]  # [heads, 2, tree_rows, width]
     tree_mask = take()  # [1, mask_rows, U]
     limit = take(static.windowed)  # [1, rows, LANES]
-    pages = take(prefix)  # [P, K, 2, page, H] in HBM
+    pages = take(prefix)  # [P, K, parts, page, H] in HBM
     scales = take(quantized)  # [P, K, 2, page] in HBM
     # Outputs
     out = take()  # [1, step_rows, heads * G, width]
@@ -251,7 +258,7 @@ def _kernel(static: Static, *refs):
     seen = take()  # [tile, U]
     scored = take()  # [unroll, tile, S or U]
     tree = take() if static.pads_tree else tree_kv  # [heads, 2, U, H]
-    buffer = take(prefix)  # [buffers, pages_per_block, heads, 2, page, H]
+    buffer = take(prefix)  # [buffers, pages_per_block, heads, parts, page, H]
     scale_buffer = take(quantized)  # [buffers, pages_per_block, heads, 2, page]
     sem = take(prefix)  # [buffers]
     state = take(prefix)  # [5]
@@ -266,7 +273,8 @@ def _kernel(static: Static, *refs):
     _gather(static, q_tokens, q)
     if static.pads_tree:
         tree[...] = jnp.zeros(tree.shape, tree.dtype)
-        tree[:, :, : static.tree_rows, : static.width] = tree_kv[...]
+        tree[:, 0, : static.tree_rows, : static.width] = tree_kv[:, 0]
+        tree[:, 1, : static.tree_rows, static.value_lanes] = tree_kv[:, 1]
 
     def each_tile(body):
         """Calls body(head, rows) for all heads and tiles, `unroll` heads at a time."""
@@ -295,7 +303,8 @@ def _kernel(static: Static, *refs):
             ring.begin()
 
         def rows_of(entry, h, which):
-            rows = buffer[entry, :, h, which].reshape(S, static.H)
+            part = which * (static.parts - 1)
+            rows = buffer[entry, :, h, part].reshape(S, static.H)
             return rows.astype(q.dtype) if quantized else rows
 
         def scale_of(entry, h, which):
@@ -345,9 +354,10 @@ def _kernel(static: Static, *refs):
                 page_row = lax.broadcasted_iota(jnp.int32, (static.page, static.H), 0)
                 written = page_row < end - start - j * static.page
                 for h in range(static.heads):
-                    values = buffer[entry, j, h, 1]
+                    last = static.parts - 1
+                    values = buffer[entry, j, h, last]
                     zeros = jnp.zeros_like(values)
-                    buffer[entry, j, h, 1] = jnp.where(written, values, zeros)
+                    buffer[entry, j, h, last] = jnp.where(written, values, zeros)
 
             written_pages = lax.div(end - start, static.page)
             lax.fori_loop(written_pages, static.pages_per_block, clear, None)
@@ -441,7 +451,7 @@ def _scatter(static, rows, tokens):
 
     def some(t, n):
         for h in range(static.heads):
-            x = rows[h, pl.ds(t * G, n * G), :width].reshape(n, G, width)
+            x = rows[h, pl.ds(t * G, n * G), static.value_lanes].reshape(n, G, width)
             tokens[0, pl.ds(t, n), h * G : (h + 1) * G] = x.astype(tokens.dtype)
 
     _each_chunk(static, some)
@@ -527,6 +537,7 @@ def cut(operands: Operands, spec: AttentionSpec) -> Static | str:
                 G=G,
                 H=width,
                 width=H,
+                parts=1 if operands.is_joined else 2,
                 page=page,
                 pages_per_block=pages_per_block,
                 max_pages=max_pages,

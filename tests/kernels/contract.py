@@ -18,6 +18,7 @@ from pallas_kernels.tree_attention import (
     BlockSizes,
     GpuBlockSizes,
     Operands,
+    page_shape,
     quantize_rows,
     tree_attention,
 )
@@ -92,10 +93,12 @@ class TreeAttentionContract:
     Attributes:
       implementation: its name.
       interpret: as in `AttentionSpec`.
+      joins: whether a key and its value may share a row.
     """
 
     implementation: str
     interpret: bool | object = False
+    joins = True
 
     def block_sizes(self, call: Call) -> BlockSizes | GpuBlockSizes | None:
         """How this implementation cuts a call up; None where it does not."""
@@ -109,7 +112,7 @@ class TreeAttentionContract:
             interpret=self.interpret,
         )
         spec = AttentionSpec(**call.options(), **settings | changes)
-        operands = as_stored(call, case)
+        operands = as_stored(call, case, self.joins)
         out = attend(operands, spec)
         assert out.dtype == operands.queries.dtype
         assert out.shape == operands.queries.shape
@@ -123,13 +126,16 @@ class TreeAttentionContract:
             check(call, self.run(call, case), want)
 
 
-def as_stored(call: Call, case: Operands) -> Operands:
+def as_stored(call: Call, case: Operands, joins: bool = True) -> Operands:
     """Pads pages to whole lanes as their owner does, and quantises on request."""
     operands = cast(case, jnp.dtype(call.dtype))
     pages, scales = operands.kv_pages, None
     if call.int8:
         pages, scales = (np.asarray(x) for x in quantize_rows(case.kv_pages))
         scales = pad(scales, LANES)
+    P, K, _, page, H = pages.shape
+    if joins and page_shape(P, K, page, H, LANES)[2] == 1:
+        pages = np.concatenate([pages[:, :, :1], pages[:, :, 1:]], axis=-1)
     return dataclasses.replace(operands, kv_pages=pad(pages, LANES), kv_scales=scales)
 
 

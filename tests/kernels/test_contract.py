@@ -36,6 +36,7 @@ class TestTpuKernel(TreeAttentionContract):
 class TestGpuKernel(TreeAttentionContract):
     implementation = "gpu"
     interpret = True
+    joins = False
 
     def block_sizes(self, call):
         """Three parts of the prefix where the queries of a slot and head fit one

@@ -1,5 +1,8 @@
 """The paged cache on the device: per layer [P, K, 2, page, W], rows of W >= H numbers.
 
+Where rows are padded to whole lanes and have room for both, a key and its value share
+one: [P, K, 1, page, W], see `pallas_kernels.tree_attention.page_shape`.
+
 `commit` is the only writer of rows in the program; `copy` copies whole pages. Page 0
 belongs to nobody: rows that must not be kept are written there, so that every write is
 unconditional and in place.
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.tree_attention import quantize_rows
+from pallas_kernels.tree_attention import page_shape, quantize_rows
 from treespec_jax.branches import on_gpu
 from treespec_jax.cache.allocator import TRASH_PAGE
 from treespec_jax.config import ModelConfig
@@ -82,16 +85,16 @@ class Destination:
 
 def empty_pages(config: ModelConfig, layout: CacheLayout) -> Pages:
     """Zeroed pages, one array per layer, for rows of the model `config`."""
-    width = -(-config.head_dim // layout.lanes) * layout.lanes
-    heads = config.num_kv_heads
-    shape = (layout.num_pages, heads, 2, layout.page_size, width)
+    heads, page = config.num_kv_heads, layout.page_size
+    shape = page_shape(layout.num_pages, heads, page, config.head_dim, layout.lanes)
 
     def layer():
         if layout.dtype != "int8":
             return jnp.zeros(shape, layout.dtype)
         # Scales lie along the lanes too.
         rows = -(-layout.page_size // layout.lanes) * layout.lanes
-        return jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:3], rows), jnp.float32)
+        scales = jnp.zeros((*shape[:2], 2, rows), jnp.float32)
+        return jnp.zeros(shape, jnp.int8), scales
 
     layers = tuple(layer() for _ in range(config.num_layers))
     return Pages(layers, layout.placement.of_heads(heads))
@@ -174,12 +177,21 @@ def _write(layers, destination: Destination, kv, path_BC, after):
 
     def write(pages, kv_BK2TH):
         if not isinstance(pages, tuple):
-            return _put(pages, kv_BK2TH, corners, many, scatter=True)
+            rows = _joined(kv_BK2TH, pages)
+            return _put(pages, rows, corners, many, scatter=True)
         # On a TPU, XLA copies the whole of an int8 array to scatter into it.
-        parts = zip(pages, quantize_rows(kv_BK2TH), strict=True)
+        values, scales = quantize_rows(kv_BK2TH)
+        parts = zip(pages, (_joined(values, pages[0]), scales), strict=True)
         return tuple(_put(*part, corners, many, scatter=False) for part in parts)
 
     return tuple(map(write, layers, kv))
+
+
+def _joined(kv_BK2TH: jax.Array, pages: jax.Array) -> jax.Array:
+    """[B, K, 1, T, 2 H] where pages hold a value behind its key, else as given."""
+    if pages.shape[2] == 2:
+        return kv_BK2TH
+    return jnp.concatenate([kv_BK2TH[:, :, :1], kv_BK2TH[:, :, 1:]], axis=-1)
 
 
 # Traced once for all layers.
@@ -189,7 +201,7 @@ def _put(pages, rows_BK2T, corners, many: bool, scatter: bool):
 
     Args:
       pages: of one layer.
-      rows_BK2T: of the same layer.
+      rows_BK2T: of the same layer; as many as pages have of each, 2 or 1 joined.
       corners: int32 [B, C] each: which of the T rows, its page, and its row there.
       many: too many rows to write each by an operation of its own.
       scatter: many rows are written by a scatter, not in a loop.
@@ -216,7 +228,7 @@ def _put_rows(pages, rows_BK2T, corners, loop: bool):
     """`_put` as one operation per row, in place."""
     path_BC, ids_BC, row_BC = corners
     B, C = path_BC.shape
-    K, wide = rows_BK2T.shape[1], rows_BK2T.shape[4:]
+    (K, both), wide = rows_BK2T.shape[1:3], rows_BK2T.shape[4:]
 
     def write_row(pages, source):
         slot, node, page_id, row = source
@@ -224,7 +236,7 @@ def _put_rows(pages, rows_BK2T, corners, loop: bool):
         new = lax.dynamic_slice(
             rows_BK2T,
             (slot, 0, 0, node, *zeros),
-            (1, K, 2, 1, *wide),
+            (1, K, both, 1, *wide),
             allow_negative_indices=False,
         )
         corner = page_id, 0, 0, row, *zeros

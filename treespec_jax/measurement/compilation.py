@@ -233,7 +233,7 @@ def compile_kernel(job: Job, nodes: int) -> KernelResult:
         head_dim=H,
         page=job.page_size,
         dtype=job.dtype,
-    ).operands(nodes, width=-(-H // LANES) * LANES)
+    ).operands(nodes, LANES)
     sizes = choose(job.kind.kind, nodes * G, K)
     spec = AttentionSpec(scale=H**-0.5, implementation="tpu", block_sizes=sizes)
     attend = functools.partial(tree_attention, spec=spec)

@@ -16,8 +16,9 @@ class Pages(Sequence):
     """The pages of one model.
 
     Attributes:
-      layers: per layer [P, K, 2, page, W >= H], or a pair of such pages in int8 and
-        their float32 scales [P, K, 2, X >= page].
+      layers: per layer [P, K, 2, page, W >= H], or joined [P, K, 1, page, W >= 2 H]
+        (see `Operands.kv_pages`), or a pair of such pages in int8 and their float32
+        scales [P, K, 2, X >= page].
       placement: where they lie.
     """
 
