@@ -10,7 +10,7 @@ import dataclasses
 
 from pallas_kernels.aot.bundles import KernelReport, Loop
 from pallas_kernels.aot.devices import DeviceKind
-from pallas_kernels.tree_attention import tpu
+from pallas_kernels.tree_attention import tpu_cut
 from pallas_kernels.tree_attention.operands import Operands
 from pallas_kernels.tree_attention.spec import AttentionSpec
 
@@ -124,8 +124,8 @@ def _first_block(kernel: KernelReport) -> Loop:
     return blocks[0]
 
 
-def _static(operands: Operands, spec: AttentionSpec) -> tpu.Static:
-    static = tpu.cut(operands, spec)
+def _static(operands: Operands, spec: AttentionSpec) -> tpu_cut.Static:
+    static = tpu_cut.cut(operands, spec)
     if isinstance(static, str):
         raise ValueError(f"the TPU kernel cannot run: {static}")
     return static
