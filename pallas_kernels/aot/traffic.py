@@ -21,6 +21,10 @@ _INSTRUCTION = re.compile(
     r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", re.MULTILINE
 )
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
+_RUNS = re.compile(
+    r"\b(?:to_apply|condition|body|true_computation|false_computation|"
+    r"branch_computations)=(\{[^}]*\}|%[\w.\-]+)"
+)
 _ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
 # They name what others made, or wait for it; what they call is counted where it stands.
 _FREE = {
@@ -48,7 +52,8 @@ _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # Where the update stands
 class Traffic:
     """Bytes between HBM and the core of one device.
 
-    Bodies of loops and both sides of conditionals count once.
+    Of every conditional the side that moves more counts, and bodies of loops count
+    once: what one pass through the program moves at most.
 
     Attributes:
       fetched: ahead of their use, by copies that run beside the computation.
@@ -77,6 +82,12 @@ class Instruction:
     rest: str
     root: bool
 
+    def runs(self) -> list[str]:
+        """Computations that a loop, a conditional or a call runs."""
+        if self.op not in ("while", "conditional", "call"):
+            return []
+        return re.findall(r"%([\w.\-]+)", " ".join(_RUNS.findall(self.rest)))
+
 
 def hbm_traffic(text: str) -> Traffic:
     """Adds up the traffic of a scheduled HLO program.
@@ -88,14 +99,24 @@ def hbm_traffic(text: str) -> Traffic:
       ValueError: not a program that this reader knows.
     """
     program = Program(text)
-    parts = collections.Counter()
-    for name, computation in program.computations.items():
-        if name not in program.fused:
-            for instruction in computation.values():
-                parts[_kind(instruction)] += program.cost(instruction, computation)
-    if not program.computations:
+    if program.entry is None:
         raise ValueError("no HLO program, or of another form than this reader knows")
+    parts = _moved(program, program.entry)
     return Traffic(parts["fetched"], parts["kernels"], parts["computed"])
+
+
+def _moved(program: Program, name: str) -> collections.Counter[str]:
+    """Bytes by kind of a computation and of what it runs."""
+    parts: collections.Counter[str] = collections.Counter()
+    computation = program.computations[name]
+    for instruction in computation.values():
+        parts[_kind(instruction)] += program.cost(instruction, computation)
+        runs = [_moved(program, other) for other in instruction.runs()]
+        if instruction.op == "conditional":
+            runs = [max(runs, key=lambda side: side.total())]
+        for one in runs:
+            parts.update(one)
+    return parts
 
 
 def _kind(instruction: Instruction) -> str:
@@ -117,15 +138,18 @@ class Program:
     Attributes:
       computations: instructions by name, by the name of the computation.
       fused: names of computations that are bodies of fusions.
+      entry: the name of the first that runs; None: there is none.
     """
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.fused: set[str] = set()
+        self.entry: str | None = None
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if match := _COMPUTATION.match(line):
                 current = self.computations[match[1]] = {}
+                self.entry = match[1] if line.startswith("ENTRY") else self.entry
             elif match := _INSTRUCTION.match(line):
                 root, name, result, op, rest = match.groups()
                 operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
@@ -221,12 +245,28 @@ class Program:
 
 
 def size_of(shapes: str, everywhere: bool = False) -> int:
-    """Bytes of all arrays of a shape that lie in HBM, or wherever."""
+    """Bytes of all arrays of a shape that lie in HBM, or wherever; padding included."""
     total = 0
     for dtype, dims, layout in _SHAPE.findall(shapes):
         if "S(" in layout and not everywhere:
             continue
         digits = re.search(r"\d+", dtype)
         bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
-        total += math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+        sizes = [int(n) for n in dims.split(",") if n]
+        total += math.prod(_padded(sizes, layout)) * bits // 8
     return total
+
+
+def _padded(sizes: list[int], layout: str) -> list[int]:
+    """Sizes in memory of an array, whose rows are cut into tiles, such as T(8,128)."""
+    order, _, rest = layout.partition(":")
+    tile = re.match(r"T\(([\d,]+)\)", rest)
+    if tile is None or not sizes:
+        return sizes
+    padded = list(sizes)
+    # The order names the axes from the innermost.
+    axes = [int(n) for n in order.split(",")]
+    edges = [int(n) for n in reversed(tile[1].split(","))]
+    for axis, edge in zip(axes, edges, strict=False):
+        padded[axis] = -(-padded[axis] // edge) * edge
+    return padded

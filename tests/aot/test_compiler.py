@@ -207,9 +207,21 @@ HloModule made_up
   ROOT %part = bf16[8,128]{1,0} dynamic-slice(%param_0, %param_1, %c)
 }
 
+%little (x: bf16[64,128]) -> bf16[1,128] {
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %one = bf16[1,128]{1,0:S(1)} slice(%x)
+}
+
+%much (y: bf16[64,128]) -> bf16[1,128] {
+  %y = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all = bf16[1,128]{1,0:S(1)} reduce(%y)
+}
+
 ENTRY %main (a: bf16[64,128], i: s32[]) -> bf16[8,128] {
   %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
   %i = s32[]{:T(128)S(6)} parameter(1)
+  %b = bf16[1,128]{1,0:S(1)} conditional(%i, %a, %a), \
+branch_computations={%little, %much}
   %s = ((bf16[64,128]{1,0}), bf16[16,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a)
   %d = bf16[16,128]{1,0:S(1)} slice-done(%s)
   %k = f32[8]{0} custom-call(%a, %d), custom_call_target="tpu_custom_call"
@@ -256,8 +268,11 @@ def test_collectives_by_hand():
 
 
 def test_traffic_by_hand():
+    """Of the two sides of the conditional the one that reads more counts."""
     assert aot.hbm_traffic(TEXT) == aot.Traffic(
-        fetched=16 * 128 * 2, kernels=64 * 128 * 2 + 8 * 4 + 77, computed=8 * 128 * 2
+        fetched=16 * 128 * 2,
+        kernels=64 * 128 * 2 + 8 * 4 + 77,
+        computed=(8 + 64) * 128 * 2,
     )
     with pytest.raises(ValueError, match="no HLO program"):
         aot.hbm_traffic("nothing")

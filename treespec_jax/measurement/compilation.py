@@ -342,7 +342,8 @@ def step_table(job: Job, report: aot.Report) -> str:
         f"Step of {job.model} with tree {job.tree}, {_types(job)}, {job.batch} slots × "
         f"{job.context} rows, {report.num_devices} device(s), figures of one; loops "
         "and both sides of conditionals count once. Traffic is what instructions move "
-        "between HBM and the core, only the rows of what is updated in place. XLA's "
+        "between HBM and the core at most: of conditionals the side that moves more, "
+        "of what is updated in place only the rows. XLA's "
         f'"bytes accessed" ({_mb(report.bytes_accessed)}) is no such figure: it '
         "charges every slice of a weight that is fetched ahead with the whole weight, "
         "and what lies in vector memory again at each use:\n\n" + markdown(rows)
