@@ -1,11 +1,12 @@
 """How the program decides between two ways, by platform; the one place that knows.
 
-On a CPU or a TPU a conditional inside a step costs nothing, and one program serves all
-requests. On a GPU XLA reads the predicate of every conditional and of every inner loop
-on the host, and the device waits meanwhile. There the host decides before a dispatch
-what it knows of all slots (`Known`), which makes programs of their own, each compiled
-when it is first needed; and what only the device knows is computed both ways or
-without a loop.
+On a CPU a conditional inside a step costs nothing, and one program serves all requests.
+On a GPU XLA reads the predicate of every conditional and of every inner loop on the
+host, and the device waits meanwhile. On a TPU it lays out anew what the sides of a
+conditional read, and columns of logits, in rows of 128 lanes, then take up to sixteen
+times the memory and its bandwidth. There the host decides before a dispatch what it
+knows of all slots (`Known`), which makes programs of their own, each compiled when it
+is first needed; and what only the device knows is computed both ways or without a loop.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 import jax
 from jax import lax
 
-# As `jax.Device.platform` says of a GPU; the names that programs are lowered for.
-GPU_NAMES = ("gpu", "cuda", "rocm")
+# As `jax.Device.platform` says of those whose programs are straight; of a GPU also the
+# names that programs are lowered for.
+STRAIGHT = ("gpu", "cuda", "rocm", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def on_gpu(straight: Callable, otherwise: Callable, *args: Any):
     )
 
 
-def is_gpu(device: jax.Device | None) -> bool:
-    """Whether a device is a GPU; None: the default one."""
+def is_straight(device: jax.Device | None) -> bool:
+    """Whether programs of a device have no conditionals; None: the default device."""
     platform = jax.default_backend() if device is None else device.platform
-    return platform in GPU_NAMES
+    return platform in STRAIGHT

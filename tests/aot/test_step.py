@@ -61,6 +61,9 @@ def test_step_of_a_1b_model_on_four_v5e(tpu_compiler):
     heads = [m.num_layers * m.num_kv_heads for m in models]
     prefix = JOB.batch * JOB.context * 2 * 64 * 2 * (heads[0] + 3 * heads[1]) // 4
     assert 1 < report.traffic.kernels / prefix < 1.05
+    # All are greedy, of which the program has no doubt.
+    assert " conditional(" not in text
+    assert 1 < report.traffic.total / report.least_bytes < 1.1
 
 
 def tiny_job(monkeypatch, target=None, **changes) -> compilation.Job:

@@ -145,7 +145,7 @@ def test_tokens_are_those_of_the_undecided_program(
         return [request.tokens for request in found]
 
     want = tokens_of(engine_of(target, models["draft_model"], rule=rule, tree=tree))
-    monkeypatch.setattr(executor, "is_gpu", lambda device: True)
+    monkeypatch.setattr(executor, "is_straight", lambda device: True)
     engine = engine_of(target, models["draft_model"], rule=rule, tree=tree)
     assert tokens_of(engine) == want
     assert engine.compilations["dispatch"] == len(turns)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax.branches import is_gpu
+from treespec_jax.branches import is_straight
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.pages import Copies
 from treespec_jax.config import EngineConfig
@@ -97,7 +97,7 @@ class Executor:
             config.lanes or (TPU_LANES if self.platform == "tpu" else 1),
             self._placement,
         )
-        self._straight = is_gpu(placement.device(target))
+        self._straight = is_straight(placement.device(target))
         # Where the weights are: a state that is bound to no device becomes bound in
         # its first call, and the second would compile again.
         first = self._target.leaves[0]

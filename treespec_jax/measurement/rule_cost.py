@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from treespec_jax.acceptance import compatibility, rules
-from treespec_jax.branches import is_gpu
+from treespec_jax.branches import is_straight
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting import growth
 from treespec_jax.drafting.protocol import DraftContext
@@ -65,7 +65,7 @@ def measure(rounds: int, temperature: float, top_p: float) -> dict[str, Any]:
     vocab = _TARGET.vocab_size
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=1)
     settings = sampling_of_all(1, params)
-    sampling = jax.tree.map(jnp.asarray, policy.from_host(settings, is_gpu(None)))
+    sampling = jax.tree.map(jnp.asarray, policy.from_host(settings, is_straight(None)))
     rng = np.random.default_rng(0)
     # Zipf's distribution, as texts have it; the likeliest token has 0.4.
     falling_V = -1.5 * np.log1p(np.arange(vocab, dtype=np.float32))

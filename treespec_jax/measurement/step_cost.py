@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from treespec_jax.branches import is_gpu
+from treespec_jax.branches import is_straight
 from treespec_jax.cache import pages as paging
 from treespec_jax.config import EngineConfig, SamplingParams
 from treespec_jax.drafting.protocol import Committed, DraftContext, Sizes
@@ -345,7 +345,7 @@ def _filled(drafter, state, table, length: int, rows):
 def _sampling(target: Transformer, batch: int, params: SamplingParams) -> Sampling:
     """Settings of slots that ask for the same, as an engine compiles them."""
     settings = sampling_of_all(batch, params)
-    straight = is_gpu(placement.device(target))
+    straight = is_straight(placement.device(target))
     return policy.from_host(settings, straight)
 
 
