@@ -394,7 +394,7 @@ def _step_bytes(job: Job) -> int:
         model = abstract_model(config, job.dtype, weights=job.weights)
         weights = sum(x.size * x.dtype.itemsize for x in FlatModule(model).leaves)
         if not config.tied_embeddings:  # only a few rows of the table are read
-            table = jax.tree.leaves(model.embedding[...])
+            table = jax.tree.leaves(model.embedding.get_value())
             weights -= sum(x.size * x.dtype.itemsize for x in table)
         rows = config.num_layers * 2 * config.num_kv_heads * config.head_dim
         return weights + job.batch * job.context * rows * itemsize
