@@ -41,6 +41,8 @@ from treespec_jax.errors import UserError
 
 # Bytes of the message that tells where process 0 listens.
 _WHERE = 1024
+# Seconds that jax may wait longer than we do.
+_LATER = 30
 _END, _FAILED = "end", "failed"
 
 
@@ -120,15 +122,21 @@ def initialize(
 
     if cluster.process_id:
         _wait_for(cluster)
+    # Where a process does not come, jax aborts this one, and not in words for people.
+    give_up = threading.Timer(cluster.timeout, _give_up, [cluster])
+    give_up.daemon = True
+    give_up.start()
     try:
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.num_processes,
             cluster.process_id,
-            initialization_timeout=cluster.timeout,
+            initialization_timeout=cluster.timeout + _LATER,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(_reason(cluster, error)) from None
+    finally:
+        give_up.cancel()
     if jax.process_count() > 1:
         lead = jax.process_index() == 0
         _team = (_Leader if lead else _Follower)(settings, cluster.timeout)
@@ -357,17 +365,24 @@ def _wait_for(cluster: Cluster) -> None:
         time.sleep(0.2)
 
 
+def _give_up(cluster: Cluster) -> None:
+    """Ends this process, which waits inside jax for others."""
+    count = cluster.num_processes or "the"
+    print(
+        f"error: not all {count} processes came within {cluster.timeout} s; start the "
+        "missing ones, or correct --num_processes",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
 def _reason(cluster: Cluster, error: Exception) -> str:
     """What jax's failure to join means."""
     if cluster.coordinator is None:
         return (
             "jax finds no cluster of processes here; give --coordinator=HOST:PORT, "
             "--num_processes=N and --process_id=I in each of them"
-        )
-    if "DEADLINE" in str(error) or "imed out" in str(error):
-        return (
-            f"not all {cluster.num_processes} processes came within "
-            f"{cluster.timeout} s; start the missing ones, or correct --num_processes"
         )
     return f"cannot join {cluster.coordinator}: {str(error).splitlines()[0]}"
 
