@@ -66,6 +66,11 @@ def on_gpu(straight: Callable, otherwise: Callable, *args: Any):
     )
 
 
+def on_cpu(there: Callable, otherwise: Callable, *args: Any):
+    """What one of two functions makes of `args`: the first where a CPU will run it."""
+    return lax.platform_dependent(*args, cpu=there, default=otherwise)
+
+
 def is_straight(device: jax.Device | None) -> bool:
     """Whether programs of a device have no conditionals; None: the default device."""
     platform = jax.default_backend() if device is None else device.platform

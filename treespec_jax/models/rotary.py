@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treespec_jax.branches import on_gpu
+from treespec_jax.branches import on_cpu
 from treespec_jax.config import RotaryConfig
 from treespec_jax.models.arithmetic import Arithmetic
 
@@ -81,7 +81,7 @@ def rotary_angles(config: RotaryConfig, head_dim: int, positions_R: jax.Array):
         # sines and cosines again for every head of every layer.
         return jax.lax.cond(positions_R[0] >= 0, table, lambda: (angles, angles))
 
-    return on_gpu(table, apart)
+    return on_cpu(apart, table)
 
 
 def apply_rotary(x_xHR: jax.Array, cos_sin, arithmetic: Arithmetic) -> jax.Array:
