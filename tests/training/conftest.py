@@ -14,7 +14,7 @@ _NAMES = ["anna", "ben", "cleo", "dora"]
 _THINGS = ["apple", "boat", "cat", "drum"]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def shared_compilations(tmp_path_factory):
     """Every run compiles the same step; the first one pays for all."""
     settings = {
