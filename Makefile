@@ -2,7 +2,7 @@
 # work.
 PYTHON ?= python3
 VENV ?= .venv
-# Test processes. Compiling keeps one core busy, so two halve the time on two.
+# Test processes, begun twice: compiled programs stay in memory. Compiling keeps one core busy, so two halve the time on two.
 JOBS ?= 2
 
 # As typed, so that a prompt may hold quotes and dollar signs.
@@ -33,7 +33,8 @@ chat: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/engine
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore=tests/engine
 
 # Without the tests marked slow.
 test-fast: $(VENV)/.dev

@@ -110,6 +110,9 @@ class Told:
     def wanted(self, requests, ready):
         return None
 
+    def priced(self, plan, shape):
+        return plan
+
     def load(self, requests):
         return Load.of(len(requests), 0)
 
