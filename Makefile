@@ -2,7 +2,8 @@
 # work.
 PYTHON ?= python3
 VENV ?= .venv
-# Test processes, begun twice: compiled programs stay in memory. Compiling keeps one core busy, so two halve the time on two.
+# Test processes. Compiling keeps one core busy, so two halve the time on two. They begin
+# twice, as the programs that they compile stay in memory.
 JOBS ?= 2
 
 # As typed, so that a prompt may hold quotes and dollar signs.
