@@ -164,7 +164,8 @@ class Expectation:
         self._requests: weakref.WeakKeyDictionary[Any, _Means] = (
             weakref.WeakKeyDictionary()
         )
-        # Squared differences of requests from the mean of all, in those of chance.
+        # Squared differences of requests from the mean of all, over the variance that
+        # so few steps have anyway.
         self._spread = 1 + FIRST / CARRIED
         count = len(self._shapes)
         # [k, s]: accepted nodes of shape k in steps that showed both k and s.
@@ -217,8 +218,8 @@ class Expectation:
     def _compare(self, total: float, count: float) -> None:
         """Takes in how far the first steps of a request were from the mean of all."""
         mean = max(self._all.values[0], 0.05)
-        chance = mean * (1 + mean) / count
-        spread = (total / count - mean) ** 2 / chance
+        variance = mean * (1 + mean) / count
+        spread = (total / count - mean) ** 2 / variance
         self._spread += (min(spread, 1 + FIRST) - self._spread) / REQUESTS
 
     def _of(self, request: Any) -> _Means:
