@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Test processes. Compiling keeps one core busy, so two halve the time on two. They begin
-# twice, as the programs that they compile stay in memory.
+# three times, as the programs that they compile stay in memory, and as a process has all
+# of them as users do or none.
 JOBS ?= 2
+PYTEST := $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 # As typed, so that a prompt may hold quotes and dollar signs.
 export TEXT := $(value PROMPT)
@@ -34,13 +36,15 @@ chat: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/engine
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore=tests/engine
+	$(PYTEST) -m optimised
+	$(PYTEST) -m "not optimised" tests/engine
+	$(PYTEST) -m "not optimised" --ignore=tests/engine
 
 # Without the tests marked slow.
 test-fast: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(PYTEST) -m "optimised and not slow"
+	$(PYTEST) -m "not optimised and not slow"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format .

@@ -12,8 +12,8 @@ import shutil
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LLVM's optimisation is half of what compiling costs, and most programs of tests run
 # too little to win it back. XLA's own passes still run. Processes that tests start
-# inherit it; with "0" all is compiled as users have it, and so are, in any case, the
-# modules that ask for `optimised_programs`.
+# inherit it; with "0" all is compiled as users have it, and so is what asks for
+# `optimised_programs`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # No test writes to the user's cache; those that want one name a folder.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -59,11 +59,31 @@ BROWSER = next(
 )
 
 
+# XLA's older generator of code for fused loops: half of the time that is left. The
+# operations, what is fused and the tokens are the same, roundings are not always.
+QUICK_CODE = "--xla_cpu_use_fusion_emitters=false"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "optimised_programs" in item.fixturenames:
+            item.add_marker("optimised")
     if BROWSER is None:
         absent = [item for item in items if item.get_closest_marker("browser")]
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in absent]
+
+
+def pytest_collection_finish(session):
+    """Before anything is compiled: a process keeps the flags that it compiles with.
+
+    One test marked `optimised` gives all of them users' code: `make test` parts them.
+    """
+    quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+    if quick and not any(i.get_closest_marker("optimised") for i in session.items):
+        before = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{before} {QUICK_CODE}".strip()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -17,8 +17,6 @@ CASES = {
     "terminal chain:3": 5,
 }
 
-pytestmark = pytest.mark.usefixtures("optimised_programs")
-
 
 @pytest.fixture(scope="module")
 def pair():
