@@ -180,9 +180,25 @@ def plain(pair, prompts):
     return [r.tokens for r in requests], book.rows
 
 
+@pytest.fixture(scope="module")
+def unused(pair):
+    """Gives engines of layouts, compiled once, that know no text."""
+    made = {}
+
+    def give(layout):
+        if layout not in made:
+            made[layout] = build(pair, layout)
+        engine, book = made[layout]
+        engine.reset()
+        book.rows.clear()
+        return engine, book
+
+    return give
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_logits_and_tokens_are_those_of_plain_decoding(layout, pair, plain, prompts):
-    engine, book = build(pair, layout)
+def test_logits_and_tokens_are_those_of_plain_decoding(layout, unused, plain, prompts):
+    engine, book = unused(layout)
     requests = run(engine, prompts)
     tokens, rows = plain
     wrong = [key for key, row in rows.items() if book.rows[key] != row]
@@ -198,12 +214,12 @@ def test_logits_and_tokens_are_those_of_plain_decoding(layout, pair, plain, prom
     assert again.stats.shared_pages == (len(longest) - 1) // engine.config.page_size
 
 
-def test_a_text_taken_in_has_the_rows_of_one_written(pair, plain, prompts):
+def test_a_text_taken_in_has_the_rows_of_one_written(unused, plain, prompts):
     """Later logits read what prefill wrote, in place of what steps committed."""
     tokens, rows = plain
     taken = TOKENS - 5
-    for chunks in ((7,), (64,)):
-        engine, book = build(pair, ("dynamic:7@4", 2, 16, 1, chunks))
+    for layout in LAYOUTS:
+        engine, book = unused(layout)
         params = SamplingParams(max_tokens=5, ignore_eos=True)
         texts = [p for p in prompts for _ in range(2)]
         requests = [
