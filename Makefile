@@ -6,7 +6,7 @@ VENV ?= .venv
 # three times, as the programs that they compile stay in memory, and as a process has all
 # of them as users do or none.
 JOBS ?= 2
-PYTEST := $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # As typed, so that a prompt may hold quotes and dollar signs.
 export TEXT := $(value PROMPT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import os
@@ -69,6 +70,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "optimised_programs" in item.fixturenames:
             item.add_marker("optimised")
+    # Files of many slow tests first, so that no worker begins one when others are done.
+    slow = collections.Counter(
+        item.path for item in items if item.get_closest_marker("slow")
+    )
+    items.sort(key=lambda item: -slow[item.path])
     if BROWSER is None:
         absent = [item for item in items if item.get_closest_marker("browser")]
         config.hook.pytest_deselected(items=absent)
