@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import importlib.util
 import os
 import platform
@@ -136,6 +137,14 @@ def stages():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected_garbage():
+    """What outlives a module is looked through once, not by every later collection."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
