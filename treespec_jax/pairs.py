@@ -27,7 +27,7 @@ from treespec_jax.engine import placement
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.errors import UserError
-from treespec_jax.models import product_forms
+from treespec_jax.models import product_choice
 from treespec_jax.models.weight_types import check_weights, is_int8
 
 Model = Description | LoadedModel
@@ -118,7 +118,7 @@ def loaded(
             "a loaded model stays where it is; give its path, or pass the mesh to "
             "checkpoints.load instead"
         )
-    product_forms.prepare(model.model, cache_folder())
+    product_choice.prepare(model.model, cache_folder())
     return model
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from treespec_jax.errors import UserError
-from treespec_jax.models import product_forms
+from treespec_jax.models import product_choice, product_forms
 from treespec_jax.models.linear import linear, rows_of, weight_of
 from treespec_jax.models.quantized import Quantized, quantize, signed
 from treespec_jax.models.weight_types import types_of
@@ -90,7 +90,7 @@ def with_offset(weight: Quantized) -> Quantized:
             self.matrix = nnx.Param(weight)
 
     holder = Holder()
-    product_forms.add_offset(holder)
+    product_choice.add_offset(holder)
     found = holder.matrix.get_value()
     assert found.values.dtype == np.uint8
     return found

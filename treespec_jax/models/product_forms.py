@@ -14,7 +14,6 @@ the table of a type for this machine; without, a built-in one only pads.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -29,11 +28,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
-from treespec_jax.models import memory, mixed_product
-from treespec_jax.models.quantized import OFFSET, Quantized
+from treespec_jax.models import mixed_product
 
 # Weight type -> cost by row count, of no machine in particular. On a CPU 5 to 7 float32
 # rows cost a fifth more than 8, 9 to 15 up to 1.4 times 16, and 17 to 31 as much as 32;
@@ -46,7 +43,7 @@ _BUILT_IN = {
     "uint8": {2: 1.0, 4: 1.1, 8: 1.2, 16: 1.5, 32: 3.5},
 }
 # Two forms of the same weights.
-_INTEGERS = ("int8", "uint8")
+INTEGERS = ("int8", "uint8")
 _measured: dict[str, dict[int, float]] = {}
 
 # Row counts to try: 15 and 16 go different ways in one library.
@@ -54,8 +51,6 @@ _ROWS = (1, 2, 4, 8, 12, 15, 16, 24, 32)
 _SHAPE, _BYTES, _TIMES = (4096, 768), 24 << 20, 7
 # Seconds after which no further round begins.
 _PATIENCE = 1.0
-# Bytes of a model whose products are worth a second at the first start.
-_LARGE = 64 << 20
 # Blocks must win by this factor.
 _CLEAR = 0.9
 # Costs that are the same but for noise.
@@ -144,73 +139,54 @@ def measure(dtype, folder: Path | None = None) -> dict[int, float]:
       milliseconds by row count.
     """
     name = np.dtype(dtype).name
-    if name not in _BUILT_IN or name in _measured:
-        return _measured.get(name, {})
+    if name not in _BUILT_IN:
+        return {}
     # Forms that are compared are timed in turn.
-    names = _INTEGERS if name in _INTEGERS else (name,)
-    file = folder and folder / f"product_forms-{_machine()}.json"
+    names = INTEGERS if name in INTEGERS else (name,)
+    return recorded(names, lambda: _timed(names), _machine(), folder)[name]
+
+
+def recorded(
+    names: Sequence[str],
+    timed: Callable[[], Mapping[str, dict[int, float]]],
+    machine: str,
+    folder: Path | None,
+) -> dict[str, dict[int, float]]:
+    """Tables of some names: of this process, or kept in a folder, or measured now.
+
+    Args:
+      names: of the tables; measured together or not at all.
+      timed: measures them.
+      machine: what they depend on, in a form that a file's name can have.
+      folder: where tables are kept; None: in this process only.
+
+    Returns:
+      milliseconds by name and row count.
+    """
+    file = folder and folder / f"product_forms-{machine}.json"
     kept: dict[str, dict[str, float]] = {}
-    with contextlib.suppress(OSError, LookupError, ValueError, AttributeError):
-        kept = dict(json.loads(file.read_text("utf-8")))
-        tables = {
-            name: {int(rows): float(ms) for rows, ms in kept[name].items()}
-            for name in names
-        }
-        _measured.update(tables)
-    if name not in _measured:
-        _measured.update(_timed(names))
+    if names[0] not in _measured:
+        with contextlib.suppress(OSError, LookupError, ValueError, AttributeError):
+            kept = dict(json.loads(file.read_text("utf-8")))
+            tables = {
+                name: {int(rows): float(ms) for rows, ms in kept[name].items()}
+                for name in names
+            }
+            _measured.update(tables)
+    if names[0] not in _measured:
+        _measured.update(timed())
         with contextlib.suppress(OSError, AttributeError):
             kept |= {name: _measured[name] for name in names}
             folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(kept), "utf-8")
             partial.replace(file)
-    return _measured[name]
+    return {name: _measured[name] for name in names}
 
 
-def prepare(model: nnx.Module, folder: Path | None = None) -> None:
-    """Measures what a model's products want, if it is large and lies on a CPU.
-
-    Matrices in int8 become uint8, one by one, where those are quicker. Nothing is done
-    where processes share the model: all must run one program.
-
-    Args:
-      model: with weights.
-      folder: as of `measure`.
-    """
-    arrays = jax.tree.leaves(nnx.state(model))
-    on_cpu = {device.platform for device in arrays[0].devices()} == {"cpu"}
-    if not on_cpu or not arrays[0].is_fully_addressable:
-        return
-    if sum(array.nbytes for array in arrays) < _LARGE:
-        return
-    dtype = max(arrays, key=lambda array: array.nbytes).dtype
-    measure(dtype, folder)
-    if dtype == jnp.int8:
-        signed, unsigned = (sum(_measured[name].values()) for name in _INTEGERS)
-        if unsigned < signed:
-            add_offset(model)
-
-
-def add_offset(model: nnx.Module) -> None:
-    """Replaces matrices in int8 by the same with 128 added, in uint8."""
-    for variable in jax.tree.leaves(
-        nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)
-    ):
-        matrix = variable.get_value()
-        if isinstance(matrix, Quantized) and matrix.values.dtype == jnp.int8:
-            variable.set_value(dataclasses.replace(matrix, values=_with_offset(matrix)))
-
-
-def _with_offset(matrix: Quantized) -> jax.Array:
-    values = matrix.values
-    if len(values.devices()) > 1:
-        return jax.jit(lambda x: lax.bitcast_convert_type(x, jnp.uint8) ^ OFFSET)(
-            values
-        )
-    array = memory.empty(values.shape, np.dtype(np.uint8))
-    np.bitwise_xor(np.asarray(values).view(np.uint8), np.uint8(OFFSET), out=array)
-    return jax.device_put(array)
+def machine_key(hardware: str) -> str:
+    """What a table's file is named by: the hardware and the version of jax."""
+    return f"{zlib.crc32(f'{hardware} {jax.__version__}'.encode()):08x}"
 
 
 def _machine() -> str:
@@ -221,8 +197,7 @@ def _machine() -> str:
         numbers = [line.partition(":")[2].strip() for line in lines[:20]]
         model = " ".join(itertools.islice(filter(None, numbers), 1, 6))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    text = f"{model} {cores or os.cpu_count()} {jax.__version__}"
-    return f"{zlib.crc32(text.encode()):08x}"
+    return machine_key(f"{model} {cores or os.cpu_count()}")
 
 
 def _timed(names: Sequence[str]) -> dict[str, dict[int, float]]:
@@ -245,7 +220,7 @@ def _timed(names: Sequence[str]) -> dict[str, dict[int, float]]:
 
 def _programs(name: str) -> Iterator[tuple[int, Callable]]:
     """Row counts and products of so many rows, compiled."""
-    integers = name in _INTEGERS
+    integers = name in INTEGERS
     sums = jnp.int32 if integers else jnp.float32
     rng = np.random.default_rng(0)
     count = max(1, _BYTES // (math.prod(_SHAPE) * np.dtype(name).itemsize))
