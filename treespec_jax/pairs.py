@@ -118,7 +118,7 @@ def loaded(
             "a loaded model stays where it is; give its path, or pass the mesh to "
             "checkpoints.load instead"
         )
-    product_choice.prepare(model.model, cache_folder())
+    product_choice.prepare(model.model, model.dtype, cache_folder())
     return model
 
 
@@ -130,6 +130,8 @@ def weight_notes(target: LoadedModel) -> tuple[str, ...]:
         f"weights are {target.weights}, rounded (LOSSY against float32 weights); "
         "speculation changes nothing of what they give"
     )
+    if product_choice.rounds_rows(target.model):
+        note += "; products on this device round activations to int8 too"
     return (note,)
 
 

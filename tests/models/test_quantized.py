@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +130,16 @@ def test_other_activations_multiply_converted_weights(weight):
     )
     dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert len(dots) == 1 and dots[0].count("bf16") == 2
+    # With rows rounded everywhere there is one form, that of a CPU.
+    rounding = dataclasses.replace(weight, rounds_rows=True)
+    np.testing.assert_array_equal(apply(rounding, x, jnp.float32), found)
+    assert rounding[0].rounds_rows, "a part of it is another weight"
+    for platform in ("cuda", "tpu"):
+        lowered = (
+            jax.jit(linear).trace(rounding, x).lower(lowering_platforms=(platform,))
+        )
+        (dot,) = [x for x in lowered.as_text().splitlines() if "dot_general" in x]
+        assert "bf16" not in dot and dot.count("i8>") == 2 and "i32>" in dot
 
 
 def test_embedding_rows(weight):
@@ -175,3 +187,55 @@ def test_a_measured_table_is_kept(tmp_path, monkeypatch):
     file.write_text("damaged")
     monkeypatch.setattr(product_forms, "_measured", {})
     assert product_forms.measure("int8", tmp_path)[16] < 1000
+
+
+class Matrices(nnx.Module):
+    """A matrix in int8, and a norm."""
+
+    def __init__(self, weight):
+        self.matrix = nnx.Param(weight)
+        self.norm = nnx.Param(jnp.ones(96, jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("rounded", "chosen"),
+    [
+        ({1: 1.0, 64: 1.5}, True),
+        # A tree is slower by more than plain steps are quicker.
+        ({1: 0.5, 64: 3.5}, False),
+        # Not worth rounding.
+        ({1: 0.95, 64: 1.95}, False),
+    ],
+)
+def test_one_form_for_all_row_counts(monkeypatch, tmp_path, weight, rounded, chosen):
+    """By the sum of times; all matrices of a model alike, whatever the rows."""
+    asked = []
+
+    def timed(device, dtype):
+        asked.append((device.device_kind, dtype))
+        return {"converted": {1: 1.0, 64: 2.0}, "rounded": rounded}
+
+    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v9", id=0)
+    monkeypatch.setattr(product_choice, "_timed", timed)
+    monkeypatch.setattr(product_choice, "_LARGE", 0)
+    monkeypatch.setattr(product_choice, "_device", lambda model: device)
+    for dtype, times in (("float32", 0), ("bfloat16", 1), ("bfloat16", 1)):
+        # As in another process: the file alone remembers.
+        monkeypatch.setattr(product_forms, "_measured", {})
+        model = Matrices(weight)
+        product_choice.prepare(model, dtype, tmp_path)
+        assert asked == [("TPU v9", "bfloat16")] * times
+        assert product_choice.rounds_rows(model) == (chosen and times == 1)
+    assert model.matrix.get_value().values is weight.values
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_forms_are_timed_on_a_device(monkeypatch):
+    """The timer itself; on a CPU both forms are one."""
+    monkeypatch.setattr(product_choice, "_WIDTH", 64)
+    monkeypatch.setattr(product_choice, "_PATIENCE", 0.0)
+    monkeypatch.setattr(product_forms, "_measured", {})
+    found = product_choice.measure_forms(jax.devices()[0], "bfloat16")
+    assert set(found) == {"converted", "rounded"}
+    for times in found.values():
+        assert list(times) == [1] and times[1] > 0

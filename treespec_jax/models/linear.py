@@ -9,7 +9,8 @@ is free to lay it out otherwise.
 | float | any | both in the weights' type, summed in float32 |
 | int8 | float32, or any on a CPU | rounded to int8 per row; summed in int32, and so |
 | | | the same whatever the rows beside |
-| int8 | bfloat16 or float16 elsewhere | weights converted in the product |
+| int8 | bfloat16 or float16 elsewhere | weights converted in the product, or as |
+| | | above: one form for a whole model, see `product_choice` |
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def weight_of(values: jax.Array, types: Types, inputs: int) -> Weight:
 
 def _quantized(weight: Quantized, x_IR: jax.Array) -> jax.Array:
     """float32 [*out, R]."""
-    if x_IR.dtype == jnp.float32:
+    if x_IR.dtype == jnp.float32 or weight.rounds_rows:
         return _int8(weight, x_IR)
     return lax.platform_dependent(weight, x_IR, cpu=_int8, default=_converted)
 

@@ -25,7 +25,7 @@ OFFSET = 128
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales"),
-    meta_fields=("shape", "bitwise"),
+    meta_fields=("shape", "bitwise", "rounds_rows"),
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -38,12 +38,15 @@ class Quantized:
       shape: (*out, *in), of the matrix that it stands for.
       bitwise: products with it have the same bits in every program, also after
         something was added to them (see `arithmetic`).
+      rounds_rows: products round the other side to int8 on all devices, not on CPUs
+        alone (see `product_choice`).
     """
 
     values: jax.Array
     scales: jax.Array
     shape: tuple[int, ...]
     bitwise: bool = False
+    rounds_rows: bool = False
 
     @property
     def out_rank(self) -> int:
@@ -73,7 +76,7 @@ class Quantized:
         values, scales = (x[:, *index] for x in (self.values, self.scales))
         rank = self.out_rank
         shape = *scales.shape[1:], *self.shape[rank:]
-        return Quantized(values, scales, shape, self.bitwise)
+        return dataclasses.replace(self, values=values, scales=scales, shape=shape)
 
 
 def signed(values: jax.Array) -> jax.Array:
