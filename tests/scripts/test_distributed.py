@@ -132,6 +132,35 @@ def test_generate(files):
 
 
 @pytest.mark.slow
+def test_benchmark(files, tmp_path):
+    """Process 0 measures, prints and writes; texts are those of one process."""
+    questions = tmp_path / "q.jsonl"
+    rows = ({"category": "a", "turns": [text]} for text in ("the cat", "a dog"))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grid = "--methods=draft_model", "--shapes=chain:2", "--rounds=1"
+    grid = *grid, "--latency_tokens=0", "--nobreakdown"
+    sizes = f"--target={files.target}", f"--draft={files.draft}", "--max_tokens=6"
+    flags = *grid, *sizes, f"--suite=file:{questions}", "--max_len=64"
+    out = tmp_path / "shared", tmp_path / "none", tmp_path / "alone"
+    shared, none, alone = (f"--output={path}" for path in out)
+    (code, text, err), (other, silent, nothing) = of_both(
+        "benchmark.py", *flags, shared, more=(none,)
+    )
+    assert (code, other) == (0, 0), err + nothing
+    assert "chain:2" in text and not silent and "answer" not in nothing
+    assert (out[0] / "results.md").read_text() in text and not out[1].exists()
+    single = finish(start(str(SCRIPTS / "benchmark.py"), *flags, alone))[0]
+    assert single[0] == 0, single[2]
+
+    def texts(folder):
+        lines = (folder / "runs.jsonl").read_text().splitlines()
+        entries = map(json.loads, lines)
+        return [x["token_ids"] for x in entries if "token_ids" in x]
+
+    assert texts(out[0]) == texts(out[2]) and len(texts(out[0])) == 4
+
+
+@pytest.mark.slow
 def test_mistakes_of_a_cluster(files):
     flags = f"--target={files.target}", "--tree=none", "--prompt=a", "--max_len=64"
     lead, follower = of_both("generate.py", *flags, more=("--max_len=32",))

@@ -7,7 +7,9 @@ import json
 
 import pytest
 
+from tests.conftest import TINY
 from treespec_jax.measurement import gpu_kernels
+from treespec_jax.models import presets
 
 # Shaped like a module that XLA compiled for a GPU: kernels of every kind in a loop, a
 # conditional in it, and a fusion whose inside launches nothing.
@@ -98,6 +100,25 @@ def test_report(report, tmp_path):
         assert counts["loops"] == 1
         assert counts["inner_loops"] == counts["conditionals"] == 0
         assert counts["calls"]["__gpu$xla.gpu.triton"] > 16
+
+
+def test_types_of_weights(report, monkeypatch, tmp_path, refuses):
+    """Scales are one operation more per product, rounded rows are several."""
+    monkeypatch.setattr(presets, "get", lambda name: TINY)
+    flags = "--lowered_only", "--tree=none", "--max_len=64", "--page_size=16"
+    kinds = "--weights=bfloat16", "--weights=int8", "--weights=int8 --round_rows"
+    counts = []
+    for i, kind in enumerate(kinds):
+        found = report(*flags, *kind.split(), f"--output={tmp_path / str(i)}")
+        assert (found.code, found.err) == (0, "")
+        assert f"with {kind.split()[0].partition('=')[2]} weights" in found.out
+        assert ("rows rounded to int8" in found.out) == ("round" in kind)
+        data = json.loads((tmp_path / str(i) / "results.json").read_text())
+        counts.append(data["programs"]["greedy"]["lowered"]["operations"])
+    products = 4 * TINY.num_layers
+    assert counts[0] + products < counts[1] < counts[1] + products < counts[2]
+    mistake = "round_rows is for int8 weights"
+    refuses(mistake, "gpu_report.py", *flags, "--round_rows")
 
 
 def test_no_compiler(monkeypatch):

@@ -26,6 +26,8 @@ def define() -> None:
     DEFINE_string(
         "weights", None, "type of weights, int8 for example; default: --dtype"
     )
+    words = "products with int8 weights round activations to int8 too"
+    DEFINE_bool("round_rows", False, words)
     DEFINE_bool("lowered_only", False, "compile nothing")
     DEFINE_integer("max_len", 2048, "tokens per text")
     flags.define("page_size", "output", max_batch=1)
@@ -36,7 +38,7 @@ def main(given) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation, gpu_programs
 
-    same = ("draft", "tree", "page_size", "dtype", "weights")
+    same = ("draft", "tree", "page_size", "dtype", "weights", "round_rows")
     job = compilation.Job(
         model=given.target,
         batch=given.max_batch,

@@ -28,6 +28,8 @@ def define() -> None:
     DEFINE_string(
         "weights", None, "type of weights, int8 for example; default: --dtype"
     )
+    words = "products with int8 weights round activations to int8 too"
+    DEFINE_bool("round_rows", False, words)
     DEFINE_string("mesh", "tensor:1", "devices that share the weights of the step")
     DEFINE_integer("layers", 0, "of the target, the first so many; 0: all")
     DEFINE_list("nodes", "1,16,64,128,256", "rows of the kernel's table")
@@ -41,7 +43,16 @@ def main(given) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from treespec_jax.measurement import compilation
 
-    same = ("topology", "draft", "tree", "page_size", "dtype", "weights", "layers")
+    same = (
+        "topology",
+        "draft",
+        "tree",
+        "page_size",
+        "dtype",
+        "weights",
+        "round_rows",
+        "layers",
+    )
     job = compilation.Job(
         model=given.target,
         batch=given.max_batch,

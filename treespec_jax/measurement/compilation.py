@@ -23,11 +23,11 @@ from treespec_jax.config import EngineConfig, ModelConfig, SpeculativeConfig
 from treespec_jax.engine.engine import Engine
 from treespec_jax.errors import UserError
 from treespec_jax.measurement.tables import markdown
-from treespec_jax.models import presets
+from treespec_jax.models import presets, product_choice
 from treespec_jax.models.flat import FlatModule
 from treespec_jax.models.quantized import stored_axes_of_leaves
 from treespec_jax.models.transformer import Transformer
-from treespec_jax.models.weight_types import check_weights
+from treespec_jax.models.weight_types import check_weights, is_int8
 from treespec_jax.trees import shapes
 
 DTYPES = ("bfloat16", "float32")
@@ -47,6 +47,8 @@ class Job:
       page_size: cache rows per page.
       dtype: of activations and cache.
       weights: type of the matrices, see `models.weight_types`; None: `dtype`.
+      round_rows: whether products with int8 weights round activations to int8 instead
+        of converting the weights, see `models.product_choice`.
       devices: that share the weights (tensor parallelism).
       layers: the target's first so many; 0: all of them.
       nodes: T of the kernel's table.
@@ -62,6 +64,7 @@ class Job:
     page_size: int = 128
     dtype: str = "bfloat16"
     weights: str | None = None
+    round_rows: bool = False
     devices: int = 1
     layers: int = 0
     nodes: tuple[int, ...] = (1, 16, 64, 128, 256)
@@ -79,6 +82,8 @@ class Job:
             )
         if self.weights is not None:
             check_weights(self.weights)
+        if self.round_rows and not is_int8(self.weights or self.dtype):
+            raise UserError("round_rows is for int8 weights; give --weights=int8")
         shapes.parse(self.tree)
         for name in filter(None, (self.model, self.draft)):
             presets.get(name)
@@ -90,6 +95,13 @@ class Job:
     @property
     def kind(self) -> aot.DeviceKind:
         return aot.device_kind(self.topology)
+
+    @property
+    def types(self) -> str:
+        """Of activations and cache, and of weights where it is another, in words."""
+        weights = f" with {self.weights} weights" if self.weights else ""
+        rounded = ", rows rounded to int8" if self.round_rows else ""
+        return self.dtype + weights + rounded
 
     @property
     def target(self) -> ModelConfig:
@@ -191,6 +203,9 @@ def abstract_engine(job: Job, devices: Sequence[jax.Device] = ()) -> Engine:
         abstract_model(config, job.dtype, devices, job.weights)
         for config in (job.target, job.drafter)
     )
+    if job.round_rows:
+        for model in (target, drafter):
+            product_choice.round_rows(model)
     config = EngineConfig(job.batch, job.context, job.page_size, cache_dtype=job.dtype)
     speculative = SpeculativeConfig(tree=job.tree)
     return Engine(target, config, speculation.make(speculative, drafter, job.tau))
@@ -339,7 +354,7 @@ def step_table(job: Job, report: aot.Report) -> str:
         ("compilation, on this machine", f"{report.compile_seconds:.0f} s"),
     ]
     return (
-        f"Step of {job.model} with tree {job.tree}, {_types(job)}, {job.batch} slots × "
+        f"Step of {job.model} with tree {job.tree}, {job.types}, {job.batch} slots × "
         f"{job.context} rows, {report.num_devices} device(s), figures of one; loops "
         "and both sides of conditionals count once. Traffic is what instructions move "
         "between HBM and the core at most: of conditionals the side that moves more, "
@@ -364,11 +379,6 @@ def collectives_table(report: aot.Report) -> str:
         "under way, of so many bytes on average, or that are asynchronous; "
         f"{rest} more are of few bytes:\n\n" + markdown(rows)
     )
-
-
-def _types(job: Job) -> str:
-    """Of activations and cache, and of weights where it is another."""
-    return job.dtype + (f" with {job.weights} weights" if job.weights else "")
 
 
 def _mb(size: float) -> str:

@@ -61,7 +61,7 @@ def study(job: compilation.Job, compiled: bool) -> tuple[Callable, Callable]:
 
 def table(results: dict[str, Any]) -> str:
     """A row per kind of request."""
-    job, compiled = results["job"], results["device"] is not None
+    job, compiled = compilation.Job(**results["job"]), results["device"] is not None
     head = ["requests", "loops inside the step", "conditionals", "sorts", "top-ks"]
     if compiled:
         kinds = "kernels", "products", "attention", "sorts", "copies", "others"
@@ -78,7 +78,7 @@ def table(results: dict[str, Any]) -> str:
             row.append(str(after["loops"] + after["conditionals"]))
         rows.append(row)
     about = (
-        f"Step of {job['model']} with tree {job['tree']}, {job['batch']} slots, "
+        f"Step of {job.model} with tree {job.tree}, {job.types}, {job.batch} slots, "
         f"lowered for CUDA by jax {results['jax']}"
     )
     if compiled:
