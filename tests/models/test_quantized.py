@@ -146,6 +146,11 @@ def test_embedding_rows(weight):
     table = weight[0]
     rows = rows_of(table, jnp.asarray([3, 39, 3]), jnp.float32)
     np.testing.assert_allclose(rows, numbers(weight)[0, [3, 39, 3]].T, rtol=1e-6)
+    one = rows_of(table, jnp.asarray([39]), jnp.float32)
+    np.testing.assert_array_equal(one, rows[:, 1:2])
+    # Not by a slice, for which a TPU's compiler copies the table.
+    lowered = jax.jit(rows_of, static_argnums=2).lower(table, jnp.asarray([39]), "f4")
+    assert "tensor<2x" in lowered.as_text().split("gather", 1)[1].splitlines()[0]
 
 
 @pytest.mark.parametrize("name", ["int4", "int8:", "int8:0", "int8:x", 8])

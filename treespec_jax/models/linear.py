@@ -60,9 +60,15 @@ def rows_of(table: Weight, tokens_R: jax.Array, dtype) -> jax.Array:
     """Rows of an embedding [V, D], feature-major: [D, R] in `dtype`."""
     if not isinstance(table, Quantized):
         return table[tokens_R].T.astype(dtype)
+    count = len(tokens_R)
+    if count == 1:
+        # A TPU's compiler makes a slice of a single row, and for its sake copies the
+        # whole table into another layout at every step.
+        tokens_R = jnp.concatenate([tokens_R, tokens_R])
     rows_GRI = signed(table.values[:, tokens_R]) * table.scales[:, tokens_R][..., None]
     rows_GRI = rounded(rows_GRI) if table.bitwise else rows_GRI
-    return rows_GRI.transpose(0, 2, 1).reshape(-1, len(tokens_R)).astype(dtype)
+    rows_DR = rows_GRI.transpose(0, 2, 1).reshape(-1, len(tokens_R)).astype(dtype)
+    return rows_DR[:, :count]
 
 
 def abstract_weight(shape: tuple[int, ...], types: Types, inputs: int) -> Weight:
