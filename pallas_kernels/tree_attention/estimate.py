@@ -25,6 +25,8 @@ class PrefixCost:
       bundles: issued.
       cycles: of the schedule, without waits for copies.
       stream_cycles: in which the device's memory delivers those rows.
+      spills: registers that are stored or loaded again for want of registers; both are
+        in bundles and cycles.
       mxu_share: of the bundles, those that issue to the MXU.
       copied: bytes read from HBM for them.
       least: bytes that they have.
@@ -33,6 +35,7 @@ class PrefixCost:
     bundles: float
     cycles: float
     stream_cycles: float
+    spills: float
     mxu_share: float
     copied: float
     least: int
@@ -87,6 +90,7 @@ def prefix_cost(
         bundles=bundles,
         cycles=total(lambda loop: loop.cycles),
         stream_cycles=kind.stream_cycles(least),
+        spills=total(lambda loop: loop.mix.spills + loop.mix.fills),
         mxu_share=total(lambda loop: loop.mix.mxu_bundles) / bundles,
         copied=total(lambda loop: loop.copied.get("hbm_to_vmem", 0)),
         least=least,

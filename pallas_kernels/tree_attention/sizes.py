@@ -24,6 +24,8 @@ class BlockSizes:
         or else all heads.
       unroll: heads whose products stand side by side in one basic block, so that the
         latencies of one hide behind the others; likewise a divisor of `heads`.
+      in_turn: whether of these the scores of one are computed beside the weights of the
+        one before, instead of all scores first.
       max_rows: query rows of one grid step and head; more rows read the prefix anew.
       vmem_bytes: on-chip memory that the kernel may take.
     """
@@ -35,10 +37,15 @@ class BlockSizes:
     unroll: int = 1
     max_rows: int = 2048
     vmem_bytes: int = 14 * 2**20
+    in_turn: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "in_turn":
+                if not isinstance(value, bool):
+                    raise ValueError(f"in_turn={value!r} is neither True nor False")
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field.name}={value!r} is not a positive integer")
         if self.buffers < 2:

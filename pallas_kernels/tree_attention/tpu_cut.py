@@ -61,6 +61,11 @@ class Static:
         return min(self.sizes.rows, self.rows)
 
     @property
+    def in_turn(self) -> bool:
+        whole = self.page * self.pages_per_block % LANES == 0
+        return self.prefix and whole and self.sizes.in_turn and self.unroll > 1
+
+    @property
     def pads_tree(self) -> bool:
         return self.tree_rows < self.U or self.width < self.H
 
@@ -84,6 +89,8 @@ class Static:
             "seen": (self.tile, self.U),
             "scored": (self.unroll, self.tile, self.block_columns()),
         }
+        if self.in_turn:
+            shapes["highest"] = (self.unroll, self.tile, LANES)
         if self.pads_tree:
             shapes["tree"] = (self.heads, 2, self.U, self.H)
         ring = (self.sizes.buffers, self.pages_per_block, self.heads)

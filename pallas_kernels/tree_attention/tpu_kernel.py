@@ -29,6 +29,8 @@ LOWEST = -1e38
 # A contraction that yields a [rows, keys] product of two row-major operands.
 CONTRACT_LAST = (((1,), (1,)), ((), ()))
 CONTRACT_INNER = (((1,), (0,)), ((), ()))
+# Keys whose scores and weights stand beside each other in `_Softmax.add_in_turn`.
+PIECE = 256
 # T rows that are rearranged at a time: whole tiles of bf16, whatever G is.
 CHUNK = 16
 
@@ -46,8 +48,9 @@ def _dot(a, b, dims, static):
 class _Softmax:
     """Running softmax of one tile of query rows against blocks of keys."""
 
-    def __init__(self, static, q, top, total, out, scored):
-        self.static, self.scored = static, scored
+    def __init__(self, static, q, top, total, out, scratch):
+        self.static = static
+        self.scored, self.highest = scratch
         self.q, self.top, self.total, self.out = q, top, total, out
 
     def reset(self):
@@ -82,7 +85,7 @@ class _Softmax:
             s_RS = scores(h)
             S = s_RS.shape[1]
             self.scored[u, :, :S] = s_RS
-            columns = [slice(c, min(c + LANES, S)) for c in range(0, S, LANES)]
+            columns = _columns(slice(0, S))
             highest.append(functools.reduce(jnp.maximum, [s_RS[:, c] for c in columns]))
         for u, h in enumerate(heads):
             top_old = self.top[h, span]
@@ -94,6 +97,53 @@ class _Softmax:
             pv = _dot(p_RS, values(h), CONTRACT_INNER, self.static)
             wide = jnp.concatenate([shrink] * (self.static.H // LANES), axis=1)
             self.out[h, span] = self.out[h, span] * wide + pv
+
+    def add_in_turn(self, heads, span, scores, values, value_scale):
+        """As `add`, the scores of each head beside the weights of the one before.
+
+        So the vector units work on one head while the matrix units do on the next. In
+        pieces, and the maximum and the output through memory between them: so less is
+        in registers at once.
+
+        Args:
+          scores: of a head and a slice of the block's keys, as of `add`.
+          heads, span, values, value_scale: as of `add`.
+        """
+        S = self.static.page * self.static.pages_per_block
+        pieces = [slice(c, min(c + PIECE, S)) for c in range(0, S, PIECE)]
+        for u in range(len(heads) + 1):
+            if u:
+                h = heads[u - 1]
+                self._raise(u - 1, h, span)
+            for piece in pieces:
+                if u < len(heads):
+                    self._score(u, piece, scores(heads[u], piece))
+                if u:
+                    columns = _columns(piece)
+                    top, scale = self.top[h, span], value_scale(h)
+                    p_RS, sums = self._weights(u - 1, top, columns, scale)
+                    self.total[h, span] = self.total[h, span] + sums
+                    pv = _dot(p_RS, values(h)[piece], CONTRACT_INNER, self.static)
+                    self.out[h, span] = self.out[h, span] + pv
+
+    def _score(self, u, piece, s_RS):
+        """Keeps the scores of a piece, and their maximum lane by lane."""
+        self.scored[u, :, piece] = s_RS
+        parts = [s_RS[:, c] for c in _columns(slice(0, s_RS.shape[1]))]
+        highest = functools.reduce(jnp.maximum, parts)
+        before = [self.highest[u]] if piece.start else []
+        self.highest[u] = functools.reduce(jnp.maximum, [highest, *before])
+
+    def _raise(self, u, h, span):
+        """Takes a block's maximum into account in what is added up already."""
+        top_old = self.top[h, span]
+        highest = jnp.max(self.highest[u], axis=1, keepdims=True)
+        top = jnp.maximum(top_old, highest)
+        shrink = jnp.exp2(top_old - top)
+        self.top[h, span] = top
+        self.total[h, span] = self.total[h, span] * shrink
+        wide = jnp.concatenate([shrink] * (self.static.H // LANES), axis=1)
+        self.out[h, span] = self.out[h, span] * wide
 
     def _weights(self, u, top, columns, value_scale):
         """exp2(scores - top), scaled and rounded, and its sums lane by lane."""
@@ -114,6 +164,13 @@ class _Softmax:
         total = jnp.sum(self.total[h, span], axis=1, keepdims=True)
         safe = jnp.where(total > 0, total, 1.0)
         return self.out[h, span] * jnp.where(total > 0, 1.0 / safe, 0.0)
+
+
+def _columns(span):
+    """The lanes of a slice of keys, a register's width at a time."""
+    return [
+        slice(c, min(c + LANES, span.stop)) for c in range(span.start, span.stop, LANES)
+    ]
 
 
 def kernel(static: Static, *refs):
@@ -142,6 +199,7 @@ def kernel(static: Static, *refs):
     q = take()  # [heads, rows, H]
     seen = take()  # [tile, U]
     scored = take()  # [unroll, tile, S or U]
+    highest = take(static.in_turn)  # [unroll, tile, LANES]
     tree = take() if static.pads_tree else tree_kv  # [heads, 2, U, H]
     buffer = take(prefix)  # [buffers, pages_per_block, heads, parts, page, H]
     scale_buffer = take(quantized)  # [buffers, pages_per_block, heads, 2, page]
@@ -153,7 +211,7 @@ def kernel(static: Static, *refs):
     unroll = static.unroll
     slot = pl.program_id(0)
     step = pl.program_id(1) * static.row_steps + pl.program_id(2)
-    softmax = _Softmax(static, q, top, total, acc, scored)
+    softmax = _Softmax(static, q, top, total, acc, (scored, highest))
     softmax.reset()
     _gather(static, q_tokens, q)
     if static.pads_tree:
@@ -182,6 +240,7 @@ def kernel(static: Static, *refs):
             static, table, plan, pages, scales, buffer, scale_buffer, sem, state
         )
         S = static.page * static.pages_per_block
+        add = softmax.add_in_turn if static.in_turn else softmax.add
 
         @pl.when((slot == 0) & (step == 0))
         def _():
@@ -203,17 +262,22 @@ def kernel(static: Static, *refs):
                 axis=1,
             )
 
+        def scores(entry, h, span, piece):
+            scale = scale_of(entry, h, 0)
+            scale = None if scale is None else scale[:, piece]
+            return softmax.scores(h, span, rows_of(entry, h, 0)[piece], scale)
+
+        whole = slice(0, S)
+
         def full_block(index, _):
             entry, _ = ring.wait(slot, step, index, full=True)
             ring.start()
 
             def body(heads, span):
-                softmax.add(
+                add(
                     heads,
                     span,
-                    lambda h: softmax.scores(
-                        h, span, rows_of(entry, h, 0), scale_of(entry, h, 0)
-                    ),
+                    lambda h, piece=whole: scores(entry, h, span, piece),
                     lambda h: rows_of(entry, h, 1),
                     lambda h: scale_of(entry, h, 1),
                 )
@@ -226,9 +290,10 @@ def kernel(static: Static, *refs):
             start = first_page * static.page
             end = plan[Plan.LENGTH, slot]
 
-            def scores(h, span):
-                s = softmax.scores(h, span, rows_of(entry, h, 0), scale_of(entry, h, 0))
-                key_position = start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+            def visible_scores(h, span, piece):
+                s = scores(entry, h, span, piece)
+                key_position = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                key_position += start + piece.start
                 visible = key_position < end
                 if static.windowed:
                     visible &= key_position >= limit[0, span][:, :1]
@@ -255,10 +320,10 @@ def kernel(static: Static, *refs):
                 return jnp.where(written, scale, 0.0)
 
             def body(heads, span):
-                softmax.add(
+                add(
                     heads,
                     span,
-                    lambda h: scores(h, span),
+                    lambda h, piece=whole: visible_scores(h, span, piece),
                     lambda h: rows_of(entry, h, 1),
                     value_scale,
                 )

@@ -101,27 +101,29 @@ def test_calls_that_the_kernel_does_not_take(cost):
     ("T", "G", "bar"),
     [
         (2, 4, 1.0),
-        (32, 4, 2.0),
-        (16, 8, 2.0),
+        (16, 4, 1.0),
+        (32, 4, 1.0),
+        (16, 8, 1.0),
         (64, 4, None),
         (256, 8, None),
     ],
 )
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_figures_of_the_sizes_that_are_chosen(tpu_compiler, topology, T, G, bar):
-    """At most so many times the cycles of streaming, no spills, and no needless byte.
+    """At most so many times the cycles of streaming, and no needless byte.
 
+    Few spills: four cycles more for each make it a fifth more at most.
     The shapes of Llama 3 8B (G = 4) and Qwen3 32B (G = 8).
     """
     kind, given = aot.device_kind(topology), operands(T, G)
     spec = AttentionSpec(scale=0.1, device_kind=kind.kind)
     report = compiled(topology, given, spec)
     kernel = report.kernel("tree_attention")
-    if T * G <= 256:
-        assert (kernel.mix.spills, kernel.mix.fills) == (0, 0)
     spec = dataclasses.replace(spec, block_sizes=choose(kind.kind, T * G))
     found = estimate.prefix_cost(kernel, kind, given, spec)
     if bar is not None:
-        assert found.bundles <= found.cycles <= bar * found.stream_cycles
+        assert found.bundles <= found.cycles
+        assert found.cycles <= bar * found.stream_cycles
+        assert found.cycles + 4 * found.spills <= 1.2 * bar * found.stream_cycles
     least = SLOTS * 2 * H * 2 * (K * PAGES * PAGE + T * K * (G + 1))
     assert report.bytes_accessed <= 1.05 * least
