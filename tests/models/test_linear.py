@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 from treespec_jax.models import memory
-from treespec_jax.models.linear import linear
+from treespec_jax.models.linear import linear, rows_of
 
 apply = jax.jit(linear, static_argnums=2)
 
@@ -52,6 +53,28 @@ def test_one_bfloat16_row_equals_the_same_row_of_two():
                 np.asarray(one[..., 0], np.float32),
                 np.asarray(both[..., row], np.float32),
             )
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about XLA on a CPU")
+def test_a_table_of_bfloat16_is_neither_converted_nor_copied():
+    """Not even before a loop whose steps read a few rows each; and rows are exact."""
+    rng = np.random.default_rng(3)
+    table = jnp.asarray(rng.normal(size=(40, 64)), jnp.bfloat16)
+    tokens = jnp.asarray([3, 39, 3], jnp.int32)
+    want = np.asarray(table, np.float32)[np.asarray(tokens)].T
+    np.testing.assert_array_equal(rows_of(table, tokens, jnp.float32), want)
+
+    @jax.jit
+    def run(table, tokens):
+        def body(_, tokens):
+            return rows_of(table, tokens, jnp.float32).sum(0).astype(jnp.int32) % 40
+
+        return jax.lax.fori_loop(0, 5, body, tokens)
+
+    lines = run.lower(table, tokens).compile().as_text().splitlines()
+    made = [line for line in lines if re.search(r"= (f32|u16|bf16)\[40,64\]", line)]
+    made = [line for line in made if re.search(r" (fusion|convert|copy)\(", line)]
+    assert not made, made
 
 
 def test_bfloat16_sums_in_float32():

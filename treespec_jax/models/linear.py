@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.tree_attention import rounded
+from treespec_jax.branches import on_cpu
 from treespec_jax.models import product_forms
 from treespec_jax.models.quantized import TOP, Quantized, abstract, quantize, signed
 from treespec_jax.models.weight_types import Types
@@ -59,6 +60,8 @@ def linear(weight: Weight, x_IR: jax.Array, out_dtype=None) -> jax.Array:
 def rows_of(table: Weight, tokens_R: jax.Array, dtype) -> jax.Array:
     """Rows of an embedding [V, D], feature-major: [D, R] in `dtype`."""
     if not isinstance(table, Quantized):
+        if table.dtype == jnp.bfloat16 and dtype == jnp.float32:
+            return on_cpu(_by_bits, _converted_rows, table, tokens_R).T
         return table[tokens_R].T.astype(dtype)
     count = len(tokens_R)
     if count == 1:
@@ -69,6 +72,22 @@ def rows_of(table: Weight, tokens_R: jax.Array, dtype) -> jax.Array:
     rows_GRI = rounded(rows_GRI) if table.bitwise else rows_GRI
     rows_DR = rows_GRI.transpose(0, 2, 1).reshape(-1, len(tokens_R)).astype(dtype)
     return rows_DR[:, :count]
+
+
+def _converted_rows(table: jax.Array, tokens_R: jax.Array) -> jax.Array:
+    """float32 rows [R, D] of a table [V, D] in bfloat16."""
+    return table[tokens_R].astype(jnp.float32)
+
+
+def _by_bits(table: jax.Array, tokens_R: jax.Array) -> jax.Array:
+    """The same on a CPU.
+
+    XLA gathers no bfloat16 there: it converts the table, before a loop of several
+    steps. Bits it would copy at that place, but for the barrier.
+    """
+    table, tokens_R = lax.optimization_barrier((table, tokens_R))
+    bits_RD = lax.bitcast_convert_type(table, jnp.uint16)[tokens_R]
+    return lax.bitcast_convert_type(bits_RD.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def abstract_weight(shape: tuple[int, ...], types: Types, inputs: int) -> Weight:
