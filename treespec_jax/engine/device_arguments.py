@@ -26,7 +26,6 @@ REPEATED = (
     "look",
     "go",
     "dispatch",
-    "rehearse",
     "compile",
     "compile_behind",
     "set_draft_leaves",

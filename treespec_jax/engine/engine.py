@@ -432,13 +432,12 @@ class Engine:
         if plan is None:
             return
         started, compiled = self._clock.now(), sum(self.compilations.values())
-        requests, rehearsed = [slot.request for slot in plan.slots.values()], None
+        requests = [slot.request for slot in plan.slots.values()]
         load = self._chooser.load(requests)
         plan = self._chooser.priced(plan, choice.shape)
         try:
-            if choice.rehearse:
-                rehearsed = self._executor.rehearse(plan)
-            outbox = self._executor.dispatch(plan, choice.shape)
+            name = REHEARSAL if choice.rehearse else choice.shape
+            outbox = self._executor.dispatch(plan, name)
         except BaseException:
             self._scheduler.abandon(plan)
             raise
@@ -446,7 +445,7 @@ class Engine:
         for flight in self._flights:
             flight.timed &= timed
         timed &= not self.compiling
-        flight = Flight(plan, choice, load, outbox, started, timed, rehearsed)
+        flight = Flight(plan, choice, load, outbox, started, timed)
         self._flights.append(flight)
         self._chooser.started(choice, requests)
 

@@ -44,7 +44,6 @@ from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.sampling.temperature import Adaptive
 from treespec_jax.speculation import Speculation
 from treespec_jax.trees.shapes import TreeShape
-from treespec_jax.trees.token_tree import TokenTree
 
 # Numbers in a row of a TPU's vector registers.
 TPU_LANES = 128
@@ -119,9 +118,7 @@ class Executor:
         )
         self._go = jax.jit(self._traced_go, donate_argnums=1)
         self._scores = jax.jit(sharing.scores)
-        self._programs: dict[Program, Callable] = {
-            REHEARSAL: jax.jit(self._traced_rehearsal)
-        }
+        self._programs: dict[Program, Callable] = {}
         # What stays on the device between the halves of a pass of beam search.
         self._looked: Looked | None = None
         # Programs that are compiled, by name and variant; and variants of which all
@@ -262,21 +259,19 @@ class Executor:
     def _set_pages(self, pages: Pages) -> None:
         self._state = dataclasses.replace(self._state, pages=pages)
 
-    def dispatch(self, plan: Plan, shape: TreeShape) -> Outbox:
-        """Starts a dispatch; its outbox is still on the device."""
-        program, control = self._program(shape), self._control(plan)
+    def dispatch(self, plan: Plan, name: Program) -> Outbox:
+        """Starts a dispatch; its outbox is still on the device.
+
+        Args:
+          plan: who runs.
+          name: shape of its trees, or REHEARSAL: plain steps, and before them a tree
+            that nobody verifies.
+        """
+        program, control = self._program(name), self._control(plan)
         with compile_time.measured(self._clock):
             self._state, outbox = program(self._leaves, self._state, control)
-        self._compiled.add((shape, variant_of(control)))
+        self._compiled.add((name, variant_of(control)))
         return outbox
-
-    def rehearse(self, plan: Plan) -> TokenTree:
-        """Starts to grow a tree that nobody will verify; it is still on the device."""
-        control = self._control(plan)
-        with compile_time.measured(self._clock):
-            tree = self._program(REHEARSAL)(self._leaves, self._state, control)
-        self._compiled.add((REHEARSAL, variant_of(control)))
-        return tree
 
     def variant(self, plan: Plan) -> Hashable:
         """What a plan's programs hang on besides their names, such as penalties."""
@@ -475,19 +470,17 @@ class Executor:
         state = beam_step.go(speculation, state, looked, moves)
         return placement.pin(state, self._placement.mesh)
 
-    def _traced_rehearsal(self, leaves, state, control) -> TokenTree:
-        self.compilations["rehearsal"] += 1
-        speculation = self._speculation
-        layered = speculation.drafter.module is not None
-        shape = observed_shapes(speculation.shapes, layered)[-1]
-        tree = stepping.rehearse(*self._bind(leaves), shape, state, control)
-        return placement.pin(tree, self._placement.mesh)
+    def _traced_dispatch(self, name: Program) -> Callable:
+        shapes, rehearsed = self._speculation.shapes, None
+        if name == REHEARSAL:
+            layered = self._speculation.drafter.module is not None
+            name, rehearsed = shapes[-1], observed_shapes(shapes, layered)[-1]
 
-    def _traced_dispatch(self, shape: TreeShape) -> Callable:
         def run(leaves, state, control):
-            self.compilations["dispatch"] += 1
+            self.compilations["rehearsal" if rehearsed else "dispatch"] += 1
+            models = self._bind(leaves)
             done = stepping.dispatch(
-                *self._bind(leaves), shape, state, control, self.config
+                models, name, state, control, self.config, rehearsed
             )
             return placement.pin(done, self._placement.mesh)
 

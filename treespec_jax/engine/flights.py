@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 from treespec_jax.engine.chooser import Choice, Chooser
 from treespec_jax.engine.costs import Load
-from treespec_jax.engine.executor import fetch
 from treespec_jax.engine.expectation import rehearsed_tokens, tokens_by_shape
 from treespec_jax.engine.plan import Plan
 from treespec_jax.engine.state import Outbox
 from treespec_jax.trees.shapes import TreeShape
-from treespec_jax.trees.token_tree import TokenTree
 
 
 @dataclasses.dataclass
@@ -26,7 +24,6 @@ class Flight:
       outbox: on the device.
       started: time of its launch, by the engine's clock.
       timed: whether its time is that of its steps: nothing was compiled meanwhile.
-      rehearsed: a tree that was grown before it; None: none was.
     """
 
     plan: Plan
@@ -35,7 +32,6 @@ class Flight:
     outbox: Outbox
     started: float
     timed: bool
-    rehearsed: TokenTree | None
 
     @property
     def nodes(self) -> int:
@@ -68,11 +64,11 @@ def tell(
             mean = tokens[ran, index].mean(axis=0)
             observed.append((slot.request, mean, int(ran.sum())))
     chooser.record(flight.choice, observed, int(done.steps), flight.load, seconds)
-    if flight.rehearsed is None:
+    if done.rehearsed is None:
         return
     counts_B = counts.sum(axis=0)
     emitted_BS = done.emission.tokens[:, :, 0].T
-    tokens = rehearsed_tokens(shapes, fetch(flight.rehearsed), emitted_BS, counts_B)
+    tokens = rehearsed_tokens(shapes, done.rehearsed, emitted_BS, counts_B)
     requests = {i: slot.request for i, slot in slots.items() if counts_B[i]}
     chooser.rehearsed(
         [(r, tokens[i]) for i, r in requests.items() if r.params.speculate]

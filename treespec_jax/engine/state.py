@@ -14,6 +14,7 @@ from treespec_jax.sampling.penalties import TextSoFar
 from treespec_jax.sampling.policy import Sampling
 from treespec_jax.sampling.temperature import Adaptive
 from treespec_jax.trees.shapes import TreeShape
+from treespec_jax.trees.token_tree import TokenTree
 
 
 @jax.tree_util.register_dataclass
@@ -170,10 +171,12 @@ class Outbox:
     Attributes:
       emission: every array with a leading axis S, the compiled number of steps.
       steps: int32 [], steps that ran.
+      rehearsed: a tree that was grown before them; None: none was.
     """
 
     emission: Emission
     steps: jax.Array
+    rehearsed: TokenTree | None = None
 
     @classmethod
     def empty(cls, config: EngineConfig, shape: TreeShape, top: int = 0) -> Outbox:

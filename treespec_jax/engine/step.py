@@ -300,24 +300,40 @@ def successors_of(
 
 
 def dispatch(
-    target: Transformer,
-    speculation: Speculation,
+    models: tuple[Transformer, Speculation],
     shape: TreeShape,
     state: DecodeState,
     control: Control,
     config: EngineConfig,
+    rehearsed: TreeShape | None = None,
 ) -> tuple[DecodeState, Outbox]:
-    """Runs steps until every slot is done, as many as a dispatch has at most."""
+    """Runs steps until every slot is done, as many as a dispatch has at most.
+
+    Args:
+      models: the target, and the drafter in its speculation.
+      shape: of the steps' trees.
+      state: of all slots.
+      control: of the dispatch.
+      config: fixed sizes.
+      rehearsed: shape of a tree that is grown before the first of plain steps, which
+        nobody verifies (`engine.rehearsal`); None: none is.
+    """
+    target, speculation = models
     penalties = None
     if control.text is not None:
         penalties = control.text.tables(target.config.vocab_size)
-    before, watching = state, None
-    plain = speculation.depth > shape.depth == 0
-    if plain and Watching.fits(speculation, config.steps_per_dispatch):
-        # What waits goes through a drafter's model now.
-        turn = turn_of(target, shape, state, control, penalties)
-        caught_up = propose(target, speculation, shape, state, turn).draft
-        before = dataclasses.replace(state, draft=caught_up)
+    before, watching, rehearsal = state, None, None
+    waits = Watching.fits(speculation, config.steps_per_dispatch)
+    waits &= speculation.depth > shape.depth == 0
+    if waits or rehearsed:
+        grown = rehearsed or shape
+        turn = turn_of(target, grown, state, control, penalties)
+        proposed = propose(target, speculation, grown, state, turn)
+    if rehearsed:
+        rehearsal = dataclasses.replace(proposed.tree, proposal=None, source=None)
+    if waits:
+        # What waited has gone through a drafter's model.
+        before = dataclasses.replace(state, draft=proposed.draft)
         watching = Watching(speculation.drafter, config.steps_per_dispatch)
         seen = watching.begin(config.max_batch, target)
         speculation = dataclasses.replace(speculation, drafter=watching)
@@ -346,31 +362,14 @@ def dispatch(
             outbox.emission,
             emission,
         )
-        return result.state, penalties, Outbox(emissions, outbox.steps + 1)
+        outbox = dataclasses.replace(outbox, emission=emissions, steps=outbox.steps + 1)
+        return result.state, penalties, outbox
 
     outbox = Outbox.empty(config, shape, control.top)
     state, _, outbox = lax.while_loop(unfinished, body, (state, penalties, outbox))
     if watching is not None:
         state = watching.finish(before, state, outbox.emission, control.page_table)
-    return state, outbox
-
-
-def rehearse(
-    target: Transformer,
-    speculation: Speculation,
-    shape: TreeShape,
-    state: DecodeState,
-    control: Control,
-) -> TokenTree:
-    """A tree as a step would grow it now; nobody verifies it.
-
-    What the drafter finds for it is forgotten.
-    """
-    penalties = None
-    if control.text is not None:
-        penalties = control.text.tables(target.config.vocab_size)
-    turn = turn_of(target, shape, state, control, penalties)
-    return propose(target, speculation, shape, state, turn).tree
+    return state, dataclasses.replace(outbox, rehearsed=rehearsal)
 
 
 def prefill(
