@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from treespec_jax.trees import shapes as naming
 from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
-# The program that grows trees which nobody verifies.
+# The program of plain steps before which a tree is grown that nobody verifies.
 REHEARSAL = "rehearsal"
 # Comparisons of times whose median counts; and of rehearsals, whose times are small
 # differences, beside as many guesses as of the others.
@@ -189,8 +190,11 @@ class Costs:
         for key, costs in known.steps.items():
             self._compared[key] = collections.deque(costs, _kept(key[1]))
         self._fresh: collections.Counter[tuple[Load, str]] = collections.Counter()
+        # They are asked for before every dispatch, and change with a comparison alone.
+        self.relative = functools.cache(self._relative)
+        self.rehearsal = functools.cache(self._rehearsal)
 
-    def relative(self, shape: TreeShape, load: Load) -> float:
+    def _relative(self, shape: TreeShape, load: Load) -> float:
         """Of a step of that shape, in plain steps."""
         if not shape.depth:
             return 1.0
@@ -220,7 +224,7 @@ class Costs:
         few = len(compared) < COMPARISONS
         return float(statistics.median([*compared, guess] if few else compared))
 
-    def rehearsal(self, shape: TreeShape, load: Load) -> float:
+    def _rehearsal(self, shape: TreeShape, load: Load) -> float:
         """Of growing a tree of that shape beside a step, in plain steps."""
         curve = self._curve(load)
         guess = curve.draft(shape) / curve.step(ROOT_ONLY, self._slots)
@@ -237,6 +241,7 @@ class Costs:
         self._compared.setdefault(key, collections.deque(maxlen=_kept(key[1])))
         self._compared[key].append(cost)
         self._fresh[key] += 1
+        (self.rehearsal if shape == REHEARSAL else self.relative).cache_clear()
         # Rarely, since it writes a file: after 4, 8, 16, … comparisons.
         count = sum(self._fresh.values())
         if self._keep and count >= 4 and count.bit_count() == 1:

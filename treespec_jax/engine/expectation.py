@@ -65,6 +65,9 @@ def tokens_by_shape(
       counts: int [...], tokens that the step emitted; 0 of an idle slot.
       orders: int [..., C], see `engine.state.Emission`.
     """
+    if not orders.shape[-1]:
+        # Of plain steps, which are short.
+        return np.ones((*counts.shape, len(shapes)))
     depth_C = np.arange(1, orders.shape[-1] + 1)
     accepted = depth_C < counts[..., None]
     reached = [
@@ -92,24 +95,24 @@ def rehearsed_tokens(
     came_BT = (tree.tokens == said_BT) & tree.valid & (tree.depth <= count[:, None])
     came_BT |= tree.depth == 0
     accepted_BT = ~np.any(tree.ancestors & ~came_BT[:, None], axis=2)
-    order_BT = order_of(tree)
-    found = []
-    for shape in shapes:
-        inside_BT = (order_BT < shape.num_nodes) & (tree.depth <= shape.depth)
-        depth_BT = np.where(accepted_BT & inside_BT, tree.depth, 0)
-        accepted_B = np.max(depth_BT, axis=1)
-        deepest_B11 = np.argmax(depth_BT, axis=1)[:, None, None]
-        # The nodes below the deepest accepted one, by their paths from there.
-        above_B1T = np.take_along_axis(tree.ancestors, deepest_B11, axis=1)
-        below_BT = np.take_along_axis(tree.ancestors, deepest_B11, axis=2)[:, :, 0]
-        below_BT = below_BT & inside_BT & tree.valid & ~accepted_BT
-        path_BTT = np.where(
-            tree.ancestors & ~above_B1T, tree.draft_logprob[:, None], 0.0
-        )
-        rest_BT = np.where(below_BT, np.exp(np.sum(path_BTT, axis=2)), 0.0)
-        rest_B = np.where(accepted_B == count, np.sum(rest_BT, axis=1), 0.0)
-        found.append(1.0 + accepted_B + rest_B)
-    return np.stack(found, axis=1)
+    nodes_K11 = np.array([shape.num_nodes for shape in shapes])[:, None, None]
+    depth_K11 = np.array([shape.depth for shape in shapes])[:, None, None]
+    inside_KBT = (order_of(tree) < nodes_K11) & (tree.depth <= depth_K11)
+    depth_KBT = np.where(accepted_BT & inside_KBT, tree.depth, 0)
+    deepest_KB = np.argmax(depth_KBT, axis=2)
+    accepted_KB = np.max(depth_KBT, axis=2)
+    ends_KB = accepted_KB == count
+    if not ends_KB.any():
+        return 1.0 + accepted_KB.T
+    # The nodes below the deepest accepted one, by their paths from there.
+    text_1B = np.arange(len(count))[None]
+    above_KBT = tree.ancestors[text_1B, deepest_KB]
+    below_KBT = tree.ancestors.transpose(0, 2, 1)[text_1B, deepest_KB]
+    below_KBT = below_KBT & inside_KBT & tree.valid & ~accepted_BT & ends_KB[..., None]
+    path_KBTT = tree.ancestors & ~above_KBT[:, :, None]
+    log_KBT = np.where(path_KBTT, tree.draft_logprob[:, None], 0.0).sum(axis=3)
+    rest_KBT = np.exp(log_KBT, where=below_KBT, out=np.zeros(log_KBT.shape))
+    return 1.0 + (accepted_KB + np.sum(rest_KBT, axis=2)).T
 
 
 def order_of(tree: TokenTree) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -305,6 +306,7 @@ def _parse_auto(rest: str) -> Ladder | None:
     return Ladder((*rungs, ROOT_ONLY))
 
 
+@functools.cache
 def text_of(shape: TreeShape) -> str:
     """A name that `parse` reads."""
     if isinstance(shape, StaticShape):
