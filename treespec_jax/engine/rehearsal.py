@@ -3,8 +3,9 @@
 A plain step is short, so that a drafter's small operations are a share of it, and the
 pass of a drafter's model even more so. Therefore a dispatch of plain steps is, for a
 drafter, one step that emitted all of its tokens: it takes them in once. And before the
-first step a tree may be grown that nobody verifies, in a variant of the program: the tokens
-that come anyway say how much of it would have been accepted (`engine.expectation`).
+first step a tree may be grown that nobody verifies, in a variant of the program: the
+tokens that come anyway say how much of it would have been accepted
+(`engine.expectation`).
 """
 
 from __future__ import annotations
