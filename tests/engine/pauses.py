@@ -22,6 +22,7 @@ from treespec_jax.drafting.matches import Matches
 from treespec_jax.drafting.protocol import Drafter
 from treespec_jax.drafting.rates import Rates
 from treespec_jax.drafting.recycle import RecycleState, table_of, with_table
+from treespec_jax.engine import rehearsal
 from treespec_jax.engine.executor import Executor, fetch
 from treespec_jax.engine.plan import idle_chunk, prefill_plan
 from treespec_jax.engine.scheduler import Scheduler
@@ -138,6 +139,7 @@ class Bench:
             CONFIG, (), speculation.depth + 1, target.config.vocab_size
         )
         pages = self._scheduler.num_pages
+        self._waits = rehearsal.backlog(speculation, STEPS) > 0
         self._executor = Executor(
             target, self.speculation, CONFIG, pages, self._scheduler.clock
         )
@@ -193,6 +195,8 @@ class Bench:
             sampling={**plan.sampling, **SAMPLING},
             max_steps=np.array(steps, np.int32),
         )
+        if self._waits and shape.depth:
+            self._executor.catch_up(plan)
         emission = fetch(self._executor.dispatch(plan, shape)).emission
         for slot, text in enumerate(texts):
             counts_S = emission.counts[:steps, slot]
@@ -260,7 +264,8 @@ def by_slot(state: Any) -> list[np.ndarray]:
     """What a drafter remembers of each slot, arrays with a leading axis B.
 
     Matches are those of the last step's roots, and found anew in the next. Of what
-    waits only the first `pending_count` are real, and of a table what has logits.
+    waits only the first `pending_count` are real, of a table what has logits, and of a
+    backlog nothing once a tree is to be grown.
     """
 
     def remembered(x):
@@ -269,7 +274,9 @@ def by_slot(state: Any) -> list[np.ndarray]:
         if isinstance(x, RecycleState):
             return np.where(x.logits > -np.inf, x.best, 0), x.logits
         real_BC = np.arange(x.pending.shape[1]) < x.pending_count[:, None]
-        x = dataclasses.replace(x, pending=np.where(real_BC, x.pending, 0))
+        x = dataclasses.replace(
+            x, pending=np.where(real_BC, x.pending, 0), backlog=None
+        )
         if isinstance(x, EagleState):
             hidden = np.where(real_BC[:, :, None], x.hidden, 0)
             x = dataclasses.replace(x, hidden=hidden)

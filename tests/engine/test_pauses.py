@@ -113,7 +113,9 @@ def check_position(state, texts) -> None:
         if isinstance(x, DraftModelState):
             # A layer's row pairs a token with the row before it.
             ahead = 0 if isinstance(x, EagleState) else 1
-            np.testing.assert_array_equal(x.lengths + x.pending_count, roots + ahead)
+            behind = 0 if x.backlog is None else x.backlog.count
+            known = x.lengths + x.pending_count + behind
+            np.testing.assert_array_equal(known, roots + ahead)
             for pending, count, text in zip(
                 x.pending, x.pending_count, texts, strict=True
             ):

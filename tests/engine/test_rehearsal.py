@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.drafting.heads import eagle
+from tests.engine.told import Told
 from treespec_jax import speculation
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting.recycle import table_of
 from treespec_jax.engine.chooser import Choice
-from treespec_jax.engine.costs import Costs, Load, usual_curve
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.expectation import observed_shapes, rehearsed_tokens
 from treespec_jax.engine.rehearsal import Watching
@@ -97,38 +97,6 @@ def test_tokens_of_a_step_are_those_of_a_walk():
     assert (tokens[:, 2] == 1).all()
 
 
-class Told:
-    """A chooser that is told what to do, and lists what it hears."""
-
-    def __init__(self):
-        self.choices, self.costs = [], Costs(usual_curve(True, True), 1)
-        self.reset()
-
-    def reset(self):
-        self.tokens, self.heard = [], []
-
-    def wanted(self, requests, ready):
-        return None
-
-    def priced(self, plan, shape):
-        return plan
-
-    def load(self, requests):
-        return Load.of(len(requests), 0)
-
-    def choose(self, max_steps, requests, ready, under_way):
-        return self.choices[0] if self.choices else Choice(ROOT_ONLY, None)
-
-    def started(self, choice, requests):
-        self.choices = self.choices[1:]
-
-    def record(self, choice, observed, steps, load, seconds):
-        self.tokens += [tokens[-1] for _, tokens, _ in observed]
-
-    def rehearsed(self, observed):
-        self.heard += [tokens[-1] for _, tokens in observed]
-
-
 @pytest.fixture(scope="module", params=["no model", "a layer"])
 def engine(request, tiny_draft):
     """Drafters with and without a model, which wait for what they are told."""
@@ -201,4 +169,6 @@ def test_plain_steps_teach_a_dispatch_at_once_what_they_teach_one_by_one(engine,
     for state in states[1:]:
         jax.tree.map(np.testing.assert_array_equal, state, states[0])
     assert np.isfinite(states[0][3]).any()
-    assert set(engine.compilations) == {"begin", "prefill", "dispatch", "rehearsal"}
+    programs = {"begin", "prefill", "dispatch", "rehearsal"}
+    layered = engine.speculation.drafter.module is not None
+    assert set(engine.compilations) == programs | ({"catch_up"} if layered else set())

@@ -30,6 +30,7 @@ from treespec_jax.drafting.sources import (
     together,
 )
 from treespec_jax.models.eagle import EagleModel
+from treespec_jax.trees.shapes import ROOT_ONLY
 
 # Best tokens of a draft model that become guesses.
 MODEL_GUESSES = 8
@@ -104,6 +105,7 @@ class AutoWithModel(SourceDrafter):
             feature_layers=model.needs.feature_layers,
             in_pages=True,
             next_tokens=model.needs.next_tokens,
+            waits=True,
         )
         self._model = model
         self.module = model.module
@@ -130,6 +132,14 @@ class AutoWithModel(SourceDrafter):
     def resume(self, state: AutoState, committed) -> AutoState:
         sources = super().resume(state.sources, committed)
         return AutoState(sources, self._model.resume(state.model, committed))
+
+    def postpone(self, state: AutoState, context: DraftContext) -> AutoState:
+        sources, *_ = self.look(state.sources, ROOT_ONLY, context)
+        return AutoState(sources, self._model.postpone(state.model, context))
+
+    def catch_up(self, state: AutoState, page_table, active) -> AutoState:
+        model = self._model.catch_up(state.model, page_table, active)
+        return dataclasses.replace(state, model=model)
 
     def propose(self, state: AutoState, shape, context: DraftContext):
         sources, root, expand = self.look(state.sources, shape, context)

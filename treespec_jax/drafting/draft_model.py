@@ -2,7 +2,8 @@
 
 Its own cache holds committed tokens only. The tokens that a step emitted wait in a
 window and go through the model at the start of the next proposal, in the pass that
-gives the root's distribution: one pass per level, none to catch up.
+gives the root's distribution: one pass per level, none to catch up. Those of plain
+steps, for which nothing is proposed, gather in a backlog, until one pass takes them in.
 """
 
 from __future__ import annotations
@@ -30,6 +31,20 @@ from treespec_jax.trees.token_tree import TokenTree
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Backlog:
+    """Tokens that the model has not seen, older than those in the window.
+
+    Attributes:
+      rows: the tokens, int32 [B, R], and what else waits with them, [B, R, ...].
+      count: int32 [B], how many are real.
+    """
+
+    rows: tuple[jax.Array, ...]
+    count: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DraftModelState:
     """The draft model's cache and the tokens it has not seen.
 
@@ -38,12 +53,15 @@ class DraftModelState:
       lengths: int32 [B], tokens in the cache.
       pending: int32 [B, window], emitted tokens not in the cache; the last is the root.
       pending_count: int32 [B].
+      backlog: what stands between the cache and `pending`; empty whenever a tree is
+        grown. None if every proposal takes in what waits.
     """
 
     pages: Pages
     lengths: jax.Array
     pending: jax.Array
     pending_count: jax.Array
+    backlog: Backlog | None
 
 
 class DraftModel:
@@ -59,7 +77,7 @@ class DraftModel:
       tau: temperature of the estimate that a child is right.
     """
 
-    needs = Needs(in_pages=True)
+    needs = Needs(in_pages=True, waits=True)
     sources = ("draft model",)
     Options = NoOptions
     # Positions by which its rows trail the tokens that they read.
@@ -77,11 +95,13 @@ class DraftModel:
         return type(self)(module, self.tau)
 
     def init(self, sizes: Sizes) -> DraftModelState:
+        pending = jnp.zeros((sizes.batch, sizes.window), jnp.int32)
         return DraftModelState(
             pages=paging.empty_pages(self.module.config, sizes.layout),
             lengths=jnp.zeros(sizes.batch, jnp.int32),
-            pending=jnp.zeros((sizes.batch, sizes.window), jnp.int32),
+            pending=pending,
             pending_count=jnp.zeros(sizes.batch, jnp.int32),
+            backlog=empty_backlog((pending,), sizes),
         )
 
     def ingest(self, state: DraftModelState, committed: Committed) -> DraftModelState:
@@ -108,11 +128,13 @@ class DraftModel:
         )
         pages, _ = run_chunk(self.module, state.pages, chunk)
         length = (committed.start + committed.count)[0]
-        return DraftModelState(
+        return dataclasses.replace(
+            state,
             pages=pages,
             lengths=state.lengths.at[slot].set(length),
             pending=state.pending.at[slot, 0].set(committed.root[0]),
             pending_count=state.pending_count.at[slot].set(1),
+            backlog=without(state.backlog, slot),
         )
 
     def copy_slot(self, state: DraftModelState, source, destination):
@@ -126,6 +148,53 @@ class DraftModel:
     def resume(self, state: DraftModelState, committed: Committed):
         # Its rows are in the same pages as the target's; the next chunk sets the rest.
         return state
+
+    def postpone(self, state: DraftModelState, context: DraftContext):
+        backlog = state.backlog
+        count_B = jnp.where(context.active, state.pending_count, 0)
+        column_BR = jnp.arange(backlog.rows[0].shape[1]) - backlog.count[:, None]
+        is_new_BR = (column_BR >= 0) & (column_BR < count_B[:, None])
+        column_BR = jnp.clip(column_BR, 0, state.pending.shape[1] - 1)
+
+        def joined(old, waiting):
+            lead = (*column_BR.shape, *(1,) * (old.ndim - 2))
+            new = jnp.take_along_axis(waiting, column_BR.reshape(lead), axis=1)
+            return jnp.where(is_new_BR.reshape(lead), new, old)
+
+        rows = tuple(map(joined, backlog.rows, self._waiting(state)))
+        return dataclasses.replace(
+            state,
+            pending_count=state.pending_count - count_B,
+            backlog=Backlog(rows, backlog.count + count_B),
+        )
+
+    def catch_up(self, state: DraftModelState, page_table, active):
+        tokens_BR, *_ = rows = state.backlog.rows
+        B, R = tokens_BR.shape
+        held_B = jnp.where(active, state.lengths, 0)
+        count_B = jnp.where(active, state.backlog.count, 0)
+        column_R = jnp.arange(R)
+        with jax.named_scope("catch_up"):
+            forward = self._run(
+                tokens_BR,
+                self._above(rows),
+                held_B[:, None] + column_R,
+                jnp.broadcast_to(column_R[:, None] >= column_R, (B, R, R)),
+                CacheView(state.pages, page_table, held_B),
+            )
+            pages = paging.commit(
+                state.pages,
+                paging.Destination(page_table, held_B, count_B),
+                forward.kv,
+                jnp.broadcast_to(column_R, (B, R)),
+                after=forward.kv[-1][0, 0, 0, 0, 0] < jnp.inf,
+            )
+        return dataclasses.replace(
+            state,
+            pages=pages,
+            lengths=state.lengths + count_B,
+            backlog=Backlog(rows, state.backlog.count - count_B),
+        )
 
     def propose(self, state: DraftModelState, shape, context: DraftContext):
         logits_VB, expand, finish = self.begin(state, context)
@@ -149,7 +218,7 @@ class DraftModel:
         with jax.named_scope("draft_root"):
             forward = self._run(
                 state.pending,
-                self._waiting_rows(state),
+                self._above(self._waiting(state)),
                 position_BC,
                 jnp.broadcast_to(column_C[:, None] >= column_C, (B, window, window)),
                 view,
@@ -227,8 +296,12 @@ class DraftModel:
         tokens_BT = self._known(tokens_BT)
         return self.module(tokens_BT, positions_BU, mask_BTU, view, scratch)
 
-    def _waiting_rows(self, state) -> jax.Array | None:
-        """[D, R], what the waiting rows go on from."""
+    def _waiting(self, state) -> tuple[jax.Array, ...]:
+        """What is in the window: tokens [B, window], and what else [B, window, ...]."""
+        return (state.pending,)
+
+    def _above(self, rows: tuple[jax.Array, ...]) -> jax.Array | None:
+        """[D, R], what rows that wait go on from."""
         return None
 
     def _known(self, tokens: jax.Array) -> jax.Array:
@@ -242,3 +315,24 @@ class DraftModel:
         if lacking <= 0:
             return logits_VR[:vocab]
         return jnp.pad(logits_VR, ((0, lacking), (0, 0)), constant_values=-jnp.inf)
+
+
+def empty_backlog(waiting: tuple[jax.Array, ...], sizes: Sizes) -> Backlog | None:
+    """None if there is to be none.
+
+    Args:
+      waiting: like the rows of the window.
+      sizes: of the state.
+    """
+    if not sizes.backlog:
+        return None
+    lead = sizes.batch, sizes.backlog
+    rows = tuple(jnp.zeros((*lead, *x.shape[2:]), x.dtype) for x in waiting)
+    return Backlog(rows, jnp.zeros(sizes.batch, jnp.int32))
+
+
+def without(backlog: Backlog | None, slot: jax.Array) -> Backlog | None:
+    """A new text has left nothing behind."""
+    if backlog is None:
+        return None
+    return Backlog(backlog.rows, backlog.count.at[slot].set(0))

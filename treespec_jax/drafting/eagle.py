@@ -15,7 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from treespec_jax.cache import pages as paging
-from treespec_jax.drafting.draft_model import DraftModel, DraftModelState
+from treespec_jax.drafting.draft_model import (
+    DraftModel,
+    DraftModelState,
+    empty_backlog,
+    without,
+)
 from treespec_jax.drafting.protocol import Committed, Needs, Sizes
 from treespec_jax.models.drafter_config import EagleOptions
 from treespec_jax.models.eagle import EagleModel, spread
@@ -54,6 +59,7 @@ class Eagle(DraftModel):
             feature_layers=model.config.feature_layers,
             in_pages=True,
             next_tokens=self.lag,
+            waits=True,
         )
 
     def init(self, sizes: Sizes) -> EagleState:
@@ -61,12 +67,15 @@ class Eagle(DraftModel):
         window = sizes.batch, sizes.window
         none_B = jnp.zeros(sizes.batch, jnp.int32)
         dtype = self.module.types.dtype
+        pending = jnp.zeros(window, jnp.int32)
+        hidden = jnp.zeros((*window, layer.embed_dim), dtype)
         return EagleState(
             pages=paging.empty_pages(layer, sizes.layout),
             lengths=none_B,
-            pending=jnp.zeros(window, jnp.int32),
+            pending=pending,
             pending_count=none_B,
-            hidden=jnp.zeros((*window, layer.embed_dim), dtype),
+            backlog=empty_backlog((pending, hidden), sizes),
+            hidden=hidden,
         )
 
     def ingest(self, state: EagleState, committed: Committed) -> EagleState:
@@ -111,16 +120,22 @@ class Eagle(DraftModel):
         last = jnp.maximum(committed.count[0] - 1, 0)
         last_D = jnp.where(committed.count[0] > 0, hidden_1TD[0, last], 0)
         waits = jnp.minimum(length, 1)
-        return EagleState(
+        return dataclasses.replace(
+            state,
             pages=pages,
             lengths=state.lengths.at[slot].set(length - waits),
             pending=state.pending.at[slot, 0].set(committed.root[0]),
             pending_count=state.pending_count.at[slot].set(waits),
+            backlog=without(state.backlog, slot),
             hidden=state.hidden.at[slot, 0].set(last_D),
         )
 
-    def _waiting_rows(self, state: EagleState) -> jax.Array:
-        return state.hidden.reshape(-1, state.hidden.shape[2]).T
+    def _waiting(self, state: EagleState):
+        return state.pending, state.hidden
+
+    def _above(self, rows) -> jax.Array:
+        hidden_BRD = rows[1]
+        return hidden_BRD.reshape(-1, hidden_BRD.shape[2]).T
 
     def _run(self, tokens_BT, above_DR, positions_BU, mask_BTU, view, scratch=None):
         # A row without features may stand before the text's beginning.

@@ -71,6 +71,7 @@ class Needs:
         (`Committed.successors`); 0 for none.
       in_pages: whether it keeps something for every row in the target's pages.
       next_tokens: tokens after a row that this depends on.
+      waits: whether tokens can wait for passes of its model: it is a `PatientDrafter`.
     """
 
     feature_layers: tuple[int, ...] = ()
@@ -78,6 +79,7 @@ class Needs:
     successors: int = 0
     in_pages: bool = False
     next_tokens: int = 0
+    waits: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Sizes:
       vocab: V, of the target.
       window: C + 1 at least, tokens that `ingest` takes in at once but for prompts.
       resumes: whether a text may begin with pages that are in the cache already.
+      backlog: R, tokens of a text that can wait besides; 0 if none ever do.
     """
 
     batch: int
@@ -101,6 +104,7 @@ class Sizes:
     vocab: int
     window: int
     resumes: bool = True
+    backlog: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,4 +303,25 @@ class Drafter(Protocol):
         What the state keeps by page is there; features and successors are not given. At
         least one token of the text follows, by `ingest`. The state after both must
         draft as if all had been ingested.
+        """
+
+
+class PatientDrafter(Drafter, Protocol):
+    """One that need not run its model in plain steps (`Needs.waits`).
+
+    `postpone` stands in for a proposal of the root alone, as often as the backlog has
+    room for `Sizes.window` more tokens. Before a tree is grown, and when there is no
+    room, `catch_up` takes in the backlog; the state is then as if nothing had waited.
+    """
+
+    def postpone(self, state: Any, context: DraftContext) -> Any:
+        """The state once what waits for the next proposal has joined the backlog."""
+
+    def catch_up(self, state: Any, page_table: jax.Array, active: jax.Array) -> Any:
+        """The state once the backlog has gone through the model.
+
+        Args:
+          state: of all slots.
+          page_table: int32 [B, max_pages].
+          active: bool [B]; the other slots keep their state.
         """

@@ -21,6 +21,8 @@ from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
 # The program of plain steps before which a tree is grown that nobody verifies.
 REHEARSAL = "rehearsal"
+# The program that takes in what waits for a drafter's model.
+CATCH_UP = "catch up"
 # Comparisons of times whose median counts; and of rehearsals, whose times are small
 # differences, beside as many guesses as of the others.
 COMPARISONS, MANY = 5, 31

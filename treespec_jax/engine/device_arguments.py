@@ -26,6 +26,7 @@ REPEATED = (
     "look",
     "go",
     "dispatch",
+    "catch_up",
     "compile",
     "compile_behind",
     "set_draft_leaves",

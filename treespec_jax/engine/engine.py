@@ -12,12 +12,12 @@ import numpy as np
 
 from treespec_jax import distributed, limits
 from treespec_jax.config import EngineConfig, SamplingParams
-from treespec_jax.engine import flights, rehearsal
+from treespec_jax.engine import flights
 from treespec_jax.engine.beam_group import Found, GroupSearch
 from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.branching import CachedTexts
 from treespec_jax.engine.chooser import Choice, Chooser, Program
-from treespec_jax.engine.costs import REHEARSAL, Costs, Load, usual_curve
+from treespec_jax.engine.costs import CATCH_UP, REHEARSAL, Costs, Load, usual_curve
 from treespec_jax.engine.device_arguments import REPEATED
 from treespec_jax.engine.executor import Executor, fetch
 from treespec_jax.engine.expectation import observed_shapes
@@ -29,7 +29,7 @@ from treespec_jax.engine.slots import SlotSettings
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling import constraints
 from treespec_jax.speculation import PLAIN, Speculation
-from treespec_jax.trees.shapes import TreeShape
+from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
 GREEDY = SamplingParams()
 
@@ -67,9 +67,9 @@ class Engine:
         self.prefill_seconds = self.decode_seconds = 0.0
         self._vocab_size, self._eos_ids = target.config.vocab_size, tuple(eos_ids)
         needs = speculation.drafter.needs
-        window = rehearsal.window(speculation, config.steps_per_dispatch)
+        self._backlog = flights.Backlog.of(speculation, config.steps_per_dispatch)
         drafted = DraftCache(
-            trails=window if needs.in_pages else 0,
+            trails=self._backlog.trails if needs.in_pages else 0,
             next_tokens=needs.next_tokens,
             in_pages=needs.in_pages,
             hears_all=needs.history or needs.successors > 0,
@@ -403,7 +403,8 @@ class Engine:
             return [shapes[-1]]
         loads = {Load.of(1, 0), Load.of(self.config.max_batch, 0)}
         useful = {s for load in loads for s in self._chooser.useful(load)}
-        return [*(shape for shape in shapes if shape in useful), REHEARSAL]
+        more = [REHEARSAL, CATCH_UP] if self._backlog.size else [REHEARSAL]
+        return [*(shape for shape in shapes if shape in useful), *more]
 
     def _settings_of(self, params: SamplingParams) -> SlotSettings:
         """As if a request with these had the first slot, and nobody the others."""
@@ -424,26 +425,34 @@ class Engine:
             known = ready | executor.refused(variant)
             wanted = self._chooser.wanted(requests, known)
             if wanted is not None:
-                executor.compile_behind(plan, wanted)
+                # What any tree and any rehearsal begin with.
+                first = CATCH_UP if self._backlog.size else wanted
+                executor.compile_behind(plan, wanted if first in known else first)
         under_way = [flight.choice for flight in self._flights]
         return self._chooser.choose(max_steps, requests, ready, under_way)
 
     def _launch(self, plan: Plan | None, choice: Choice) -> None:
         if plan is None:
             return
-        started, compiled = self._clock.now(), sum(self.compilations.values())
+        compiled = sum(self.compilations.values())
         requests = [slot.request for slot in plan.slots.values()]
         load = self._chooser.load(requests)
         plan = self._chooser.priced(plan, choice.shape)
         try:
             name = REHEARSAL if choice.rehearse else choice.shape
+            plain = name == ROOT_ONLY
+            due = self._backlog.is_due(plan, plain)
+            if due:
+                self._executor.catch_up(plan)
+            started = self._clock.now()
             outbox = self._executor.dispatch(plan, name)
         except BaseException:
             self._scheduler.abandon(plan)
             raise
+        self._backlog.change(plan, plain, due)
         timed = sum(self.compilations.values()) == compiled
         for flight in self._flights:
-            flight.timed &= timed
+            flight.timed &= timed and not due
         timed &= not self.compiling
         flight = Flight(plan, choice, load, outbox, started, timed)
         self._flights.append(flight)

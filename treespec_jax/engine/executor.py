@@ -24,7 +24,7 @@ from treespec_jax.engine.background import Background
 from treespec_jax.engine.beam_step import Looked, Moves, Sight
 from treespec_jax.engine.chooser import Program
 from treespec_jax.engine.clock import SteadyClock
-from treespec_jax.engine.costs import REHEARSAL
+from treespec_jax.engine.costs import CATCH_UP, REHEARSAL
 from treespec_jax.engine.device_arguments import (
     batched,
     chunk_arguments,
@@ -97,8 +97,8 @@ class Executor:
             self._placement,
         )
         self._straight = is_straight(placement.device(target))
-        # Where the weights are: a state that is bound to no device becomes bound in
-        # its first call, and the second would compile again.
+        # A state bound to no device becomes bound in its first call, and the second
+        # would compile again.
         first = self._target.leaves[0]
         if isinstance(first, jax.ShapeDtypeStruct):
             state = jax.eval_shape(self._begin, self._leaves)
@@ -107,8 +107,8 @@ class Executor:
             self._fresh_state = jax.jit(self._begin)
             self.reset()
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
-        self._resume = jax.jit(self._traced_resume, donate_argnums=1)
-        self._fork = jax.jit(self._traced_fork, donate_argnums=1)
+        self._resume = self._jitted("resume", sharing.resume)
+        self._fork = self._jitted("fork", sharing.fork)
         self._copy_pages = jax.jit(self._traced_copy, donate_argnums=0)
         self._extend = jax.jit(
             self._traced_extend, donate_argnums=1, static_argnames="scored"
@@ -116,9 +116,10 @@ class Executor:
         self._look = jax.jit(
             self._traced_look, donate_argnums=1, static_argnames=("shape", "count")
         )
-        self._go = jax.jit(self._traced_go, donate_argnums=1)
+        self._go = self._jitted("go", beam_step.go)
         self._scores = jax.jit(sharing.scores)
-        self._programs: dict[Program, Callable] = {}
+        catch_up = self._jitted("catch_up", stepping.catch_up)
+        self._programs: dict[Program, Callable] = {CATCH_UP: catch_up}
         # What stays on the device between the halves of a pass of beam search.
         self._looked: Looked | None = None
         # Programs that are compiled, by name and variant; and variants of which all
@@ -160,25 +161,22 @@ class Executor:
         Returns:
           `PromptScores` of NumPy arrays, if the chunk asks for them, else None.
         """
-        state, args = (self._leaves, self._state), chunk_arguments(chunk)
+        args = self._leaves, self._state, *chunk_arguments(chunk)
         with compile_time.measured(self._clock):
-            self._state, scores = self._prefill(*state, *args)
+            self._state, scores = self._prefill(*args)
         jax.block_until_ready(self._state.root)
         return jax.device_get(scores)
 
     def resume(self, chunk: ChunkPlan) -> None:
         """Tells the drafter of a chunk that is in the caches already."""
-        state, args = (self._leaves, self._state), chunk_arguments(chunk)
-        with compile_time.measured(self._clock):
-            self._state = self._resume(*state, *args)
+        self._change(self._resume, *chunk_arguments(chunk))
 
     def fork(self, plan: ForkPlan) -> None:
         """Copies slots, and the pages that they do not share."""
         slots = Copies(*pair_arrays(plan.slots, self.config.max_batch))
         for pages in batched(plan.pages, _PAGE_COPIES):
             copies = Copies(*pair_arrays(pages, _PAGE_COPIES))
-            with compile_time.measured(self._clock):
-                self._state = self._fork(self._leaves, self._state, slots, copies)
+            self._change(self._fork, slots, copies)
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         """Copies pages of the target over others: source and destination each."""
@@ -240,9 +238,10 @@ class Executor:
           what the host has to see, as NumPy arrays.
         """
         given = self._leaves, self._state, self._control(plan)
-        static = dict(shape=self._speculation.shape, count=count)
+        shape = self._speculation.shape
         with compile_time.measured(self._clock):
-            self._state, self._looked, sight = self._look(*given, **static)
+            found = self._look(*given, shape=shape, count=count)
+        self._state, self._looked, sight = found
         return jax.device_get(sight)
 
     def go(self, plan: MovePlan) -> None:
@@ -251,10 +250,13 @@ class Executor:
         slots = Copies(*pair_arrays(plan.fork.slots, size))
         pages = Copies(*pair_arrays(plan.fork.pages, size))
         parts = plan.origin, plan.path, plan.emitted, plan.count, plan.page_table
-        moves = Moves(*parts, slots, pages)
-        with compile_time.measured(self._clock):
-            self._state = self._go(self._leaves, self._state, self._looked, moves)
+        self._change(self._go, self._looked, Moves(*parts, slots, pages))
         self._looked = None
+
+    def _change(self, program: Callable, *args) -> None:
+        """Runs a program that makes another state of ours, and no more."""
+        with compile_time.measured(self._clock):
+            self._state = program(self._leaves, self._state, *args)
 
     def _set_pages(self, pages: Pages) -> None:
         self._state = dataclasses.replace(self._state, pages=pages)
@@ -272,6 +274,13 @@ class Executor:
             self._state, outbox = program(self._leaves, self._state, control)
         self._compiled.add((name, variant_of(control)))
         return outbox
+
+    def catch_up(self, plan: Plan) -> None:
+        """Takes in what waits for the drafter's model, and waits until it is done."""
+        control = self._control(plan)
+        self._change(self._program(CATCH_UP), control)
+        self._compiled.add((CATCH_UP, variant_of(control)))
+        jax.block_until_ready(self._state.root)
 
     def variant(self, plan: Plan) -> Hashable:
         """What a plan's programs hang on besides their names, such as penalties."""
@@ -393,9 +402,8 @@ class Executor:
 
     def _program(self, name: Program) -> Callable:
         if name not in self._programs:
-            self._programs[name] = jax.jit(
-                self._traced_dispatch(name), donate_argnums=1
-            )
+            run = self._traced_dispatch(name)
+            self._programs[name] = jax.jit(run, donate_argnums=1)
         return self._programs[name]
 
     @property
@@ -411,11 +419,13 @@ class Executor:
         self.compilations["begin"] += 1
         target, speculation = self._bind(leaves)
         B = self.config.max_batch
+        steps = self.config.steps_per_dispatch
         sizes = Sizes(
             batch=B,
             max_len=self.config.max_len,
             depth=speculation.depth,
-            window=rehearsal.window(speculation, self.config.steps_per_dispatch),
+            window=rehearsal.window(speculation, steps),
+            backlog=rehearsal.backlog(speculation, steps),
             resumes=self.config.prefix_cache,
             layout=self._layout,
             vocab=target.config.vocab_size,
@@ -434,17 +444,16 @@ class Executor:
         done = stepping.prefill(*self._bind(leaves), state, *args)
         return placement.pin(done, self._placement.mesh)
 
-    def _traced_resume(self, leaves, state, *args) -> DecodeState:
-        self.compilations["resume"] += 1
-        _, speculation = self._bind(leaves)
-        state = sharing.resume(speculation, state, *args)
-        return placement.pin(state, self._placement.mesh)
+    def _jitted(self, name: str, change: Callable) -> Callable:
+        """The program of a change of the speculation's state, and no more."""
 
-    def _traced_fork(self, leaves, state, *args) -> DecodeState:
-        self.compilations["fork"] += 1
-        _, speculation = self._bind(leaves)
-        state = sharing.fork(speculation, state, *args)
-        return placement.pin(state, self._placement.mesh)
+        def run(leaves, state, *args) -> DecodeState:
+            self.compilations[name] += 1
+            _, speculation = self._bind(leaves)
+            state = change(speculation, state, *args)
+            return placement.pin(state, self._placement.mesh)
+
+        return jax.jit(run, donate_argnums=1)
 
     def _traced_copy(self, pages, copies) -> Pages:
         self.compilations["copy"] += 1
@@ -463,12 +472,6 @@ class Executor:
         )
         state, sight = placement.pin((state, sight), self._placement.mesh)
         return state, looked, sight
-
-    def _traced_go(self, leaves, state, looked, moves) -> DecodeState:
-        self.compilations["go"] += 1
-        _, speculation = self._bind(leaves)
-        state = beam_step.go(speculation, state, looked, moves)
-        return placement.pin(state, self._placement.mesh)
 
     def _traced_dispatch(self, name: Program) -> Callable:
         shapes, rehearsed = self._speculation.shapes, None

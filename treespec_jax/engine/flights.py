@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from treespec_jax.engine import rehearsal
 from treespec_jax.engine.chooser import Choice, Chooser
 from treespec_jax.engine.costs import Load
 from treespec_jax.engine.expectation import rehearsed_tokens, tokens_by_shape
 from treespec_jax.engine.plan import Plan
 from treespec_jax.engine.state import Outbox
+from treespec_jax.speculation import Speculation
 from treespec_jax.trees.shapes import TreeShape
 
 
@@ -37,6 +39,41 @@ class Flight:
     def nodes(self) -> int:
         """Drafted by each step."""
         return self.choice.shape.num_nodes - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Backlog:
+    """What may wait for a drafter's model, of each slot; see `PatientDrafter`.
+
+    Attributes:
+      size: tokens; 0 if none ever do.
+      window: tokens that a dispatch of plain steps adds at most.
+    """
+
+    size: int
+    window: int
+
+    @classmethod
+    def of(cls, speculation: Speculation, steps: int) -> Backlog:
+        """Of dispatches of S steps."""
+        size = rehearsal.backlog(speculation, steps)
+        return cls(size, rehearsal.window(speculation, steps))
+
+    @property
+    def trails(self) -> int:
+        """Tokens by which the model may be behind after a dispatch."""
+        return self.size + self.window
+
+    def is_due(self, plan: Plan, plain: bool) -> bool:
+        """Whether it must be taken in before a dispatch, of plain steps or of trees."""
+        behind = max((slot.behind for slot in plan.slots.values()), default=0)
+        return behind > (max(0, self.size - self.window) if plain else 0)
+
+    def change(self, plan: Plan, plain: bool, due: bool) -> None:
+        """A dispatch was started, behind a pass over the backlog if that was due."""
+        for slot in plan.slots.values():
+            slot.behind = 0 if due else slot.behind
+            slot.behind += self.window if plain and self.size else 0
 
 
 def tell(

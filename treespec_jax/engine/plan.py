@@ -178,6 +178,7 @@ class Slot:
       complete: tokens that are in the caches of all models for good.
       limit: tokens that it will hold in the end.
       planned: tokens that dispatches under way may add at most.
+      behind: tokens in the backlog of the drafter's model at most.
       watch: times its decoding.
     """
 
@@ -193,6 +194,7 @@ class Slot:
     watch: Stopwatch
     complete: int = 0
     planned: int = 0
+    behind: int = 0
 
     @property
     def pages(self) -> list[int]:

@@ -2,7 +2,8 @@
 
 A plain step is short, so that a drafter's small operations are a share of it, and the
 pass of a drafter's model even more so. Therefore a dispatch of plain steps is, for a
-drafter, one step that emitted all of its tokens: it takes them in once. And before the
+drafter, one step that emitted all of its tokens: it takes them in once, and they wait
+for its model together with those of more such dispatches. And before the
 first step a tree may be grown that nobody verifies, in a variant of the program: the
 tokens that come anyway say how much of it would have been accepted
 (`engine.expectation`).
@@ -24,6 +25,9 @@ from treespec_jax.speculation import Speculation
 
 # Rows of a model's pass over what waits, up to which a few more cost next to nothing.
 FEW_ROWS = 8
+# Tokens that wait for a drafter's model behind those: of so many plain steps it takes
+# little more than of a few, and nothing if the text ends before.
+BACKLOG = 64
 
 
 def window(speculation: Speculation, steps: int) -> int:
@@ -36,6 +40,18 @@ def window(speculation: Speculation, steps: int) -> int:
     least = speculation.depth + 1
     plain = any(shape.depth == 0 for shape in speculation.shapes)
     return max(least, steps) if plain and steps <= max(least, FEW_ROWS) else least
+
+
+def backlog(speculation: Speculation, steps: int) -> int:
+    """Tokens that can wait for a drafter's model besides; 0 if none do.
+
+    Args:
+      speculation: with its shapes.
+      steps: S, of a dispatch.
+    """
+    plain = any(shape.depth == 0 for shape in speculation.shapes)
+    patient = speculation.drafter.needs.waits and plain
+    return BACKLOG if patient and Watching.fits(speculation, steps) else 0
 
 
 @jax.tree_util.register_dataclass

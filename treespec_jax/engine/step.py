@@ -17,7 +17,7 @@ from treespec_jax.cache.prefill import Chunk, run_chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Committed, DraftContext, Successors
 from treespec_jax.engine.emission import Decided, emission_of, log_probs_of
-from treespec_jax.engine.rehearsal import Watching
+from treespec_jax.engine.rehearsal import Watching, backlog
 from treespec_jax.engine.state import (
     Control,
     DecodeState,
@@ -135,7 +135,16 @@ def propose(
     turn: Turn,
 ) -> Proposed:
     """The drafter's tree."""
-    context = DraftContext(
+    context = context_of(target, speculation, state, turn)
+    with jax.named_scope("propose"):
+        return Proposed(*speculation.drafter.propose(state.draft, shape, context))
+
+
+def context_of(
+    target: Transformer, speculation: Speculation, state: DecodeState, turn: Turn
+) -> DraftContext:
+    """What the drafter looks at."""
+    return DraftContext(
         target=target,
         vocab=target.config.vocab_size,
         active=turn.active,
@@ -150,8 +159,6 @@ def propose(
         temperature=speculation.draft_temperature,
         adaptive=turn.control.adaptive,
     )
-    with jax.named_scope("propose"):
-        return Proposed(*speculation.drafter.propose(state.draft, shape, context))
 
 
 def verify(
@@ -323,18 +330,23 @@ def dispatch(
     if control.text is not None:
         penalties = control.text.tables(target.config.vocab_size)
     before, watching, rehearsal = state, None, None
-    waits = Watching.fits(speculation, config.steps_per_dispatch)
-    waits &= speculation.depth > shape.depth == 0
+    steps, drafter = config.steps_per_dispatch, speculation.drafter
+    waits = speculation.depth > shape.depth == 0 and Watching.fits(speculation, steps)
     if waits or rehearsed:
         grown = rehearsed or shape
         turn = turn_of(target, grown, state, control, penalties)
-        proposed = propose(target, speculation, grown, state, turn)
+        if rehearsed or not backlog(speculation, steps):
+            proposed = propose(target, speculation, grown, state, turn)
+            draft = proposed.draft
+        else:
+            context = context_of(target, speculation, state, turn)
+            draft = drafter.postpone(state.draft, context)
     if rehearsed:
         rehearsal = dataclasses.replace(proposed.tree, proposal=None, source=None)
     if waits:
-        # What waited has gone through a drafter's model.
-        before = dataclasses.replace(state, draft=proposed.draft)
-        watching = Watching(speculation.drafter, config.steps_per_dispatch)
+        # What waited has gone through the drafter's model, or waits behind it.
+        before = dataclasses.replace(state, draft=draft)
+        watching = Watching(drafter, steps)
         seen = watching.begin(config.max_batch, target)
         speculation = dataclasses.replace(speculation, drafter=watching)
         state = dataclasses.replace(state, draft=seen)
@@ -370,6 +382,15 @@ def dispatch(
     if watching is not None:
         state = watching.finish(before, state, outbox.emission, control.page_table)
     return state, dataclasses.replace(outbox, rehearsed=rehearsal)
+
+
+def catch_up(
+    speculation: Speculation, state: DecodeState, control: Control
+) -> DecodeState:
+    """Takes in the backlog of a drafter that lets tokens wait."""
+    active_B = is_active(state, control)
+    draft = speculation.drafter.catch_up(state.draft, control.page_table, active_B)
+    return dataclasses.replace(state, draft=draft)
 
 
 def prefill(
