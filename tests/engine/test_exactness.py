@@ -58,6 +58,10 @@ def llm(tiny_target):
         yield llm
 
 
+def verdict(llm, texts, plain, params, probed):
+    return exactness.verdict(llm, exactness.pairs(texts, plain, params), probed)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_differences_are_scored_as_plain_decoding_does(llm, tiny_target, temperature):
     """The gap is that of an oracle; it decides what is a near tie."""
@@ -65,7 +69,7 @@ def test_differences_are_scored_as_plain_decoding_does(llm, tiny_target, tempera
     params = SamplingParams(max_tokens=6, temperature=temperature, ignore_eos=True)
     params = [dataclasses.replace(params, seed=seed) for seed in (3, 4)]
     plain = list(llm.generate([prompt, other], params))
-    same = exactness.verdict(llm, plain, plain, params, EXACT)
+    same = verdict(llm, plain, plain, params, EXACT)
     assert same.lossless and (same.equal, same.tokens) == (12, 12)
 
     ids, position = plain[1].token_ids, 2
@@ -74,7 +78,7 @@ def test_differences_are_scored_as_plain_decoding_does(llm, tiny_target, tempera
     assert first == ids[position]
     changed = [*ids[:position], int(second), *ids[position + 1 :]]
     texts = [plain[0], dataclasses.replace(plain[1], token_ids=changed)]
-    found = exactness.verdict(llm, texts, plain, params, EXACT)
+    found = verdict(llm, texts, plain, params, EXACT)
     (one,) = found.differences
     assert (found.equal, found.tokens, found.lossless) == (8, 12, False)
     assert (one.prompt, one.position, one.tree, one.plain) == (1, 2, second, first)
@@ -83,10 +87,10 @@ def test_differences_are_scored_as_plain_decoding_does(llm, tiny_target, tempera
     # Rounding that moves scores by as much explains it.
     scale = temperature or 1.0
     wide = dataclasses.replace(EXACT, logits=one.gap * scale / 3.9)
-    found = exactness.verdict(llm, texts, plain, params, wide)
+    found = verdict(llm, texts, plain, params, wide)
     assert found.lossless and "near ties: 1." in str(found)
     narrow = dataclasses.replace(EXACT, logits=one.gap * scale / 4.1)
-    assert not exactness.verdict(llm, texts, plain, params, narrow).lossless
+    assert not verdict(llm, texts, plain, params, narrow).lossless
 
 
 def test_a_text_that_ends_early_is_no_tie(llm):
@@ -94,7 +98,7 @@ def test_a_text_that_ends_early_is_no_tie(llm):
     plain = list(llm.generate([[5, 9, 14]], params))
     short = [dataclasses.replace(plain[0], token_ids=plain[0].token_ids[:4])]
     wide = dataclasses.replace(EXACT, logits=1e9)
-    found = exactness.verdict(llm, short, plain, params, wide)
+    found = verdict(llm, short, plain, params, wide)
     (one,) = found.differences
     assert not found.lossless and found.equal == one.position == 4
     assert one.tree is None and one.gap is None

@@ -11,7 +11,7 @@ import pytest
 from tests.scripts.support import CONFIG
 from treespec_jax import LLM, speculation
 from treespec_jax.config import SpeculativeConfig
-from treespec_jax.measurement import rounds
+from treespec_jax.measurement import exactness, rounds
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +92,25 @@ def test_verify_lossless(generate):
     lines = generate(*args).err.splitlines()
     assert sum(line.startswith("one row against 3: ") for line in lines) == 1
     assert lines[-1] == "Lossless: 12 of 12 tokens equal plain decoding; near ties: 0."
+
+
+def test_every_text_of_a_prompt_is_verified(generate, monkeypatch):
+    """Beside the plain text of its seed, wherever `best_of` puts it."""
+    args = ["--prompt=one day", *SAMPLED, "--n=2", "--best_of=3", "--json"]
+    given = []
+    verdict = exactness.verdict
+
+    def watched(llm, texts, probed):
+        given.extend(texts)
+        return verdict(llm, texts, probed)
+
+    monkeypatch.setattr(exactness, "verdict", watched)
+    report = json.loads(generate(*args, "--verify_lossless").out)
+    (completion,) = report["completions"]
+    assert [(t.params.seed, list(t.tree)) for t in given] == others(completion)
+    assert [t.prompt for t in given] == ["0 [1]", "0 [2]"]
+    assert report["exactness"]["equal"] == report["exactness"]["tokens"] == 12
+    assert report["comparison"]["identical"]
 
 
 def test_a_difference_that_is_no_tie_ends_with_code_1(run_script, files, monkeypatch):

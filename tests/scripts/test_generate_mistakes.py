@@ -108,9 +108,6 @@ def test_texts_that_end_anywhere_are_not_compared(refuses, files):
 def test_several_texts_where_one_is_wanted(refuses, files, chat_pair, tmp_path):
     pair = [f"--target={files.target}", f"--draft={files.draft}", "--temperature=1"]
     args = [*pair, "--prompt=a", "--n=2"]
-    refuses("--compare takes one text of a prompt", "generate.py", *args, "--compare")
-    verify = "--verify_lossless"
-    refuses("one text of a prompt, not n=2", "generate.py", *args, verify)
     refuses("a prompt, not n=2", "generate.py", *args, "--beams=2")
     refuses("greedy texts are all the same", "generate.py", *args, "--temperature=0")
     refuses("less than n=2", "generate.py", *args, "--best_of=1")

@@ -28,6 +28,12 @@ _SHARED = {
         None,
         "its folder; default: in the user's cache folder; '' is none",
     ),
+    "verify_lossless": (
+        flags.DEFINE_bool,
+        False,
+        "decode plainly too: count equal tokens, tell near ties from true differences "
+        "(exit code 1)",
+    ),
     "distributed": (
         flags.DEFINE_bool,
         False,

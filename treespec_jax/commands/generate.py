@@ -43,6 +43,7 @@ from treespec_jax.commands import (
     prompts,
     runtime,
     side_by_side,
+    verifying,
 )
 from treespec_jax.commands.answers import AnswerFile, Question
 from treespec_jax.commands.pictures import Pictures
@@ -67,11 +68,6 @@ def define() -> None:
         "chat_option", None, "NAME=JSON for the chat template to see; repeatable"
     )
     DEFINE_bool("compare", False, "decode plainly too and compare")
-    DEFINE_bool(
-        "verify_lossless",
-        False,
-        "compare, and tell near ties from true differences (exit code 1)",
-    )
     DEFINE_bool("json", False, "print JSON: an object, or a line per answer to a file")
     DEFINE_bool("quiet", False, "no statistics and no progress on stderr")
     DEFINE_string("output", "", "file for the answers to --prompts_file, JSON lines")
@@ -79,7 +75,7 @@ def define() -> None:
     DEFINE_bool("overwrite", False, "forget the answers in --output")
     pictures.define()
     generate_beams.define()
-    flags.define("prompts_file", "compilation_cache", *flags.CLUSTER)
+    flags.define("prompts_file", "verify_lossless", "compilation_cache", *flags.CLUSTER)
 
 
 def main(given) -> int | None:
@@ -88,8 +84,7 @@ def main(given) -> int | None:
         given.chat, given.prompt, given.prompts_file, given.system
     )
     settings = _SETTINGS.experiment().with_paths()
-    if given.distributed:
-        _check_alone(given)
+    verifying.check_alone(given, "verify_lossless", "trace")
     settings = runtime.join(given, settings)
     if distributed.is_follower():
         runtime.set_up(given.compilation_cache)
@@ -115,9 +110,9 @@ def main(given) -> int | None:
     encoded = _check(job)
     _check_samples(job, given)
     if given.compare or given.verify_lossless:
-        _check_whole_texts(job)
+        verifying.check_whole(job.params or [settings.sampling])
     if given.verify_lossless:
-        _check_same_text(job)
+        verifying.check_same_text(settings, job.params)
     if asked and not remaining:
         job.output.say(f"{file.path} has all {len(asked)} answers")
         return
@@ -225,50 +220,15 @@ def _check_samples(job: Job, given) -> None:
     params = max(job.params or [job.settings.sampling], key=lambda p: p.samples)
     if params.samples == 1:
         return
-    for name in ("compare", "verify_lossless", "beams"):
-        if given[name].value:
-            raise UserError(
-                f"--{name} takes one text of a prompt, not n={params.n}, "
-                f"best_of={params.best_of}; leave one of them out"
-            )
+    if given.beams:
+        raise UserError(
+            f"--beams takes one text of a prompt, not n={params.n}, "
+            f"best_of={params.best_of}; leave one of them out"
+        )
     if job.opening is not None:
         raise UserError(
             f"n={params.n}, best_of={params.best_of}: a conversation has one answer at "
             "a time; leave them out, or give --prompt"
-        )
-
-
-def _check_whole_texts(job: Job) -> None:
-    """Refuses deadlines where texts are compared: they would end anywhere."""
-    for params in job.params or [job.settings.sampling]:
-        if params.max_time is not None:
-            raise UserError(
-                f"max_time={params.max_time:g} ends texts anywhere, which cannot be "
-                "compared; leave it out, or --compare and --verify_lossless"
-            )
-
-
-def _check_alone(given) -> None:
-    """Refuses what runs the model beside an engine, where processes share it."""
-    for name in ("verify_lossless", "trace"):
-        if given[name].value:
-            raise UserError(
-                f"--{name} runs in one process; leave it out, or --distributed"
-            )
-
-
-def _check_same_text(job: Job) -> None:
-    """Refuses settings under which a tree may give another text by intention."""
-    settings = job.settings
-    hottest = max((p.temperature for p in job.params), default=None)
-    if hottest is not None:
-        sampling = dataclasses.replace(settings.sampling, temperature=hottest)
-        settings = dataclasses.replace(settings, sampling=sampling)
-    if not settings.plain and tables.verdict(settings.as_dict()):
-        raise UserError(
-            "--verify_lossless compares tokens, and rule "
-            f"{settings.speculative.rule!r} does not promise the same ones here; take "
-            "--rule=exact without a cascade"
         )
 
 
@@ -300,8 +260,7 @@ def run(job: Job, encoded: list[list[int]], compare: bool, verify: bool) -> int:
         encoded = [[0] * (n + 1) for n in llm.engine.config.prefill_chunks]
     timing, compared, verdict = {"load_seconds": loaded - began}, None, None
     if verify:
-        nodes = max(shape.num_nodes for shape in llm.engine.speculation.shapes)
-        probed = exactness.probe(pair.target.model, llm.engine.config, nodes)
+        probed = verifying.probe(llm, pair.target.model)
         job.output.say(str(probed))
         # Which is not part of compiling.
         loaded = time.perf_counter()
@@ -322,37 +281,37 @@ def run(job: Job, encoded: list[list[int]], compare: bool, verify: bool) -> int:
                     step_cost.warm_up(other, encoded)
             params = job.params or [settings.sampling] * len(answered)
             compared = side_by_side.compare(llms, answered, params, job.options)
+            texts = exactness.pairs(completions, compared.generations["plain"], params)
         if compared and verify:
-            texts = completions, compared.generations["plain"]
-            verdict = exactness.verdict(llms["plain"], *texts, params, probed)
+            verdict = exactness.verdict(llms["plain"], texts, probed)
     in_force = loading.in_force(recorded, llm)
     if job.pictures.file:
         more = {}
         if compared:
-            text = encoded[0], completions[0].token_ids
             more["parts"] = side_by_side.parts(
-                compared, pair.target.model, text, params[0]
+                compared,
+                pair.target.model,
+                (encoded[0], completions[0].token_ids),
+                params[0],
             )
-            more["replays"] = pictures.replays(llm.tokenizer, compared.generations)
+            # Of several texts of a prompt, plain decoding may put others first.
+            if all(one.samples == 1 for one in params):
+                more["replays"] = pictures.replays(llm.tokenizer, compared.generations)
         shown = pictures.shown_settings(in_force)
-        texts = [text for completion in completions for text in completion.texts]
-        job.pictures.write(texts, shown, **more)
-    _report(job, in_force, completions, stats, (timing, compared, verdict))
-    if verdict is None or verdict.lossless:
+        drawn = [text for completion in completions for text in completion.texts]
+        job.pictures.write(drawn, shown, **more)
+    comparison = compared and generate_report.verdict(texts, compared.speeds)
+    _report(job, in_force, completions, stats, (timing, comparison, verdict))
+    if verdict is None:
         return 0
-    if job.output.quiet or job.output.json:
-        print(verdict, file=sys.stderr)
-    return 1
+    return verifying.report(verdict, quiet=job.output.quiet or job.output.json)
 
 
 def _report(job: Job, in_force, completions, stats, measured) -> None:
     """Prints what there is to say of texts that were shown already."""
     from treespec_jax.measurement import machine, rounds
 
-    settings, output, (timing, compared, verdict) = job.settings, job.output, measured
-    comparison = compared and generate_report.verdict(
-        completions, compared.generations["plain"], compared.speeds
-    )
+    settings, output, (timing, comparison, verdict) = job.settings, job.output, measured
     texts = [text for completion in completions for text in completion.texts]
     records = [r for text in texts for r in text.records if settings.engine.record]
     reliability = rounds.reliability(records)
@@ -382,8 +341,6 @@ def _report(job: Job, in_force, completions, stats, measured) -> None:
         output.say(f"trace: {job.pictures.file}")
     if comparison:
         output.say("\n" + generate_report.gain(comparison, stats, settings))
-    if verdict:
-        output.say(str(verdict))
 
 
 def _completions(job: Job, llm, params):

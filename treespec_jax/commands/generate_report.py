@@ -26,28 +26,25 @@ def completion(done) -> dict[str, Any]:
     return values
 
 
-def verdict(
-    completions: Sequence[Any], plain: Sequence[Any], speeds: Mapping[str, float]
-) -> dict[str, Any]:
+def verdict(texts: Sequence[Any], speeds: Mapping[str, float]) -> dict[str, Any]:
     """What a comparison with plain decoding found, for JSON.
 
     Args:
-      completions: of the tree.
-      plain: of plain decoding.
+      texts: `exactness.TextPair`s.
       speeds: tokens per second of "tree" and "plain".
     """
     # Not above: commands start without jax.
     from treespec_jax.measurement.exactness import first_difference
 
     difference = None
-    for index, texts in enumerate(zip(completions, plain, strict=True)):
-        ours, theirs = (text.token_ids for text in texts)
-        position = first_difference(ours, theirs)
+    for pair in texts:
+        position = first_difference(pair.tree, pair.plain)
         if position is not None:
             token, other = (
-                ids[position] if position < len(ids) else None for ids in (ours, theirs)
+                ids[position] if position < len(ids) else None
+                for ids in (pair.tree, pair.plain)
             )
-            difference = {"prompt": index, "at": position}
+            difference = {"prompt": pair.prompt, "at": position}
             difference |= {"tree": token, "plain": other}
             break
     return {

@@ -25,9 +25,10 @@ class Compared:
 
 
 def compare(llms: dict[str, Any], prompts, params, options) -> Compared:
-    """Decodes by `LLM`s that are compiled."""
+    """Decodes by `LLM`s that are compiled, all texts that are tried of each prompt."""
     from treespec_jax.measurement import rounds
 
+    params = [dataclasses.replace(p, n=p.samples, best_of=None) for p in params]
     found = Compared(llms, dict.fromkeys(llms, 0.0), {})
     for _ in range(ROUNDS):
         for name, model in llms.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -179,7 +179,7 @@ class Difference:
     """Where a text first differs from plain decoding.
 
     Attributes:
-      prompt: its number.
+      prompt: what names it, see `TextPair`.
       position: of the token, from the end of the prompt.
       tree: token with speculation; None: that text ended.
       plain: token of plain decoding; None: that text ended.
@@ -189,7 +189,7 @@ class Difference:
       near: gaps up to here are near ties, see `Probe.near`.
     """
 
-    prompt: int
+    prompt: int | str
     position: int
     tree: int | None
     plain: int | None
@@ -257,38 +257,71 @@ class Verdict:
         )
 
 
-def verdict(
-    llm,
-    completions: Sequence[Any],
-    plain: Sequence[Any],
-    params: Sequence[SamplingParams],
-    probed: Probe,
-) -> Verdict:
+@dataclasses.dataclass(frozen=True)
+class TextPair:
+    """A text, and the one that plain decoding gives.
+
+    Attributes:
+      prompt: what names it: the prompt's number, or words.
+      prompt_ids: token ids of the prompt.
+      tree: those that speculation emitted.
+      plain: those of plain decoding.
+      params: of both, with the seed of their noise.
+    """
+
+    prompt: int | str
+    prompt_ids: Sequence[int]
+    tree: Sequence[int]
+    plain: Sequence[int]
+    params: SamplingParams
+
+
+def pairs(
+    completions: Iterable[Any], plain: Iterable[Any], params: Iterable[SamplingParams]
+) -> list[TextPair]:
+    """The texts of prompts beside those of plain decoding, by their seeds.
+
+    Args:
+      completions: with speculation.
+      plain: of plain decoding, each with a text for every seed of the other.
+      params: of every prompt.
+    """
+    found = []
+    given = zip(completions, plain, params, strict=True)
+    for index, (ours, theirs, one) in enumerate(given):
+        by_seed = {text.seed: text for text in theirs.texts}
+        for number, text in enumerate(ours.texts, 1):
+            name = f"{index} [{number}]" if ours.others else index
+            other = by_seed[text.seed]
+            own = dataclasses.replace(one, seed=text.seed, n=1, best_of=None)
+            ids = theirs.prompt_token_ids
+            found.append(TextPair(name, ids, text.token_ids, other.token_ids, own))
+    return found
+
+
+def verdict(llm, texts: Iterable[TextPair], probed: Probe) -> Verdict:
     """Compares texts with those of plain decoding.
 
     Args:
       llm: that decodes plainly; it scores the tokens where texts part.
-      completions: with speculation.
-      plain: of plain decoding.
-      params: of every text.
+      texts: in pairs.
       probed: of the same target.
     """
-    equal, differences = 0, []
-    for index, (ours, theirs) in enumerate(zip(completions, plain, strict=True)):
-        position = first_difference(ours.token_ids, theirs.token_ids)
+    count, equal, differences = 0, 0, []
+    for pair in texts:
+        count += len(pair.plain)
+        position = first_difference(pair.tree, pair.plain)
         if position is None:
-            equal += len(theirs.token_ids)
+            equal += len(pair.plain)
             continue
         equal += position
         tokens = [
-            x[position] if position < len(x) else None
-            for x in (ours.token_ids, theirs.token_ids)
+            int(x[position]) if position < len(x) else None
+            for x in (pair.tree, pair.plain)
         ]
-        one = dataclasses.replace(params[index], seed=theirs.seed)
-        gap = None if None in tokens else _gap(llm, theirs, position, one, tokens)
-        near = probed.near(one)
-        differences.append(Difference(index, position, *tokens, gap, near))
-    count = sum(len(text.token_ids) for text in plain)
+        gap = None if None in tokens else _gap(llm, pair, position, tokens)
+        near = probed.near(pair.params)
+        differences.append(Difference(pair.prompt, position, *tokens, gap, near))
     return Verdict(probed, count, equal, tuple(differences))
 
 
@@ -298,12 +331,12 @@ def first_difference(some: Sequence[int], others: Sequence[int]) -> int | None:
     return next((index for index, (one, other) in pairs if one != other), None)
 
 
-def _gap(llm, plain, position: int, params: SamplingParams, tokens) -> float | None:
+def _gap(llm, pair: TextPair, position: int, tokens: Sequence[int]) -> float | None:
     """See `Difference.gap`, of the tokens at a position of a plain text."""
-    with Branch.create(llm, params) as text:
-        text.prefill(plain.prompt_token_ids)
+    with Branch.create(llm, pair.params) as text:
+        text.prefill(list(pair.prompt_ids))
         if position:
-            text.commit(plain.token_ids[:position])
+            text.commit(list(pair.plain[:position]))
         scores = text.scores()
-    gap = float(scores.max() - scores[tokens].min())
+    gap = float(scores.max() - scores[list(tokens)].min())
     return gap if np.isfinite(gap) else None
