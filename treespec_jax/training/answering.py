@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ class Result:
 
     Attributes:
       finished: all texts of the shard are there; otherwise the same command goes on.
+      interrupted: a signal ended the run.
       texts: written by this run.
       tokens: that the target wrote in it.
       seconds: that it took, compilation left out.
@@ -107,6 +108,7 @@ class Result:
     """
 
     finished: bool
+    interrupted: bool
     texts: int
     tokens: int
     seconds: float
@@ -131,7 +133,13 @@ def identity(llm, target: str, settings: Settings, prompts: Sequence[Prompt]):
     }
 
 
-def generate(llm, target: str, prompts: Sequence[Prompt], settings: Settings) -> Result:
+def generate(
+    llm,
+    target: str,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    on_written: Callable[[Text], None] | None = None,
+) -> Result:
     """Generates, or goes on with, the texts that go on from some prompts.
 
     A run that is stopped in any way and repeated leaves the texts of one that was not:
@@ -143,6 +151,7 @@ def generate(llm, target: str, prompts: Sequence[Prompt], settings: Settings) ->
       target: its name, for the folder's metadata.
       prompts: one per text, each shorter than max_len.
       settings: see there.
+      on_written: gets every text that this run has written.
 
     Raises:
       UserError: a lossy way of decoding, a prompt that is too long, or a folder that
@@ -167,7 +176,7 @@ def generate(llm, target: str, prompts: Sequence[Prompt], settings: Settings) ->
         llm.exclusive() as engine,
         Writer(settings.output, described, vocab, settings.shard) as writer,
     ):
-        return _Run(engine, prompts, settings).carry_out(writer)
+        return _Run(engine, prompts, settings, on_written).carry_out(writer)
 
 
 @dataclasses.dataclass
@@ -191,10 +200,17 @@ class _UnderWay:
 class _Run:
     """One process's part of the texts."""
 
-    def __init__(self, engine: Engine, prompts: Sequence[Prompt], settings: Settings):
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        settings: Settings,
+        on_written: Callable[[Text], None] | None,
+    ):
         self._engine = engine
         self._prompts = prompts
         self._settings = settings
+        self._on_written = on_written
         self._under_way: dict[int, _UnderWay] = {}
         # Tokens of finished texts of this run.
         self._tokens = 0
@@ -224,6 +240,7 @@ class _Run:
             self._engine.drain()
         return Result(
             finished=written == len(missing),
+            interrupted=interruption.is_set(),
             texts=written,
             tokens=self._tokens,
             seconds=time.monotonic() - began,
@@ -283,7 +300,10 @@ class _Run:
     def _write(self, done: list[_UnderWay], writer: Writer, bar) -> int:
         """Writes texts and forgets them; how many."""
         count = len(done)
-        writer.append(each.text() for each in done)
+        texts = [each.text() for each in done]
+        writer.append(texts)
+        for text in texts if self._on_written else ():
+            self._on_written(text)
         self._tokens += sum(len(each.request.tokens) for each in done)
         done.clear()
         bar.update(count)
