@@ -6,6 +6,7 @@ import dataclasses
 import runpy
 import struct
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -14,10 +15,13 @@ from absl import flags
 from flax import nnx
 
 from tests.conftest import TINY
+from tests.scripts.fake_llm import FakeLLM
 from tests.scripts.support import SCRIPTS
 from treespec_jax import cli, commands
 from treespec_jax.checkpoints import LoadedModel, load_tokenizer, save
+from treespec_jax.commands import loading
 from treespec_jax.engine import background
+from treespec_jax.measurement import machine, plots, step_cost
 from treespec_jax.models.transformer import Transformer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -169,3 +173,43 @@ def refuses(run_script):
         assert "Traceback" not in result.err
 
     return check
+
+
+@pytest.fixture
+def pair(files, monkeypatch):
+    """Flags of the tiny pair; little memory is read, and few lengths are timed."""
+    monkeypatch.setattr(machine, "BYTES", 4 << 20)
+    monkeypatch.setattr(step_cost, "CURVE_NODES", (1, 2))
+    return [f"--target={files.target}", f"--draft={files.draft}"]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """`FakeLLM` in the place of models and of `LLM`."""
+    monkeypatch.setattr(FakeLLM, "asked", [])
+    monkeypatch.setattr(FakeLLM, "stop_after", 10**9)
+    monkeypatch.setattr(plots, "save_suite", lambda results, path: None)
+    target = types.SimpleNamespace(model=None)
+    pair = types.SimpleNamespace(make=FakeLLM, target=target)
+    monkeypatch.setattr(loading, "load_pair", lambda settings: pair)
+    return FakeLLM
+
+
+@pytest.fixture
+def bench(run_script, pair, tmp_path):
+    """Runs the benchmark on three prompts, into the folder `results`."""
+    (tmp_path / "p.txt").write_text("the cat\na dog\na red hat\n")
+
+    def run(*more):
+        return run_script(
+            "benchmark.py",
+            *pair,
+            f"--suite=file:{tmp_path / 'p.txt'}",
+            "--shapes=chain:1",
+            "--max_tokens=8",
+            "--nobreakdown",
+            f"--output={tmp_path / 'results'}",
+            *more,
+        )
+
+    return run

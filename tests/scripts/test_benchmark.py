@@ -2,131 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import types
 
 import numpy as np
 import pytest
 
-from treespec_jax.commands import benchmark, benchmark_job, loading
+from treespec_jax.commands import benchmark, benchmark_job
 from treespec_jax.commands.settings import BenchmarkSettings, Experiment
-from treespec_jax.completions import Completion
-from treespec_jax.config import EngineConfig, SpeculativeConfig
-from treespec_jax.engine.stats import Stats
+from treespec_jax.config import SpeculativeConfig
 from treespec_jax.errors import UserError
-from treespec_jax.measurement import machine, peers, plots, step_cost, suite
+from treespec_jax.measurement import (
+    machine,
+    peers,
+    suite,
+)
 from treespec_jax.measurement.grid import Combination, schedule
 from treespec_jax.measurement.journal import FILE
 
 KINDS = "float32", "int8"
-
-
-@pytest.fixture
-def pair(files, monkeypatch):
-    """Flags of the tiny pair; little memory is read, and few lengths are timed."""
-    monkeypatch.setattr(machine, "BYTES", 4 << 20)
-    monkeypatch.setattr(step_cost, "CURVE_NODES", (1, 2))
-    return [f"--target={files.target}", f"--draft={files.draft}"]
-
-
-class FakeLLM:
-    """Continues any text by as many letters as were asked for, at a fixed pace.
-
-    Attributes:
-      asked: prompts of all calls of all of them, but for those that compile.
-      stop_after: an interrupt comes at this call.
-    """
-
-    asked: list[str] = []
-    stop_after = 10**9
-    notes = ()
-    dtype = weights = "float32"
-
-    def __init__(self, settings):
-        config = settings.engine
-        config = EngineConfig(max_batch=config.max_batch, max_len=config.max_len)
-        arrays = [np.zeros(10, np.float32)]
-        self.engine = types.SimpleNamespace(
-            config=config,
-            program=lambda: (None, (arrays, arrays, None)),
-            compile=lambda *programs, **options: None,
-        )
-        self.drafter = types.SimpleNamespace(tau=0.7)
-        self.size = 1 if settings.plain else 2
-
-    def exclusive(self):
-        return contextlib.nullcontext(self.engine)
-
-    def reset(self):
-        pass
-
-    def generate(self, prompts, params, max_steps=None):
-        params = params if isinstance(params, list) else [params] * len(prompts)
-        return [self._one(p, s) for p, s in zip(prompts, params, strict=True)]
-
-    def _one(self, prompt, params):
-        if isinstance(prompt, str):
-            if len(self.asked) == self.stop_after:
-                raise KeyboardInterrupt
-            self.asked.append(prompt)
-        count = params.max_tokens
-        arrivals = [
-            (0.1 * step, self.size) for step in range(1, count // self.size + 1)
-        ]
-        stats = Stats(
-            prompt_tokens=1,
-            tokens=count,
-            steps=len(arrivals),
-            drafted=len(arrivals) * (self.size - 1),
-            emitted_counts=[0] * self.size + [len(arrivals)],
-            prefill_seconds=0.01,
-        )
-        return Completion(
-            prompt=prompt,
-            prompt_token_ids=[5],
-            text="x" * count,
-            token_ids=[5] * count,
-            finish_reason="length",
-            logprobs=None,
-            top_logprobs=None,
-            prompt_logprobs=None,
-            prompt_top_logprobs=None,
-            seed=0,
-            stats=stats,
-            arrivals=arrivals,
-        )
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    monkeypatch.setattr(FakeLLM, "asked", [])
-    monkeypatch.setattr(FakeLLM, "stop_after", 10**9)
-    monkeypatch.setattr(plots, "save_suite", lambda results, path: None)
-    pair = types.SimpleNamespace(make=FakeLLM, target=None)
-    monkeypatch.setattr(loading, "load_pair", lambda settings: pair)
-    return FakeLLM
-
-
-@pytest.fixture
-def bench(run_script, pair, tmp_path):
-    (tmp_path / "p.txt").write_text("the cat\na dog\na red hat\n")
-
-    def run(*more):
-        return run_script(
-            "benchmark.py",
-            *pair,
-            f"--suite=file:{tmp_path / 'p.txt'}",
-            "--shapes=chain:1",
-            "--max_tokens=8",
-            "--nobreakdown",
-            f"--output={tmp_path / 'results'}",
-            *more,
-        )
-
-    return run
 
 
 def test_an_interrupted_run_goes_on(bench, fake, tmp_path):
@@ -340,6 +235,7 @@ def test_benchmark(run_script, pair, tmp_path):
         "--rounds=1",
         "--record",
         "--ignore_eos",
+        "--verify_lossless",
         f"--output={folder}",
     )
     result = run_script(*command)
@@ -376,6 +272,13 @@ def test_benchmark(run_script, pair, tmp_path):
     assert 0 <= overall["reliability"]["mean_gap"] <= 1
     assert len(overall["acceptance_by_depth"]) == 2
     assert overall["memory_bytes"] > plain["tasks"]["overall"]["memory_bytes"]
+
+    verified = report["exactness"]
+    assert [one["weights"] for one in verified] == list(KINDS)
+    assert [(v["texts"], v["equal"], v["tokens"]) for v in verified] == [
+        (3, 30, 30)
+    ] * 2
+    assert verified[0]["probe"]["rows"] == 4
 
     found = report["breakdown"]
     plain_step, dynamic_step, int8_step, _ = found["steps"]
@@ -425,6 +328,13 @@ def test_mistakes(refuses, pair, files, tmp_path):
     check("/no/such", out, "--target=/no/such")
     check("tokenizer", out, f"--target={files.bare}", "--shapes=none")
     check("nothing to compare", out, "--shapes=regular:2", "--rules=block")
+    verify = out, "--verify_lossless"
+    check("promises those of plain decoding", *verify, "--shapes=none")
+    sampled = "--shapes=chain:1", "--rules=block", "--temperature=1"
+    check("promises those of plain decoding", *verify, *sampled)
+    check("max_time=2 ends texts anywhere", *verify, "--max_time=2")
+    alone = "--distributed", "--nobreakdown"
+    check("--verify_lossless runs in one process", *verify, *alone)
 
 
 def test_a_bad_flag_answers_before_jax_starts(tmp_path):

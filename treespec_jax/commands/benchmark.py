@@ -18,7 +18,14 @@ from typing import Any
 from absl.flags import DEFINE_bool
 
 from treespec_jax import distributed
-from treespec_jax.commands import benchmark_job, flags, loading, runtime, setting_flags
+from treespec_jax.commands import (
+    benchmark_job,
+    flags,
+    loading,
+    runtime,
+    setting_flags,
+    verifying,
+)
 from treespec_jax.commands.benchmark_job import Job
 from treespec_jax.errors import UserError
 from treespec_jax.measurement import peers
@@ -49,17 +56,20 @@ def define() -> None:
     words = "a question per category, one round of short answers, two shapes"
     DEFINE_bool("quick", False, words)
     DEFINE_bool("overwrite", False, "replace results of other settings")
-    flags.define("output", "compilation_cache", *flags.CLUSTER)
+    flags.define("output", "verify_lossless", "compilation_cache", *flags.CLUSTER)
 
 
-def main(given) -> None:
+def main(given) -> int | None:
     settings = _SETTINGS.experiment(_QUICK if given.quick else None)
     if given.distributed and settings.benchmark.breakdown:
         raise UserError(
             "the parts of a step are timed in one process; give --nobreakdown with "
             "--distributed"
         )
+    verifying.check_alone(given, "verify_lossless")
     job = benchmark_job.make(settings)
+    if given.verify_lossless:
+        _check_verified(job)
     settings = runtime.join(given, job.settings)
     if distributed.is_follower():
         runtime.set_up(given.compilation_cache)
@@ -73,23 +83,55 @@ def main(given) -> None:
     from treespec_jax.measurement import plots, suite_report
 
     try:
-        results = measure(job, journal)
+        results = measure(job, journal, given.verify_lossless)
     except KeyboardInterrupt:
         if journal.header is not None:
             say(f"{Path(given.output) / FILE} holds what is done; repeat the command")
         raise
     study = Study(lambda: results, suite_report.table, plots.save_suite)
     study.carry_out(given.output)
+    if not given.verify_lossless:
+        return None
+    from treespec_jax.measurement.exactness import Verdict
+
+    return max(
+        verifying.report(
+            Verdict.from_dict(values),
+            quiet=True,
+            name=str(Combination.of(values)),
+        )
+        for values in results["exactness"]
+    )
 
 
-def measure(job: Job, journal: Journal) -> dict[str, Any]:
+def _check_verified(job: Job) -> None:
+    """Refuses a comparison with plain decoding that would say nothing."""
+    verifying.check_whole([job.settings.sampling])
+    if not job.keep_text:
+        raise UserError(
+            "--verify_lossless compares tokens, and nothing here promises those of "
+            "plain decoding; add a shape to --shapes, with rule exact and no cascade"
+        )
+
+
+def measure(job: Job, journal: Journal, verify: bool = False) -> dict[str, Any]:
     """Measures what the journal lacks; all figures, as plain values for JSON.
+
+    Args:
+      job: what is measured.
+      journal: where it goes.
+      verify: compare what keeps the text with plain decoding, token by token.
 
     Raises:
       UserError: an unreadable checkpoint, settings that do not fit together, or a
         journal of other versions.
     """
-    from treespec_jax.measurement import breakdown, suite_report, suite_run
+    from treespec_jax.measurement import (
+        breakdown,
+        suite_exactness,
+        suite_report,
+        suite_run,
+    )
 
     if job.left_out:
         say(f"left out, too long for max_len: {', '.join(job.left_out)}")
@@ -99,8 +141,13 @@ def measure(job: Job, journal: Journal) -> dict[str, Any]:
     steps = list(dict.fromkeys(c.program for c in job.variants if not c.peer))
     if not job.settings.benchmark.breakdown or breakdown.is_done(steps, journal):
         steps = []
-    if tasks or steps:
-        Run(job, journal, tasks, steps).carry_out()
+    checks = [
+        one
+        for one in (job.keep_text if verify else ())
+        if not suite_exactness.is_done(one, journal)
+    ]
+    if tasks or steps or checks:
+        Run(job, journal, tasks, steps, checks).carry_out()
     details = {
         "suite": {
             "name": job.suite.name,
@@ -123,12 +170,14 @@ class Run:
       journal: where its lines go.
       tasks: that it lacks, in order.
       steps: programs whose steps it lacks.
+      checks: combinations to compare with plain decoding.
     """
 
     job: Job
     journal: Journal
     tasks: Sequence[Task]
     steps: Sequence[Combination]
+    checks: Sequence[Combination]
 
     def carry_out(self) -> None:
         """Loads, compiles, runs the tasks, and takes the steps apart."""
@@ -136,7 +185,9 @@ class Run:
         from treespec_jax.measurement.machine import versions
 
         settings = self.job.settings
-        wanted = {*(task.combination.program for task in self.tasks), *self.steps}
+        timed = {*(task.combination.program for task in self.tasks), *self.steps}
+        compared = (c for check in self.checks for c in (check, check.baseline))
+        wanted = timed | {c.program for c in compared}
         variants = {c.program: v for c, v in self.job.variants.items() if not c.peer}
         # Peers alone may be missing; what is in force is still asked of an `LLM`.
         ours = {c: v for c, v in variants.items() if c in wanted}
@@ -160,13 +211,15 @@ class Run:
         if settings.benchmark.weights:
             del in_force["weights"]
         self.journal.begin(versions() | others, {"in_force": in_force})
-        for program, decoder in decoders.items():
+        for program in filter(timed.__contains__, decoders):
             say(f"compiling {program.label}, batch {program.batch}")
-            decoder.warm_up(settings.sampling)
-        self._answer(decoders, any_llm.engine.config.max_len)
+            decoders[program].warm_up(settings.sampling)
+        workload = self._workload(any_llm.engine.config.max_len)
+        self._answer(decoders, workload)
+        targets = {weights: pair.target for weights, pair in pairs.items()}
+        self._verify(llms, targets, workload)
         if self.steps:
-            targets = {weights: pair.target.model for weights, pair in pairs.items()}
-            self._take_apart(llms, targets)
+            self._take_apart(llms, {w: target.model for w, target in targets.items()})
 
     def _load(self, types: Iterable[str]) -> dict[str, loading.Pair]:
         """Models in each type of weights, one after the other; all of them stay.
@@ -206,13 +259,12 @@ class Run:
         made = peers.load(checkpoints)
         return {program: made[program.shape] for program in programs}
 
-    def _answer(self, decoders: dict[Combination, Any], max_len: int) -> None:
-        import tqdm
-
+    def _workload(self, max_len: int):
+        """What is asked, as a `suite_run.Workload`."""
         from treespec_jax.measurement import suite_run
 
         job = self.job
-        workload = suite_run.Workload(
+        return suite_run.Workload(
             job.suite,
             job.settings.sampling,
             job.settings.benchmark.latency_tokens,
@@ -220,6 +272,13 @@ class Run:
             job.encode,
             max_len,
         )
+
+    def _answer(self, decoders: dict[Combination, Any], workload) -> None:
+        import tqdm
+
+        from treespec_jax.measurement import suite_run
+
+        job = self.job
         total, rest = (
             sum(len(task.questions) for task in tasks)
             for tasks in (job.tasks, self.tasks)
@@ -233,6 +292,20 @@ class Run:
                 bar.update(len(task.questions))
 
             suite_run.run(self.tasks, decoders, workload, self.journal, progress)
+
+    def _verify(self, llms: dict[Combination, Any], targets, workload) -> None:
+        """Compares the journal's answers, all of which are there."""
+        from treespec_jax.measurement import exactness, suite_exactness
+
+        rounds = self.job.settings.benchmark.rounds
+        for check in self.checks:
+            probed = verifying.probe(llms[check.program], targets[check.weights].model)
+            say(f"comparing {check} with plain decoding: {probed}")
+            texts = suite_exactness.pairs(check, workload, rounds, self.journal)
+            plain = llms[check.baseline.program]
+            found = exactness.verdict(plain, texts, probed).as_dict()
+            cell = dataclasses.asdict(check)
+            self.journal.add(suite_exactness.EXACTNESS, [(cell, found)])
 
     def _take_apart(self, llms: dict[Combination, Any], targets) -> None:
         """Behind the first half of the first answer by plain decoding."""

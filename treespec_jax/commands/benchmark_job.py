@@ -12,7 +12,7 @@ from treespec_jax.commands import loading, suites
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.drafting import METHODS
 from treespec_jax.errors import UserError
-from treespec_jax.measurement import machine, peers
+from treespec_jax.measurement import machine, peers, tables
 from treespec_jax.measurement.grid import PEER, Combination, Task, schedule
 from treespec_jax.measurement.suite import Conversation, Question, Suite
 from treespec_jax.models.weight_types import is_int8
@@ -61,6 +61,16 @@ class Job:
         grid, questions = self.settings.benchmark, self.suite.questions
         streams = grid.latency_tokens > 0
         return list(schedule(list(self.variants), questions, grid.rounds, streams))
+
+    @property
+    def keep_text(self) -> list[Combination]:
+        """Combinations that promise the very text of plain decoding."""
+        return [
+            combination
+            for combination, settings in self.variants.items()
+            if not (combination.plain or combination.peer)
+            and tables.verdict(settings.as_dict()) is None
+        ]
 
     def encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
         """Token ids of a prompt."""

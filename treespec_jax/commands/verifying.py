@@ -74,16 +74,17 @@ def probe(llm, target):
     return exactness.probe(target, llm.engine.config, nodes)
 
 
-def report(verdict, quiet: bool = False) -> int:
+def report(verdict, quiet: bool = False, name: str = "") -> int:
     """Says on stderr what a comparison found, and returns the command's exit code.
 
     Args:
       verdict: an `exactness.Verdict`.
       quiet: say it only if more differs than rounding explains.
+      name: of what was compared, to stand in front.
 
     Returns:
       0; 1 if a text is not that of plain decoding.
     """
     if not (quiet and verdict.lossless):
-        print(verdict, file=sys.stderr, flush=True)
+        print(f"{name}: {verdict}" if name else verdict, file=sys.stderr, flush=True)
     return 0 if verdict.lossless else 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -219,15 +219,22 @@ class Verdict:
 
     Attributes:
       probe: of the target's pass.
+      texts: that were compared.
       tokens: that plain decoding emitted.
       equal: of these, before the first difference of each text.
       differences: the first of each text that differs.
     """
 
     probe: Probe
+    texts: int
     tokens: int
     equal: int
     differences: tuple[Difference, ...]
+
+    @property
+    def ties(self) -> int:
+        """How many of the differences are near ties."""
+        return sum(found.is_tie for found in self.differences)
 
     @property
     def lossless(self) -> bool:
@@ -236,13 +243,25 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        values = dataclasses.asdict(self) | {"lossless": self.lossless}
+        values = dataclasses.asdict(self)
+        values |= {"lossless": self.lossless, "near_ties": self.ties}
         pairs = zip(values["differences"], self.differences, strict=True)
         values["differences"] = [d | {"is_tie": one.is_tie} for d, one in pairs]
         return values
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Verdict:
+        """What `as_dict` gave."""
+        names = [field.name for field in dataclasses.fields(Difference)]
+        differences = tuple(
+            Difference(**{name: one[name] for name in names})
+            for one in values["differences"]
+        )
+        counts = (values[name] for name in ("texts", "tokens", "equal"))
+        return cls(Probe(**values["probe"]), *counts, differences)
+
     def __str__(self) -> str:
-        ties = sum(found.is_tie for found in self.differences)
+        ties = self.ties
         others = len(self.differences) - ties
         return "\n".join(
             [
@@ -307,8 +326,9 @@ def verdict(llm, texts: Iterable[TextPair], probed: Probe) -> Verdict:
       texts: in pairs.
       probed: of the same target.
     """
-    count, equal, differences = 0, 0, []
+    number, count, equal, differences = 0, 0, 0, []
     for pair in texts:
+        number += 1
         count += len(pair.plain)
         position = first_difference(pair.tree, pair.plain)
         if position is None:
@@ -322,7 +342,7 @@ def verdict(llm, texts: Iterable[TextPair], probed: Probe) -> Verdict:
         gap = None if None in tokens else _gap(llm, pair, position, tokens)
         near = probed.near(pair.params)
         differences.append(Difference(pair.prompt, position, *tokens, gap, near))
-    return Verdict(probed, count, equal, tuple(differences))
+    return Verdict(probed, number, count, equal, tuple(differences))
 
 
 def first_difference(some: Sequence[int], others: Sequence[int]) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from treespec_jax.measurement.suite import Question
@@ -37,6 +37,12 @@ class Combination:
     temperature: float
     batch: int
     weights: str = ""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Combination:
+        """That of a line of the journal or of the results."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: values[name] for name in names})
 
     @property
     def plain(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treespec_jax.drafting import METHODS
-from treespec_jax.measurement import breakdown, spec_bench, tables
+from treespec_jax.measurement import breakdown, spec_bench, suite_exactness, tables
 from treespec_jax.measurement.grid import ANSWER, PEER, STREAM, Combination
 from treespec_jax.measurement.journal import Journal
 from treespec_jax.measurement.spec_bench import OVERALL
@@ -68,6 +68,7 @@ def results(
         "versions": journal.header["versions"],
         **details,
         "figures": figures,
+        "exactness": suite_exactness.results(journal),
         "breakdown": breakdown.results(journal),
         "peak_rss_bytes": max(a["peak_rss_bytes"] for a in answers),
         "peak_device_bytes": None if None in devices else max(devices),
@@ -77,7 +78,7 @@ def results(
 def _by_combination(lines) -> dict[Combination, list[dict[str, Any]]]:
     found: dict[Combination, list[dict[str, Any]]] = {}
     for line in lines:
-        found.setdefault(_combination(line), []).append(line)
+        found.setdefault(Combination.of(line), []).append(line)
     return found
 
 
@@ -104,16 +105,17 @@ def table(results: Mapping[str, Any]) -> str:
     lines += [_LEGEND, "", _memory(results)]
     lines += tables.reliability(
         {
-            str(_combination(f)): f["tasks"][OVERALL]["reliability"]
+            str(Combination.of(f)): f["tasks"][OVERALL]["reliability"]
             for f in results["figures"]
         }
     )
     if results["breakdown"]:
         lines += ["", *_breakdown_lines(results["breakdown"])]
-    lines += ["", *verdicts(results["figures"])]
+    lines += ["", *suite_exactness.lines(results["exactness"])]
+    lines += verdicts(results["figures"])
     lines += [
-        f"{_combination(f)}: a drafter that learns from earlier texts lost them within "
-        f"{f['interrupted']} rounds, as the run was interrupted"
+        f"{Combination.of(f)}: a drafter that learns from earlier texts lost them "
+        f"within {f['interrupted']} rounds, as the run was interrupted"
         for f in results["figures"]
         if f["interrupted"]
     ]
@@ -284,7 +286,7 @@ def verdicts(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     differ, other = [], {True: [], False: []}
     for figure in figures:
         values = figure["tasks"][OVERALL]
-        name, count = str(_combination(figure)), values["texts_unlike_plain"]
+        name, count = str(Combination.of(figure)), values["texts_unlike_plain"]
         if keeps_text(figure, values["lossless"]):
             differ += [f"{name}: {count}"] if count else []
         elif figure["method"] not in (PEER, "none"):
@@ -300,7 +302,7 @@ def verdicts(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     if other[False]:
         lines.append(f"LOSSY: {'; '.join(other[False])}.")
     peers = {
-        str(_combination(f)): f["tasks"][OVERALL]["texts_unlike_plain"]
+        str(Combination.of(f)): f["tasks"][OVERALL]["texts_unlike_plain"]
         for f in figures
         if f["method"] == PEER and f["temperature"] == 0
     }
@@ -313,8 +315,3 @@ def keeps_text(figure: Mapping[str, Any], lossless: bool) -> bool:
     if figure["method"] == PEER or not lossless:
         return False
     return figure["rule"] == "exact" or figure["temperature"] == 0
-
-
-def _combination(figure: Mapping[str, Any]) -> Combination:
-    names = (field.name for field in dataclasses.fields(Combination))
-    return Combination(**{name: figure[name] for name in names})
