@@ -111,14 +111,15 @@ def main(given) -> int | None:
     _check_samples(job, given)
     if given.compare or given.verify_lossless:
         verifying.check_whole(job.params or [settings.sampling])
-    if given.verify_lossless:
+    if given.verify_lossless and not beams:
         verifying.check_same_text(settings, job.params)
     if asked and not remaining:
         job.output.say(f"{file.path} has all {len(asked)} answers")
         return
     runtime.set_up(given.compilation_cache)
     if beams:
-        return generate_beams.run(settings, job.prompts, beams, job.output)
+        verify = given.verify_lossless
+        return generate_beams.run(settings, job.prompts, beams, job.output, verify)
     return run(job, encoded, given.compare, given.verify_lossless)
 
 

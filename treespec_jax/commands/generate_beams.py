@@ -10,12 +10,12 @@ from typing import Any
 
 from absl.flags import DEFINE_float, DEFINE_integer
 
-from treespec_jax.commands import loading, runtime
+from treespec_jax.commands import loading, runtime, verifying
 from treespec_jax.commands.settings import Experiment
 from treespec_jax.errors import UserError
 
 # What says how single texts are sampled, shown or kept.
-_OTHERS = ("chat", "compare", "verify_lossless", "output", "show_tree", "trace")
+_OTHERS = ("chat", "compare", "output", "show_tree", "trace")
 
 
 def define() -> None:
@@ -46,8 +46,12 @@ def asked(given) -> dict[str, Any] | None:
 
 
 def run(
-    settings: Experiment, prompts: Sequence[str], fields: dict[str, Any], output
-) -> None:
+    settings: Experiment,
+    prompts: Sequence[str],
+    fields: dict[str, Any],
+    output,
+    verify: bool = False,
+) -> int:
     """Loads, searches and prints.
 
     Args:
@@ -55,12 +59,34 @@ def run(
       prompts: texts.
       fields: see `asked`.
       output: `generate.Output`.
+      verify: search without trees too, and compare.
+
+    Returns:
+      the exit code: 1 if a text was to be that of the plain search and is not.
     """
     pair = loading.load_pair(settings)
-    llm = pair.make(settings)
+    llm, verdict = pair.make(settings), None
+    probed = verifying.probe(llm, pair.target.model) if verify else None
+    if probed:
+        output.say(str(probed))
     fields = {**fields, "max_tokens": settings.sampling.max_tokens}
     with loading.keeping_table(llm), runtime.says_compiling(not output.quiet):
         found = llm.beam_search(prompts, **fields)
+    if probed:
+        with runtime.says_compiling(not output.quiet):
+            plain = pair.make(settings.with_tree("none")).beam_search(prompts, **fields)
+        from treespec_jax.measurement import exactness
+
+        penalty = fields["length_penalty"]
+        verdict = exactness.beam_verdict(found, plain, penalty, probed)
+    _show(fields, found, verdict, output)
+    if verdict is None:
+        return 0
+    return verifying.report(verdict, quiet=output.quiet or output.json)
+
+
+def _show(fields: dict[str, Any], found, verdict, output) -> None:
+    """Prints what a search found: texts, or all of it as JSON."""
     if output.json:
         report = {
             "beams": fields,
@@ -69,6 +95,7 @@ def run(
                 for texts in found
             ],
             "stats": found.stats.as_dict(),
+            "exactness": verdict and verdict.as_dict(),
         }
         json.dump(report, sys.stdout, indent=2)
         print()

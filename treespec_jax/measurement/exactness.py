@@ -345,6 +345,46 @@ def verdict(llm, texts: Iterable[TextPair], probed: Probe) -> Verdict:
     return Verdict(probed, number, count, equal, tuple(differences))
 
 
+def beam_verdict(
+    found: Iterable[Sequence[Any]],
+    plain: Iterable[Sequence[Any]],
+    length_penalty: float,
+    probed: Probe,
+) -> Verdict:
+    """Compares texts of beam search with those of the search without trees, by rank.
+
+    The gap is that of the two texts' scores, each a sum of log p over a power of the
+    length; every log p of both may be off. A tie that cut a beam on the way, and so led
+    to texts of other scores, is none by these.
+
+    Args:
+      found: `BeamTexts` with trees.
+      plain: without.
+      length_penalty: of both searches.
+      probed: of the same target.
+    """
+    number, count, equal, differences = 0, 0, 0, []
+    near = probed.near(SamplingParams())
+    for index, (ours, theirs) in enumerate(zip(found, plain, strict=True)):
+        for rank, (one, other) in enumerate(
+            itertools.zip_longest(ours, theirs, fillvalue=None), 1
+        ):
+            tree, ids = (text.token_ids if text else [] for text in (one, other))
+            number, count = number + 1, count + len(ids)
+            position = first_difference(tree, ids)
+            equal += len(ids) if position is None else position
+            if position is None:
+                continue
+            tokens = [x[position] if position < len(x) else None for x in (tree, ids)]
+            gap = abs(one.score - other.score) if one and other else None
+            lengths = [len(x) ** (1 - length_penalty) for x in (tree, ids) if x]
+            name = f"{index} [{rank}]"
+            differences.append(
+                Difference(name, position, *tokens, gap, near * sum(lengths))
+            )
+    return Verdict(probed, number, count, equal, tuple(differences))
+
+
 def first_difference(some: Sequence[int], others: Sequence[int]) -> int | None:
     """Index of the first token that differs or that one lacks; None: all are equal."""
     pairs = enumerate(itertools.zip_longest(some, others))
