@@ -67,6 +67,15 @@ def test_a_file_of_conversations(chat, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_conversation_is_verified_when_it_is_over(chat):
+    """Every answer, after what was said before it."""
+    result = chat("--verify_lossless", "--json", said="the cat\nand then\n")
+    found = json.loads(result.out)["exactness"]
+    assert found["lossless"] and found["texts"] == 2
+    assert found["equal"] == found["tokens"] == 12
+
+
+@pytest.mark.slow
 def test_a_conversation_on_stdin(chat):
     """Answers are remembered until /reset; what does not fit is told and forgotten."""
     said = ["the cat", "", "and then", "long " * 60, "/reset", "the cat", "/exit", "no"]
