@@ -67,7 +67,8 @@ def serve(engine, prompts, choices) -> tuple[list, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "auto"])
+# With the layer "auto" lets its rows wait, too.
+@pytest.mark.parametrize("method", ["draft_model", "auto"])
 def test_what_waited_changes_no_tree(
     method, tiny_target, tiny_draft, ragged_prompts, monkeypatch
 ):
