@@ -24,6 +24,8 @@ def job():
     for _ in range({seconds} * 100):
         time.sleep(0.01)
     print("compiled", flush=True)
+# Before the job, which else would have ended when it comes about.
+import jax
 background.start("program", job)
 print("begun", flush=True)
 """
@@ -92,7 +94,6 @@ with cli.ending(True):
 def test_a_first_program_is_kept_for_next_time(tmp_path, kept, code):
     """If there is a place on disk for it, and the command did its work."""
     body = f"""
-import jax
 jax.config.update("jax_compilation_cache_dir", {str(tmp_path) if kept else ""!r})
 with cli.ending(True):
     sys.exit({code})
