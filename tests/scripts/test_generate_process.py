@@ -37,7 +37,8 @@ def test_own_process_generates(run_script, files, compilation_cache):
     here = run_script("generate.py", *args)
     result = _run(*args, f"--compilation_cache={compilation_cache}")
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    # A machine that takes long says so.
+    assert result.stderr.replace("compiling (kept for next time) …\n", "") == ""
     ours, theirs = json.loads(here.out), json.loads(result.stdout)
     assert theirs["completions"][0]["token_ids"] == ours["completions"][0]["token_ids"]
 
