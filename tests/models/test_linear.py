@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from treespec_jax.models import memory
+from treespec_jax.models import memory, product_forms
 from treespec_jax.models.linear import linear, rows_of
 
 apply = jax.jit(linear, static_argnums=2)
@@ -53,6 +53,21 @@ def test_one_bfloat16_row_equals_the_same_row_of_two():
                 np.asarray(one[..., 0], np.float32),
                 np.asarray(both[..., row], np.float32),
             )
+
+
+@pytest.mark.parametrize("inputs", [64, 40, 1536])
+def test_one_bfloat16_row_as_a_sum(inputs, monkeypatch):
+    """Where that was measured to be quick: of the rounded numbers, in float32."""
+    rng = np.random.default_rng(4)
+    weight = jnp.asarray(rng.normal(size=(2, 5, inputs)), jnp.bfloat16)
+    x = rng.normal(size=(inputs, 1)).astype(np.float32)
+    monkeypatch.setattr(product_forms, "_measured", {"bfloat16": {1: 1.0, 2: 2.0}})
+    run = jax.jit(lambda w, x: linear(w, x)).lower(weight, x)
+    lines = run.as_text().splitlines()
+    assert not [line for line in lines if "dot_general" in line and "bf16" in line]
+    rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    want = np.asarray(weight, np.float64) @ rounded
+    np.testing.assert_allclose(run.compile()(weight, x), want, atol=1e-4)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about XLA on a CPU")

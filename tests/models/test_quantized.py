@@ -111,6 +111,51 @@ def test_an_offset_changes_no_bit(weight):
     np.testing.assert_array_equal(signed(other.values), weight.values)
 
 
+@pytest.mark.parametrize("inputs", [96, 40, 4192])
+def test_one_row_as_a_sum_changes_no_bit(weight, inputs, monkeypatch):
+    """Where that was measured to be quick; 40 columns are not taken, and padded."""
+    rng = np.random.default_rng(5)
+    if inputs != 96:
+        values = jnp.asarray(rng.normal(size=(3, inputs)).astype(np.float32))
+        weight = weight_of(values, types_of("float32", "int8"), 1)
+    x = rng.normal(size=(inputs, 16)).astype(np.float32)
+    # The largest product there is, at every column.
+    x[:, 1] = np.where(rng.random(inputs) < 0.5, 1.0, -1.0)
+    want = np.asarray(apply(weight, x[:, :2]))
+    tables = dict.fromkeys(("int8", "uint8"), {1: 1.0, 2: 2.0, 8: 2.0, 16: 2.0})
+    monkeypatch.setattr(product_forms, "_measured", tables)
+    for matrix in (weight, with_offset(weight)):
+        for rows in (1, 2, 8, 16):
+            # A function of its own: what was traced with another table stays away.
+            run = jax.jit(lambda w, x: linear(w, x)).lower(matrix, x[:, :rows])
+            dots = "stablehlo.dot_general" in run.as_text()
+            assert dots == (rows > 1 or inputs == 40)
+            found = run.compile()(matrix, x[:, :rows])
+            np.testing.assert_array_equal(found[..., :2], want[..., :rows])
+            if rows == 1:
+                found = run.compile()(matrix, x[:, 1:2])
+                np.testing.assert_array_equal(found[..., 0], want[..., 1])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about XLA on a CPU")
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bfloat16"])
+def test_one_row_reads_the_weight_as_it_is_in_every_step(dtype):
+    """XLA would convert it before a loop of several steps, and read twice the bytes."""
+    weight = jnp.ones((400, 768), dtype)
+    x = jnp.ones((768, 1), "bfloat16" if dtype == "bfloat16" else "int8")
+
+    @jax.jit
+    def run(weight, x):
+        def step(_, x):
+            y = product_forms.product(weight, x, jnp.float32)
+            return x + (y.sum() > 1e30).astype(x.dtype)
+
+        return jax.lax.fori_loop(0, 5, step, x)
+
+    memory = run.lower(weight, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < weight.nbytes / 2
+
+
 def test_an_offset_is_one_product_of_both_types(weight):
     """XLA multiplies uint8 and int8 as they are; converted to int32 it is slow."""
     x = jnp.ones((96, 2), jnp.float32)
@@ -178,9 +223,10 @@ def test_blocks_hold_all_rows():
 def test_a_measured_table_is_kept(tmp_path, monkeypatch):
     """Another process reads it from the folder."""
     monkeypatch.setattr(product_forms, "_measured", {})
+    monkeypatch.setattr(product_forms, "_ROWS", (1, 2, 8, 16, 32))
     first = product_forms.measure("int8", tmp_path)
     assert "uint8" in product_forms._measured
-    assert set(first) >= {2, 8, 16, 32} and all(ms > 0 for ms in first.values())
+    assert set(first) >= {1, 2, 8, 16, 32} and all(ms > 0 for ms in first.values())
     (file,) = tmp_path.iterdir()
     kept = json.loads(file.read_text())
     kept["int8"]["16"] = 1234.5

@@ -25,7 +25,7 @@ from jax import lax
 
 from pallas_kernels.tree_attention import rounded
 from treespec_jax.branches import on_cpu
-from treespec_jax.models import product_forms
+from treespec_jax.models import one_row, product_forms
 from treespec_jax.models.quantized import TOP, Quantized, abstract, quantize, signed
 from treespec_jax.models.weight_types import Types
 
@@ -86,8 +86,7 @@ def _by_bits(table: jax.Array, tokens_R: jax.Array) -> jax.Array:
     steps. Bits it would copy at that place, but for the barrier.
     """
     table, tokens_R = lax.optimization_barrier((table, tokens_R))
-    bits_RD = lax.bitcast_convert_type(table, jnp.uint16)[tokens_R]
-    return lax.bitcast_convert_type(bits_RD.astype(jnp.uint32) << 16, jnp.float32)
+    return one_row.float32_of(lax.bitcast_convert_type(table, jnp.uint16)[tokens_R])
 
 
 def abstract_weight(shape: tuple[int, ...], types: Types, inputs: int) -> Weight:
@@ -134,7 +133,7 @@ def _converted(weight: Quantized, x_IR: jax.Array) -> jax.Array:
     """With weights converted to the dtype of `x` as the product reads them."""
     x_GIR = x_IR.reshape(weight.scales.shape[0], -1, x_IR.shape[1])
     values = signed(weight.values).astype(x_IR.dtype)
-    y = product_forms.product(values, x_GIR, jnp.float32)
+    y = product_forms.whole(values, x_GIR, jnp.float32)
     return jnp.sum(y * weight.scales[..., None], axis=0)
 
 
