@@ -50,7 +50,7 @@ def compiled(engine: Engine, what: str):
         chunk = Chunk(tokens, one, one, table)
         args = leaves, state, i32(0), chunk, (tokens, one)
     elif what == "fork":
-        function = executor._traced_fork
+        function = executor._fork
         args = leaves, state, Copies(one, one, i32(1)), copies
     elif what == "extend":
         function = functools.partial(executor._traced_extend, scored=True)
