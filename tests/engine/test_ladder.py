@@ -9,10 +9,10 @@ import pytest
 
 from tests.drafting.heads import eagle
 from tests.engine.support import serve
+from tests.engine.told import Told
 from treespec_jax import speculation
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.engine.chooser import Choice
-from treespec_jax.engine.costs import Costs, Load, usual_curve
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
 from treespec_jax.speculation import PLAIN
@@ -24,32 +24,19 @@ CONFIG = EngineConfig(
 )
 
 
-class Random:
+class Random(Told):
     """Chooses whatever it may, by a seed; see `engine.chooser.Chooser`."""
 
     def __init__(self, shapes, seed):
+        super().__init__()
         self._shapes, self._random = shapes, random.Random(seed)
-        self.costs, self.chosen = Costs(usual_curve(True, True), 1), []
+        self.chosen = []
 
     def choose(self, max_steps, requests, ready, under_way):
         shape = self._random.choice(self._shapes)
         rehearse = not shape.depth and self._random.random() < 0.5
         self.chosen.append(Choice(shape, self._random.randint(1, 4), rehearse))
         return self.chosen[-1]
-
-    def wanted(self, requests, ready):
-        return None
-
-    def priced(self, plan, shape):
-        return plan
-
-    def load(self, requests):
-        return Load.of(len(requests), 0)
-
-    def ignore(self, *_):
-        pass
-
-    started = record = rehearsed = ignore
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ class DraftModel:
             lengths=state.lengths.at[slot].set(length),
             pending=state.pending.at[slot, 0].set(committed.root[0]),
             pending_count=state.pending_count.at[slot].set(1),
-            backlog=without(state.backlog, slot),
+            backlog=emptied(state.backlog, slot),
         )
 
     def copy_slot(self, state: DraftModelState, source, destination):
@@ -331,8 +331,8 @@ def empty_backlog(waiting: tuple[jax.Array, ...], sizes: Sizes) -> Backlog | Non
     return Backlog(rows, jnp.zeros(sizes.batch, jnp.int32))
 
 
-def without(backlog: Backlog | None, slot: jax.Array) -> Backlog | None:
-    """A new text has left nothing behind."""
+def emptied(backlog: Backlog | None, slot: jax.Array) -> Backlog | None:
+    """The backlog once a text begins in a slot, of which nothing waits yet."""
     if backlog is None:
         return None
     return Backlog(backlog.rows, backlog.count.at[slot].set(0))

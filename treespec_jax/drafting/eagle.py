@@ -18,8 +18,8 @@ from treespec_jax.cache import pages as paging
 from treespec_jax.drafting.draft_model import (
     DraftModel,
     DraftModelState,
+    emptied,
     empty_backlog,
-    without,
 )
 from treespec_jax.drafting.protocol import Committed, Needs, Sizes
 from treespec_jax.models.drafter_config import EagleOptions
@@ -126,7 +126,7 @@ class Eagle(DraftModel):
             lengths=state.lengths.at[slot].set(length - waits),
             pending=state.pending.at[slot, 0].set(committed.root[0]),
             pending_count=state.pending_count.at[slot].set(waits),
-            backlog=without(state.backlog, slot),
+            backlog=emptied(state.backlog, slot),
             hidden=state.hidden.at[slot, 0].set(last_D),
         )
 

@@ -67,7 +67,7 @@ class Engine:
         self.prefill_seconds = self.decode_seconds = 0.0
         self._vocab_size, self._eos_ids = target.config.vocab_size, tuple(eos_ids)
         needs = speculation.drafter.needs
-        self._backlog = flights.Backlog.of(speculation, config.steps_per_dispatch)
+        self._backlog = flights.BacklogLimits.of(speculation, config.steps_per_dispatch)
         drafted = DraftCache(
             trails=self._backlog.trails if needs.in_pages else 0,
             next_tokens=needs.next_tokens,

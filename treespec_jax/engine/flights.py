@@ -42,7 +42,7 @@ class Flight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Backlog:
+class BacklogLimits:
     """What may wait for a drafter's model, of each slot; see `PatientDrafter`.
 
     Attributes:
@@ -54,7 +54,7 @@ class Backlog:
     window: int
 
     @classmethod
-    def of(cls, speculation: Speculation, steps: int) -> Backlog:
+    def of(cls, speculation: Speculation, steps: int) -> BacklogLimits:
         """Of dispatches of S steps."""
         size = rehearsal.backlog(speculation, steps)
         return cls(size, rehearsal.window(speculation, steps))

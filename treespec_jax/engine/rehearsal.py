@@ -25,8 +25,8 @@ from treespec_jax.speculation import Speculation
 
 # Rows of a model's pass over what waits, up to which a few more cost next to nothing.
 FEW_ROWS = 8
-# Tokens that wait for a drafter's model behind those: of so many plain steps it takes
-# little more than of a few, and nothing if the text ends before.
+# Tokens that wait for a drafter's model behind those: one pass for so many plain steps,
+# and none if the text ends before.
 BACKLOG = 64
 
 

@@ -19,7 +19,7 @@ from treespec_jax.models import memory, product_forms
 from treespec_jax.models.linear import linear
 from treespec_jax.models.quantized import OFFSET, Quantized
 
-# Bytes of a model whose products are worth a second at the first start.
+# Bytes of a model whose products are worth some seconds at the first start.
 _LARGE = 64 << 20
 # Forms of a product with int8 weights on a GPU or TPU, as `linear` has them.
 CONVERTED, ROUNDED = "converted", "rounded"
@@ -33,7 +33,7 @@ _WIDTH, _MATRICES, _PASSES, _TIMES = 4096, 8, 8, 5
 
 
 def prepare(model: nnx.Module, dtype: Any, folder: Path | None = None) -> None:
-    """Measures what a large model's products want where it lies; takes about a second.
+    """Measures what a large model's products want where it lies, in some seconds.
 
     On a CPU matrices in int8 become uint8, one by one, where those are quicker. On a
     GPU or TPU their products round the rows of the other side to int8 where that is

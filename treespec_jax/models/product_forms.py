@@ -141,7 +141,7 @@ def cut(rows: int, table: Mapping[int, float]) -> tuple[int, ...]:
 
 
 def measure(dtype, folder: Path | None = None) -> dict[int, float]:
-    """Measures this machine's table of a weight type, once; takes about two seconds.
+    """Measures this machine's table of a weight type, once; in some seconds.
 
     Only for products on a CPU. What an earlier process measured on this machine is
     read again.
