@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -14,8 +15,10 @@ from tests.engine.support import speculate
 from treespec_jax.cache.pages import Copies
 from treespec_jax.cache.prefill import Chunk
 from treespec_jax.config import EngineConfig
+from treespec_jax.engine.costs import CATCH_UP
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.sharing import Additions
+from treespec_jax.trees.shapes import ROOT_ONLY
 
 pytestmark = pytest.mark.usefixtures("optimised_programs")
 
@@ -24,7 +27,7 @@ POOL = 1020
 BATCH, PAGE, MAX_LEN = 2, 16, 128
 
 
-def build(target, draft) -> Engine:
+def build(target, draft, *more) -> Engine:
     config = EngineConfig(
         max_batch=BATCH,
         max_len=MAX_LEN,
@@ -33,7 +36,10 @@ def build(target, draft) -> Engine:
         steps_per_dispatch=4,
         prefill_chunks=(16,),
     )
-    return Engine(target, config, speculate(draft, "regular:2x2"))
+    made = speculate(draft, "regular:2x2")
+    return Engine(
+        target, config, dataclasses.replace(made, shapes=(*made.shapes, *more))
+    )
 
 
 def compiled(engine: Engine, what: str):
@@ -49,6 +55,10 @@ def compiled(engine: Engine, what: str):
         function = executor._traced_prefill
         chunk = Chunk(tokens, one, one, table)
         args = leaves, state, i32(0), chunk, (tokens, one)
+    elif what == "catch up":
+        # Of what waits for the drafter's model.
+        function = executor._program(CATCH_UP)
+        args = leaves, state, executor._control(engine._scheduler.idle_plan())
     elif what == "fork":
         function = executor._fork
         args = leaves, state, Copies(one, one, i32(1)), copies
@@ -71,10 +81,14 @@ def copies(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["dispatch", "prefill", "fork", "extend", "copy"])
+@pytest.mark.parametrize(
+    "what", ["dispatch", "prefill", "catch up", "fork", "extend", "copy"]
+)
 def test_no_copy_of_the_cache(what, tiny_target, tiny_draft):
     """Neither an instruction nor a temporary as large as one layer's pages."""
-    engine = build(tiny_target, tiny_draft)
+    # Tokens wait where a dispatch may decode plainly.
+    more = [ROOT_ONLY] if what == "catch up" else []
+    engine = build(tiny_target, tiny_draft, *more)
     program = compiled(engine, what)
     text = program.as_text()
     assert f"f32[{POOL + 1}," in text, "the pool has another shape: a dead test"
