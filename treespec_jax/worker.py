@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -263,11 +264,14 @@ class Worker:
         self._inbox: queue.SimpleQueue[Call | _Job | None] = queue.SimpleQueue()
         self._calls: list[Call] = []
         self._closed = False
+        self._process = os.getpid()
+        # Empty once the thread has nothing more to do.
+        self._serving = [True]
         self._borrowed: Bell | None = None
         # Idle, the thread must not keep the engine, and with it the models, alive.
         self._thread = threading.Thread(
             target=_run,
-            args=(self._inbox, weakref.ref(self)),
+            args=(self._inbox, weakref.ref(self), self._serving),
             name="treespec-engine",
             daemon=True,
         )
@@ -351,13 +355,15 @@ class Worker:
         self._inbox.put(None)
         if self._borrowed is not None:
             self._borrowed.ring()
-        if not self.inside:
-            self._thread.join()
+        # Not by `join`: interrupted there, Python 3.11 takes the thread for ended.
+        while self._serving and not self.inside and os.getpid() == self._process:
+            time.sleep(0.001)
 
     def _put(self, item: Call | _Job) -> None:
         self._inbox.put(item)
         # Asked afterwards: what comes before the end of an open inbox is found there.
-        if self._closed or not self._thread.is_alive():
+        # Not by `is_alive`: interrupted there, Python 3.11 takes the thread for ended.
+        if self._closed or os.getpid() != self._process:
             if isinstance(item, Call):
                 item.cancel()
             raise UserError(_CLOSED if self._closed else _FORKED)
@@ -459,12 +465,17 @@ def _close_all() -> None:
         worker.close()
 
 
-def _run(inbox: queue.SimpleQueue, reference: weakref.ref[Worker]) -> None:
+def _run(
+    inbox: queue.SimpleQueue, reference: weakref.ref[Worker], serving: list[bool]
+) -> None:
     """The thread's work."""
     goes_on = True
-    while goes_on:
-        item = inbox.get()
-        worker = reference()
-        goes_on = worker is not None and worker.serve(item)
-        # Until there is work again, neither is held.
-        del item, worker
+    try:
+        while goes_on:
+            item = inbox.get()
+            worker = reference()
+            goes_on = worker is not None and worker.serve(item)
+            # Until there is work again, neither is held.
+            del item, worker
+    finally:
+        serving.clear()

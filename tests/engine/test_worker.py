@@ -20,7 +20,7 @@ import time
 import jax
 import pytest
 
-from treespec_jax import pace
+from treespec_jax import pace, worker
 from treespec_jax.cache.allocator import PageAllocator
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine import engine as engines
@@ -29,6 +29,7 @@ from treespec_jax.engine.request import Request
 from treespec_jax.engine.slots import SlotSettings
 from treespec_jax.errors import UserError
 from treespec_jax.llm import LLM
+from treespec_jax.worker import Call
 
 pytestmark = pytest.mark.slow
 
@@ -334,6 +335,34 @@ def test_control_c_ends_the_requests_of_its_caller(llm, ask):
     assert interrupted > 10
 
 
+def test_control_c_at_any_line_of_asking_leaves_the_llm_usable(llm, script):
+    """Python's own lines too: an interrupted `Thread.is_alive` takes it for ended."""
+    lines, number = None, 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if event == "line":
+            lines -= 1
+            if not lines:
+                raise KeyboardInterrupt
+        return trace
+
+    while lines is None or lines <= 0:
+        number += 1
+        lines = number
+        sys.settrace(trace)
+        try:
+            llm._worker.post(lambda _: None)
+            llm._worker.submit(Call([], worker.Bell()))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+    assert number > 5
+    (completion,) = llm.generate(script.prompt)
+    assert completion.token_ids == script.ids
+
+
 def test_an_interrupted_stream_gives_what_there_was(llm, script, monkeypatch):
     advance, goes_on = llm.engine.advance, threading.Semaphore(3)
 
@@ -454,9 +483,10 @@ def test_the_thread_ends_with_the_llm(scripted_draft):
 
 def test_a_process_without_the_thread_is_told_so(llm, monkeypatch):
     """As a fork is, which has the thread that forked alone."""
-    monkeypatch.setattr(llm._worker, "_thread", threading.Thread())
+    monkeypatch.setattr(worker.os, "getpid", lambda: 1)
     with pytest.raises(UserError, match="belongs to another process; make one in"):
         llm.generate([[5]])
+    monkeypatch.undo()
 
 
 SCRIPT = """

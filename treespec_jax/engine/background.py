@@ -20,6 +20,7 @@ class Background:
     """Compiles one program at a time in a thread of its own.
 
     Attributes:
+      busy: whether a program is being compiled.
       done: keys of programs that were compiled.
       failed: keys of those that could not be.
     """
@@ -27,13 +28,10 @@ class Background:
     def __init__(self):
         self.done: set[Hashable] = set()
         self.failed: set[Hashable] = set()
+        # Not `Thread.is_alive`: interrupted there, Python 3.11 takes it for ended.
+        self.busy = False
         self._thread: threading.Thread | None = None
         _ALL.add(self)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a program is being compiled."""
-        return self._thread is not None and self._thread.is_alive()
 
     def start(self, key: Hashable, job: Callable[[], object]) -> None:
         """Runs `job` in a thread. Nothing happens while another one runs."""
@@ -43,7 +41,12 @@ class Background:
         self._thread = threading.Thread(
             target=self._run, args=(key, job), name="compiling", daemon=True
         )
-        self._thread.start()
+        self.busy = True
+        try:
+            self._thread.start()
+        except BaseException:
+            self.busy = False
+            raise
 
     def wait(self) -> None:
         """Waits for the program that is being compiled, if there is one."""
@@ -65,6 +68,8 @@ class Background:
             )
         else:
             self.done.add(key)
+        finally:
+            self.busy = False
 
 
 def compiling() -> bool:
