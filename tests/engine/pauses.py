@@ -196,7 +196,7 @@ class Bench:
             max_steps=np.array(steps, np.int32),
         )
         if self._waits and shape.depth:
-            self._executor.catch_up(plan)
+            self._executor.catch_up(plan, wait=True)
         emission = fetch(self._executor.dispatch(plan, shape)).emission
         for slot, text in enumerate(texts):
             counts_S = emission.counts[:steps, slot]

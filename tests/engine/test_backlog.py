@@ -80,7 +80,7 @@ def test_what_waited_changes_no_tree(
     assert 18 * STEPS > rehearsal.BACKLOG
     passes = []
     catch_up = waiting._executor.catch_up
-    waiting._executor.catch_up = lambda plan: passes.append(plan) or catch_up(plan)
+    waiting._executor.catch_up = lambda *a, **k: passes.append(a) or catch_up(*a, **k)
     texts, estimates = serve(waiting, prompts, choices)
     # One for want of room, the others before trees that follow plain steps.
     assert 3 <= len(passes) <= 6

@@ -9,9 +9,11 @@ steps, for which nothing is proposed, gather in a backlog, until one pass takes 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from treespec_jax.cache import pages as paging
 from treespec_jax.cache.prefill import Chunk, run_chunk
@@ -27,6 +29,9 @@ from treespec_jax.drafting.protocol import (
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.models.views import CacheView, Pages
 from treespec_jax.trees.token_tree import TokenTree
+
+# Rows of a pass that takes in what waits.
+_ROWS_AT_ONCE = 16
 
 
 @jax.tree_util.register_dataclass
@@ -169,32 +174,44 @@ class DraftModel:
         )
 
     def catch_up(self, state: DraftModelState, page_table, active):
-        tokens_BR, *_ = rows = state.backlog.rows
-        B, R = tokens_BR.shape
-        held_B = jnp.where(active, state.lengths, 0)
-        count_B = jnp.where(active, state.backlog.count, 0)
-        column_R = jnp.arange(R)
+        backlog = state.backlog
+        count_B = jnp.where(active, backlog.count, 0)
+        # Of a few rows each, since mostly only few wait of the many that may.
+        size = math.gcd(_ROWS_AT_ONCE, backlog.rows[0].shape[1])
+        passes = (jnp.max(count_B) + size - 1) // size
+
+        def take_in(number: jax.Array, state: DraftModelState) -> DraftModelState:
+            return self._take_in(state, number * size, size, count_B, page_table)
+
         with jax.named_scope("catch_up"):
-            forward = self._run(
-                tokens_BR,
-                self._above(rows),
-                held_B[:, None] + column_R,
-                jnp.broadcast_to(column_R[:, None] >= column_R, (B, R, R)),
-                CacheView(state.pages, page_table, held_B),
-            )
-            pages = paging.commit(
-                state.pages,
-                paging.Destination(page_table, held_B, count_B),
-                forward.kv,
-                jnp.broadcast_to(column_R, (B, R)),
-                after=forward.kv[-1][0, 0, 0, 0, 0] < jnp.inf,
-            )
-        return dataclasses.replace(
-            state,
-            pages=pages,
-            lengths=state.lengths + count_B,
-            backlog=Backlog(rows, state.backlog.count - count_B),
+            state = lax.fori_loop(0, passes, take_in, state)
+        backlog = Backlog(backlog.rows, backlog.count - count_B)
+        return dataclasses.replace(state, backlog=backlog)
+
+    def _take_in(self, state, first, size, count_B, page_table) -> DraftModelState:
+        """The model's pass over so many rows of the backlog from `first` on."""
+        tokens_BR, *_ = rows = tuple(
+            lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in state.backlog.rows
         )
+        B, R = tokens_BR.shape
+        count_B = jnp.clip(count_B - first, 0, R)
+        held_B = jnp.where(count_B > 0, state.lengths, 0)
+        column_R = jnp.arange(R)
+        forward = self._run(
+            tokens_BR,
+            self._above(rows),
+            held_B[:, None] + column_R,
+            jnp.broadcast_to(column_R[:, None] >= column_R, (B, R, R)),
+            CacheView(state.pages, page_table, held_B),
+        )
+        pages = paging.commit(
+            state.pages,
+            paging.Destination(page_table, held_B, count_B),
+            forward.kv,
+            jnp.broadcast_to(column_R, (B, R)),
+            after=forward.kv[-1][0, 0, 0, 0, 0] < jnp.inf,
+        )
+        return dataclasses.replace(state, pages=pages, lengths=state.lengths + count_B)
 
     def propose(self, state: DraftModelState, shape, context: DraftContext):
         logits_VB, expand, finish = self.begin(state, context)

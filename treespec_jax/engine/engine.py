@@ -434,7 +434,7 @@ class Engine:
     def _launch(self, plan: Plan | None, choice: Choice) -> None:
         if plan is None:
             return
-        compiled = sum(self.compilations.values())
+        began, compiled = self._clock.now(), sum(self.compilations.values())
         requests = [slot.request for slot in plan.slots.values()]
         load = self._chooser.load(requests)
         plan = self._chooser.priced(plan, choice.shape)
@@ -442,9 +442,11 @@ class Engine:
             name = REHEARSAL if choice.rehearse else choice.shape
             plain = name == ROOT_ONLY
             due = self._backlog.is_due(plan, plain)
+            apart = due and choice.shape != ROOT_ONLY
             if due:
-                self._executor.catch_up(plan)
-            started = self._clock.now()
+                self._executor.catch_up(plan, wait=apart)
+            # A pass over the backlog is part of a rehearsal's price, of no tree's.
+            started = began if choice.rehearse else self._clock.now()
             outbox = self._executor.dispatch(plan, name)
         except BaseException:
             self._scheduler.abandon(plan)
@@ -452,8 +454,8 @@ class Engine:
         self._backlog.change(plan, plain, due)
         timed = sum(self.compilations.values()) == compiled
         for flight in self._flights:
-            flight.timed &= timed and not due
-        timed &= not self.compiling
+            flight.timed &= timed and not apart
+        timed &= not self.compiling and not (due and plain)
         flight = Flight(plan, choice, load, outbox, started, timed)
         self._flights.append(flight)
         self._chooser.started(choice, requests)

@@ -275,12 +275,13 @@ class Executor:
         self._compiled.add((name, variant_of(control)))
         return outbox
 
-    def catch_up(self, plan: Plan) -> None:
-        """Takes in what waits for the drafter's model, and waits until it is done."""
+    def catch_up(self, plan: Plan, wait: bool) -> None:
+        """Takes in what waits for the drafter's model; may wait until it is done."""
         control = self._control(plan)
         self._change(self._program(CATCH_UP), control)
         self._compiled.add((CATCH_UP, variant_of(control)))
-        jax.block_until_ready(self._state.root)
+        if wait:
+            jax.block_until_ready(self._state.root)
 
     def variant(self, plan: Plan) -> Hashable:
         """What a plan's programs hang on besides their names, such as penalties."""
