@@ -205,16 +205,20 @@ class Costs:
         if self._compared.get((load, name)):
             return self._measured(load, name, guess)
         # Another load tells how far the curve is off.
+        other = self._nearest(name, load)
+        if other is None:
+            return guess
+        guess_there = self._guess(shape, other)
+        return guess * self._measured(other, name, guess_there) / guess_there
+
+    def _nearest(self, name: str, load: Load) -> Load | None:
+        """The load like this one that has comparisons of the name; None if none has."""
         near = [
             (abs(other.slots - load.slots), abs(other.context - load.context), other)
             for (other, known), costs in self._compared.items()
             if known == name and costs
         ]
-        if not near:
-            return guess
-        other = min(near)[2]
-        guess_there = self._guess(shape, other)
-        return guess * self._measured(other, name, guess_there) / guess_there
+        return min(near)[2] if near else None
 
     def level_price(self, shape: TreeShape, load: Load, tokens: float) -> float:
         """See `CostCurve.level_price`; by the curve of the nearest context."""
@@ -230,7 +234,9 @@ class Costs:
         """Of growing a tree of that shape beside a step, in plain steps."""
         curve = self._curve(load)
         guess = curve.draft(shape) / curve.step(ROOT_ONLY, self._slots)
-        compared = self._compared.get((load, REHEARSAL), ())
+        # Whoever decodes, the drafter's passes are of all slots.
+        nearest = self._nearest(REHEARSAL, load)
+        compared = self._compared[nearest, REHEARSAL] if nearest else ()
         return statistics.median([guess] * COMPARISONS + [*compared])
 
     def is_measured(self, shape: TreeShape, load: Load, times: int = 1) -> bool:
