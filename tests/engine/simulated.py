@@ -38,6 +38,7 @@ class Machine:
       trees: of a step with each tree of LADDER.
       level: of a pass of the drafter that nobody verifies.
       dispatch: of every dispatch, whatever it does.
+      switch: of the first plain dispatch behind one of trees, besides.
       cpu: whether it is one, for the chooser to begin with.
       noise: standard deviation of log times, of dispatch by dispatch.
     """
@@ -45,13 +46,17 @@ class Machine:
     trees: tuple[float, ...] = (1.7, 1.4, 2.4, 3.7)
     level: float = 0.1
     dispatch: float = 0.1
+    switch: float = 0.0
     cpu: bool = True
     noise: float = 0.05
 
-    def time(self, choice: Choice, steps: int) -> float:
-        """Of a dispatch, without noise."""
+    def time(self, choice: Choice, steps: int, before: TreeShape) -> float:
+        """Of a dispatch behind one of another shape, without noise."""
         cost = dict(zip(LADDER, (*self.trees, 1.0), strict=True))[choice.shape]
-        return steps * cost + self.dispatch + self.level * choice.rehearse
+        besides = self.dispatch + self.level * choice.rehearse
+        if choice.shape == ROOT_ONLY != before:
+            besides += self.switch
+        return steps * cost + besides
 
 
 @dataclasses.dataclass
@@ -97,7 +102,7 @@ class Simulation:
         self.chooser = Chooser(LADDER, costs, with_model, STEPS)
         self.time, self.rehearsals = 0.0, 0
         self.steps: collections.Counter[str] = collections.Counter()
-        self._machine, self._fixed = machine, fixed
+        self._machine, self._fixed, self._before = machine, fixed, ROOT_ONLY
         self._observed = observed_shapes(LADDER, with_model)
         self._rng = np.random.default_rng(seed)
 
@@ -134,7 +139,8 @@ class Simulation:
                     tokens = self._tokens(text, choice.shape)
                     found[id(text)].append(tokens)
                     text.length += int(tokens[LADDER.index(choice.shape)])
-        seconds = self._machine.time(choice, steps)
+        seconds = self._machine.time(choice, steps, self._before)
+        self._before = choice.shape
         self.time += seconds
         self.steps[shapes.text_of(choice.shape)] += steps
         self.rehearsals += choice.rehearse

@@ -160,7 +160,16 @@ def test_a_tree_that_gains_is_used_and_plain_decoding_rarely_tried():
     script = Script({TREE: (1.5, 2.0)})
     script.dispatch(10 * SOON)
     done = script.dispatch(10 * RARELY)
-    assert 5 <= sum(choice.shape == ROOT_ONLY for choice in done) <= 12
+    # Some of them in pairs, for what the first one behind trees takes besides.
+    assert 5 <= sum(choice.shape == ROOT_ONLY for choice in done) <= 14
+
+
+def test_a_comparison_that_was_far_off_is_not_the_last():
+    """Of an earlier run; no account would afford a tree of that cost."""
+    known = Known(steps={(ONE, "dynamic:7@4"): [4.6]})
+    script = Script({TREE: (1.6, 2.6)}, known=known)
+    script.dispatch(4 * SOON)
+    assert script.share(RARELY) > 0.9
 
 
 def test_a_tree_that_brings_much_and_costs_more_gives_way():
@@ -234,7 +243,7 @@ def test_a_new_text_that_a_tree_fits_gets_it_after_a_few_tokens():
     script.begin_text()
     done = script.dispatch(8)
     assert any(choice.rehearse for choice in done)
-    assert script.share(16) > 0.9
+    assert script.share(16) > 0.8
     script.dispatch(20)
     script.steps = {TREE: (1.5, 1.0)}
     script.begin_text()
@@ -271,7 +280,7 @@ def test_finding_out_takes_its_share_of_time_and_no_more():
 def test_the_price_of_rehearsals_is_found():
     one, rng = chooser(), np.random.default_rng(2)
     for number in range(200):
-        choice = Choice(ROOT_ONLY, None, rehearse=bool(number % 2))
+        choice = Choice(ROOT_ONLY, None, rehearse=number % 3 == 2)
         seconds = (STEPS + 0.6 * choice.rehearse) * np.exp(0.02 * rng.normal())
         one.record(choice, [], STEPS, ONE, seconds)
     assert one.costs.rehearsal(TREE, ONE) == pytest.approx(0.6, abs=0.12)

@@ -10,7 +10,9 @@ gain is not certain take from it, and so does whatever is only done to find out:
 * What shapes bring belongs to texts. A step tells of its own tree and of all smaller
   ones. Plain steps tell nothing; beside them trees are rehearsed (`engine.rehearsal`).
 * What shapes cost belongs to the machine. A dispatch that follows one of another shape
-  compares the two. Shapes not in use get a dispatch for it, soon at first and ever more
+  compares the two, less what is no step: the host's part, a rehearsal, and what the
+  first plain dispatch behind trees takes besides, as these have put the drafter's
+  weights into the processor's caches. Dispatches of plain steps tell of those. Shapes not in use get a dispatch for it, soon at first and ever more
   rarely later, whatever texts begin meanwhile; those that could not win anyway get
   none.
 
@@ -28,7 +30,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from treespec_jax.engine.costs import COMPARISONS, REHEARSAL, Costs, Load
+from treespec_jax.engine.costs import COMPARISONS, HOST, REHEARSAL, SWITCH, Costs, Load
 from treespec_jax.engine.expectation import (
     GAIN,
     GAIN_OF_MODEL,
@@ -52,6 +54,8 @@ WORTH_TREES, WORTH_COMPILING = 16, 512
 RETRY, SOON, RARELY = 3, 8, 256
 # Steps of a dispatch that is for timing and may lose, and the fewest of trees at all.
 TRIAL_STEPS = 2
+# Dispatches without a rehearsal between two with one, so that its price shows.
+BARE = 2
 # A shape may be this much better than it looks: before it was compared a few times, and
 # after.
 DOUBT, LESS_DOUBT = 1.3, 1.1
@@ -88,12 +92,17 @@ class _Timed:
       load: of it.
       steps: that ran.
       seconds: of all of them, and of the rehearsal.
+      switched: whether it is plain, and the one before it was not.
+      rested: whether it is plain, and so was the one before it; and neither has a
+        rehearsal.
     """
 
     choice: Choice
     load: Load
     steps: int
     seconds: float
+    switched: bool
+    rested: bool
 
 
 @dataclasses.dataclass
@@ -105,12 +114,15 @@ class _Trials:
       period: dispatches between those for timing, once all shapes have been tried.
       tried: shapes, those of longest ago first.
       compared: whether the latest one was.
+      again: whether the next one is another of plain steps, because it is not known
+        what the first one behind trees takes besides.
     """
 
     since: int = SOON
     period: int = SOON
     tried: list[TreeShape] = dataclasses.field(default_factory=list)
     compared: bool = False
+    again: bool = False
 
     def due(self, shape: TreeShape) -> bool:
         """Whether it is time for one of that shape."""
@@ -154,10 +166,13 @@ class Chooser:
         """Forgets all texts; what a step costs stays."""
         self._expectation.reset()
         self._emitted, self._account = 0, CREDIT
-        # Whether the latest dispatch has a rehearsal.
-        self._rehearses = False
-        # The last dispatch, if it was timed.
+        # Dispatches since the latest one with a rehearsal.
+        self._bare = BARE
+        # The last two dispatches, if they were timed; the choice of the last one in any
+        # case, and the shape of the latest one started.
+        self._before: _Timed | None = None
         self._last: _Timed | None = None
+        self._last_choice, self._started = Choice(self._plain, None), self._plain
 
     def choose(
         self,
@@ -192,8 +207,10 @@ class Chooser:
             if shape == self._plain:
                 return Choice(shape, least if timing else max_steps, timing=timing)
             risk = self._risk(shape, low[shape], load)
-            most = steps
-            if risk and account < least * risk:
+            most, needed = steps, least * risk
+            if timing and self.costs.is_doubtful(shape, load):
+                needed = min(needed, CREDIT / 2)
+            if risk and account < needed:
                 return None
             if risk:
                 # Half of it: the next dispatch is chosen before this one is known.
@@ -207,16 +224,21 @@ class Chooser:
         choices = (run(shape, steps) for shape in promising)
         choice = next((c for c in choices if c), None) or Choice(self._plain, max_steps)
         shape = self._trial(choice.shape, values, load)
-        if shape != choice.shape and self._trials[load].due(shape):
+        trials = self._trials[load]
+        if trials.again:
+            choice = Choice(self._plain, max_steps, timing=True)
+        elif shape != choice.shape and trials.due(shape):
             choice = run(shape, steps, timing=True) or choice
+        elif choice.shape == self._plain and self._is_host_wanted(load, account):
+            choice = run(self._plain, steps, timing=True)
         if choice.shape != self._plain or choice.timing:
             return choice
         price = self.costs.rehearsal(self._rehearsed, load)
         # The rest is for a tree that looks good, or will.
         rest = CREDIT / 2 if order[0] == self._plain else 0.0
         affordable = account - price >= rest
-        # Its price shows beside dispatches without one.
-        if REHEARSAL in ready and affordable and not self._rehearses:
+        new = any(self._expectation.is_new(r) for r in requests if r.params.speculate)
+        if REHEARSAL in ready and affordable and self._bare >= (1 if new else BARE):
             return dataclasses.replace(choice, rehearse=True, risk=price)
         return choice
 
@@ -278,11 +300,15 @@ class Chooser:
 
     def started(self, choice: Choice, requests: Collection[Request]) -> None:
         """A dispatch was started; a choice need not lead to one."""
-        self._rehearses = choice.rehearse
-        trials = self._trials[self.load(requests)]
+        self._bare = 0 if choice.rehearse else self._bare + 1
+        load = self.load(requests)
+        trials, before = self._trials[load], self._started
         trials.since += 1
-        if choice.timing:
+        if choice.timing and not trials.again:
             trials.begin(choice.shape)
+        switches = choice.timing and choice.shape == self._plain != before
+        trials.again = switches and not self.costs.is_known(SWITCH, load)
+        self._started = choice.shape
 
     def record(
         self,
@@ -317,13 +343,18 @@ class Chooser:
         if choice.rehearse:
             self._pay(self.costs.rehearsal(self._rehearsed, load))
         self._ran[shape] += 1
-        last, self._last = self._last, None
+        before, last = self._before, self._last
+        self._before, self._last = last, None
+        earlier, self._last_choice = self._last_choice, choice
+        plain = earlier.shape == shape == self._plain
+        rested = plain and not earlier.rehearse and not choice.rehearse
+        switched = shape == self._plain and not plain
         # The first run of a program does more than to run.
         if not steps or not seconds or self._ran[shape] == 1:
             return
-        self._last = _Timed(choice, load, steps, seconds)
+        self._last = _Timed(choice, load, steps, seconds, switched, rested)
         if last:
-            self._compare(last, self._last)
+            self._compare(before, last, self._last)
 
     def rehearsed(self, observed: Iterable[tuple[Request, np.ndarray]]) -> None:
         """Takes in what steps with trees would have emitted: tokens by shape [K]."""
@@ -367,7 +398,9 @@ class Chooser:
         def worth(shape: TreeShape) -> bool:
             if shape == self._plain:
                 return True
-            return values[shape] * self._doubt(shape, load) > values[best]
+            cost = self.costs.relative(shape, load)
+            hope = values[shape] * cost / self.costs.least(shape, load)
+            return hope * self._doubt(shape, load) > values[best]
 
         # Plain decoding first, which the others are measured by, then the best.
         others = sorted(values, key=lambda s: (s != self._plain, -values[s]))
@@ -375,37 +408,77 @@ class Chooser:
         order = filter(worth, [*untried, *(s for s in trials.tried if s in others)])
         return next((shape for shape in order if shape != best), best)
 
+    def _is_host_wanted(self, load: Load, account: float) -> bool:
+        """Whether a short dispatch should say what all of them take besides steps."""
+        if account <= 0 or self.costs.is_known(HOST, load):
+            return False
+        return self._trials[load].due(self._plain)
+
     def _doubt(self, shape: TreeShape, load: Load) -> float:
         known = self.costs.is_measured(shape, load, COMPARISONS)
         return LESS_DOUBT if known else DOUBT
 
-    def _compare(self, last: _Timed, this: _Timed) -> None:
-        """Takes in what two dispatches say that followed each other."""
-        load, plain = this.load, self._plain
-        if last.load != load:
+    def _compare(self, before: _Timed | None, last: _Timed, this: _Timed) -> None:
+        """Takes in what two dispatches say that followed each other, or three."""
+        if last.load != this.load:
             return
-        if last.choice.shape == this.choice.shape == plain:
-            if last.choice.rehearse != this.choice.rehearse:
-                bare, more = sorted((last, this), key=lambda one: one.choice.rehearse)
-                price = more.seconds * bare.steps / bare.seconds - more.steps
-                self.costs.compare(REHEARSAL, load, max(0.0, price))
-            return
-        if last.choice.shape == this.choice.shape:
-            return
-        ratio = self._seconds_per_step(this) / self._seconds_per_step(last)
-        if this.choice.shape == plain:
-            self.costs.compare(last.choice.shape, load, 1 / ratio)
-        else:
-            cost = ratio * self.costs.relative(last.choice.shape, load)
-            self.costs.compare(this.choice.shape, load, cost)
-        self._trials[load].compared = True
+        if last.choice.shape == this.choice.shape == self._plain:
+            self._compare_plain(before, last, this)
+        elif last.choice.shape != this.choice.shape:
+            tree, other = this, last
+            if this.choice.shape == self._plain:
+                tree, other = other, tree
+            unknown = other.switched and self.costs.switch(other.load) is None
+            if unknown and other.choice.timing:
+                # The dispatch behind it, see `_Trials.again`, tells.
+                return
+            # The dispatch in seconds, in the time of a plain step.
+            time = tree.seconds * self._plain_steps(other) / other.seconds
+            host = self.costs.host(this.load)
+            step = max(0.0, time - host) / tree.steps
+            cost = (step * self._steps + host) / (self._steps + host)
+            self.costs.compare(tree.choice.shape, this.load, cost)
+            self._trials[this.load].compared = True
 
-    def _seconds_per_step(self, timed: _Timed) -> float:
-        """Of the steps alone."""
-        steps, more = timed.steps, 0.0
-        if timed.choice.rehearse:
-            more = self.costs.rehearsal(self._rehearsed, timed.load)
-        return timed.seconds / (steps + more)
+    def _compare_plain(self, before: _Timed | None, last: _Timed, this: _Timed):
+        """Takes in what plain dispatches say of all that is no step."""
+        load, steps = this.load, self._plain_steps
+        if last.switched:
+            if not last.choice.rehearse:
+                time = last.seconds * steps(this) / this.seconds
+                self.costs.compare(
+                    SWITCH, load, max(0.0, time - steps(last, bare=True))
+                )
+        elif last.choice.rehearse:
+            # The drafter's weights take the place of the target's in the processor's
+            # caches, so that the next one takes longer, too.
+            if before and before.rested and before.load == load:
+                time = (last.seconds + this.seconds) * steps(before) / before.seconds
+                time -= steps(last, bare=True) + steps(this)
+                self.costs.compare(REHEARSAL, load, max(0.0, time))
+        elif not this.choice.rehearse:
+            short, long = sorted((last, this), key=lambda one: one.steps)
+            time = long.seconds - short.seconds
+            if 2 * short.steps <= long.steps and time > 0:
+                host = short.seconds * long.steps - long.seconds * short.steps
+                self.costs.compare(HOST, load, host / time)
+
+    def _plain_steps(self, timed: _Timed, bare: bool = False) -> float:
+        """The time of a dispatch in that of a plain step, by what is known of it.
+
+        Args:
+          timed: see `_Timed`.
+          bare: without what a rehearsal or a switch takes.
+        """
+        load, shape = timed.load, timed.choice.shape
+        host, cost = self.costs.host(load), self.costs.relative(shape, load)
+        step = (cost * (self._steps + host) - host) / self._steps
+        time = timed.steps * step + host
+        if timed.choice.rehearse and not bare:
+            time += self.costs.rehearsal(self._rehearsed, load)
+        if timed.switched and not bare:
+            time += self.costs.switch(load) or 0.0
+        return time
 
 
 def _tokens_of(shape: TreeShape, rate: float) -> float:

@@ -21,6 +21,9 @@ from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
 # The program of plain steps before which a tree is grown that nobody verifies.
 REHEARSAL = "rehearsal"
+# What every dispatch takes besides its steps, and what the first plain one behind one
+# of trees does.
+HOST, SWITCH = "host", "switch"
 # The program that takes in what waits for a drafter's model.
 CATCH_UP = "catch up"
 # Comparisons of times whose median counts; and of rehearsals, whose times are small
@@ -239,17 +242,49 @@ class Costs:
         compared = self._compared[nearest, REHEARSAL] if nearest else ()
         return statistics.median([guess] * COMPARISONS + [*compared])
 
+    def is_doubtful(self, shape: TreeShape, load: Load) -> bool:
+        """Whether an only comparison says what a step costs, and the guess says less.
+
+        Whatever else the machine did may have made that any factor larger.
+        """
+        compared = self._compared.get((load, naming.text_of(shape)), ())
+        return len(compared) == 1 and compared[0] > self._guess(shape, load)
+
+    def least(self, shape: TreeShape, load: Load) -> float:
+        """Of a step in plain steps, as far as it may be less than it looks."""
+        doubtful = self.is_doubtful(shape, load)
+        return self._guess(shape, load) if doubtful else self.relative(shape, load)
+
+    def host(self, load: Load) -> float:
+        """Of a dispatch besides its steps, in plain steps."""
+        compared = self._compared.get((load, HOST), ())
+        zeros = [0.0] * max(0, COMPARISONS - len(compared))
+        return max(0.0, statistics.median([*zeros, *compared]))
+
+    def switch(self, load: Load) -> float | None:
+        """Of the first plain dispatch behind one of trees, besides, in plain steps.
+
+        None: nothing tells.
+        """
+        compared = self._compared.get((load, SWITCH))
+        return statistics.median(compared) if compared else None
+
+    def is_known(self, name: str, load: Load) -> bool:
+        """Whether HOST or SWITCH goes by comparisons, of this or of earlier runs."""
+        return len(self._compared.get((load, name), ())) >= COMPARISONS
+
     def is_measured(self, shape: TreeShape, load: Load, times: int = 1) -> bool:
         """Whether this engine compared such a step with another one, so many times."""
         return self._fresh[load, naming.text_of(shape)] >= times
 
     def compare(self, shape: TreeShape | str, load: Load, cost: float) -> None:
-        """Takes in what a step of a shape, or a REHEARSAL, cost in plain steps."""
-        key = load, shape if shape == REHEARSAL else naming.text_of(shape)
+        """Takes in what a step of a shape, or what is named, cost in plain steps."""
+        key = load, shape if isinstance(shape, str) else naming.text_of(shape)
         self._compared.setdefault(key, collections.deque(maxlen=_kept(key[1])))
         self._compared[key].append(cost)
         self._fresh[key] += 1
-        (self.rehearsal if shape == REHEARSAL else self.relative).cache_clear()
+        self.relative.cache_clear()
+        self.rehearsal.cache_clear()
         # Rarely, since it writes a file: after 4, 8, 16, … comparisons.
         count = sum(self._fresh.values())
         if self._keep and count >= 4 and count.bit_count() == 1:
@@ -273,5 +308,5 @@ class Costs:
 
 
 def _kept(name: str) -> int:
-    """Comparisons of a shape, or a REHEARSAL, that count."""
-    return MANY if name == REHEARSAL else COMPARISONS
+    """Comparisons that count: more of what is a small difference of times."""
+    return MANY if name in (REHEARSAL, HOST, SWITCH) else COMPARISONS

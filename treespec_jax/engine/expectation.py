@@ -174,6 +174,10 @@ class Expectation:
         # [k, s]: accepted nodes of shape k in steps that showed both k and s.
         self._together = np.tile(PRIOR * self._prior[:, None], (1, count))
 
+    def is_new(self, request: Any) -> bool:
+        """Whether no step of it was taken in."""
+        return not self._of(request).first[1]
+
     def tokens(self, request: Any) -> np.ndarray:
         """float [K]: expected tokens of a step for one request."""
         return 1.0 + self._of(request).values
