@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from treespec_jax import distributed
 from treespec_jax.checkpoints import Description, LoadedModel, describe, drafters, load
@@ -93,12 +94,19 @@ def described_draft(
 def loaded_draft(
     draft: Draft, target: LoadedModel, mesh: jax.sharding.Mesh | None
 ) -> LoadedModel | LoadedDrafter:
-    """A drafter with its weights, where the target's are."""
+    """A drafter with its weights, where the target's are and in their form.
+
+    What is quick was measured for the target. A drafter is mostly too small to have it
+    measured for itself.
+    """
     if isinstance(draft, DrafterDescription):
-        return load_drafter(draft, target)
-    if isinstance(draft, LoadedDrafter):
-        return draft
-    return loaded(draft, target.dtype, mesh, target.weights)
+        draft = load_drafter(draft, target)
+    elif not isinstance(draft, LoadedDrafter):
+        draft = loaded(draft, target.dtype, mesh, target.weights)
+    leaves = jax.tree.leaves(nnx.state(target.model))
+    if any(leaf.dtype == np.uint8 for leaf in leaves):
+        product_choice.add_offset(draft.model)
+    return draft
 
 
 def loaded(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from tests.engine.support import build, run
 from tests.oracles import Ties
+from treespec_jax import pairs
 from treespec_jax.checkpoints.placement import parameters_of
 from treespec_jax.config import SamplingParams
 from treespec_jax.llm import LLM
+from treespec_jax.models import product_choice
 from treespec_jax.models.linear import weight_of
 from treespec_jax.models.transformer import Transformer
 
@@ -20,7 +24,7 @@ PARAMS = {
     "greedy": SamplingParams(max_tokens=32),
     "t0.7": SamplingParams(max_tokens=32, temperature=0.7),
 }
-BUNDLED = "treespec_jax/bundled/target"
+BUNDLED, DRAFT = "treespec_jax/bundled/target", "treespec_jax/bundled/draft"
 
 
 def in_type(model: Transformer, weights: str) -> Transformer:
@@ -71,3 +75,24 @@ def test_an_llm_says_what_its_weights_are():
     llm = LLM(BUNDLED, weights="int8:64", speculative=None)
     assert (llm.dtype, llm.weights) == ("float32", "int8:64")
     assert any("int8:64, rounded (LOSSY" in note for note in llm.notes)
+
+
+@pytest.mark.parametrize("has_offset", [False, True])
+def test_a_drafter_has_the_form_of_its_target(has_offset):
+    """However small it is: the target's products were measured. No bit changes."""
+    target = pairs.loaded(pairs.described(BUNDLED), "float32", None, "int8")
+    if has_offset:
+        product_choice.add_offset(target.model)
+    draft = pairs.loaded_draft(pairs.described(DRAFT), target, None)
+    types = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(draft.model))}
+    assert types == {np.dtype("uint8" if has_offset else "int8"), np.dtype("float32")}
+    tokens, positions = jnp.asarray([[5, 6]]), jnp.asarray([[0, 1]])
+    seen = jnp.asarray([[[True, False], [True, True]]])
+
+    @jax.jit
+    def logits(model):
+        return model.logit_columns(model(tokens, positions, seen).hidden)
+
+    other = pairs.loaded(pairs.described(DRAFT), "float32", None, "int8")
+    want, found = logits(other.model), logits(draft.model)
+    np.testing.assert_array_equal(found, want)

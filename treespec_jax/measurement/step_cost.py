@@ -305,9 +305,14 @@ def draft_phases(
         return lax.fori_loop(0, steps, body, (state, lengths, zeros))
 
     sizes = Sizes(B, config.max_len, shape.depth, layout, vocab, width)
-    state = drafter.init(sizes)
-    state = _filled(drafter, state, table, length, (features, logits_VR))
     leaves = tuple(flat.leaves for flat in flats)
+
+    def filled(leaves, state, table, rows):
+        bound = drafter.with_module(flats[0].bind(leaves))
+        return _filled(bound, state, table, length, rows)
+
+    state = drafter.init(sizes)
+    state = jax.jit(filled)(leaves[0], state, table, (features, logits_VR))
     args = leaves, state, table, jnp.full(B, length, jnp.int32), np.int32(steps)
     return timed(jax.jit(phases), *args, passes=steps)
 
