@@ -19,6 +19,9 @@ from jax import lax
 from treespec_jax.models.quantized import signed
 
 LANES = 32
+# Fewer columns go the way of several rows. XLA puts what rounded the row, if it is so
+# short, into the loop over the rows of the weight, which then rounds it for each.
+_FEWEST_COLUMNS = 512
 # Columns of one loop: its body is as long as it has terms, and must be compiled.
 _COLUMNS = 64 * LANES
 # The same of bfloat16. XLA takes a loop of more terms apart, and what it converts the
@@ -27,11 +30,13 @@ _FLOAT_LANES = 64
 _FLOAT_COLUMNS = 12 * _FLOAT_LANES
 
 
-def takes(weight: jax.Array) -> bool:
-    """Whether a product with a weight can be taken so."""
+def takes(weight: jax.Array, x: jax.Array) -> bool:
+    """Whether a product is to be taken so; arguments as of `product`."""
     if weight.dtype == jnp.bfloat16:
         return True
-    return weight.dtype in (jnp.int8, jnp.uint8) and weight.shape[-1] % LANES == 0
+    is_integer = weight.dtype in (jnp.int8, jnp.uint8)
+    is_long = x.size >= _FEWEST_COLUMNS
+    return is_integer and is_long and weight.shape[-1] % LANES == 0
 
 
 # Traced once for all layers.

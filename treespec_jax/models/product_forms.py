@@ -9,7 +9,7 @@ the table of a type for this machine; without, a built-in one only pads.
 |---|---|---|
 | one type of both | any | a product |
 | uint8, 128 too large | int8 | a product of both types, corrected |
-| int8, uint8 or bfloat16 | one | a sum, where it was measured to be quick |
+| int8, uint8 or bfloat16 | one, not short | a sum, where it was measured to be quick |
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def product(weight: jax.Array, x: jax.Array, sums) -> jax.Array:
     if x.ndim == 3 and x.shape[0] == 1:
         return product(weight[0], x[0], sums)[None]
     if x.shape[-1] == 1 and x.dtype in (jnp.int8, jnp.bfloat16):
-        if one_row.takes(weight):
+        if one_row.takes(weight, x):
             return one_row.product(weight, x)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
         return product(weight, x, sums)[..., :1]
