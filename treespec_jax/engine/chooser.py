@@ -12,9 +12,9 @@ gain is not certain take from it, and so does whatever is only done to find out:
 * What shapes cost belongs to the machine. A dispatch that follows one of another shape
   compares the two, less what is no step: the host's part, a rehearsal, and what the
   first plain dispatch behind trees takes besides, as these have put the drafter's
-  weights into the processor's caches. Dispatches of plain steps tell of those. Shapes not in use get a dispatch for it, soon at first and ever more
-  rarely later, whatever texts begin meanwhile; those that could not win anyway get
-  none.
+  weights into the processor's caches. Dispatches of plain steps tell of those. Shapes
+  not in use get a dispatch for it, soon at first and ever more rarely later, whatever
+  texts begin meanwhile; those that could not win anyway get none.
 
 Programs are compiled one by one: plain decoding first, because it takes the least time
 to compile, the others while it runs (`Chooser.wanted`). With the exact rule the text
