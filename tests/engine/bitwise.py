@@ -207,16 +207,6 @@ class BitwiseContract:
             assert len(keys) == 5 * len(texts)
             assert all(book.rows[key] == rows[key] for key in keys)
 
-    def test_other_modes_differ_in_bits(self, pair, prompts):
-        """So the above compares what could differ."""
-        books = []
-        for layout in (("none", 1, 64, 1, (16,)), ("dynamic:15@5", 5, 16, 4, (8,))):
-            engine, book = build(pair, layout, exact="")
-            run(engine, prompts)
-            books.append(book.rows)
-        # Up to where a text goes another way.
-        assert any(books[1].get(key) != row for key, row in books[0].items())
-
     def test_the_probe_says_so(self, pair):
         config = EngineConfig(max_batch=1, max_len=64, page_size=16, cache_dtype="int8")
         found = exactness.probe(

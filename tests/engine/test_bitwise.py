@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import TINY
-from tests.engine.bitwise import BitwiseContract
+from tests.engine.bitwise import BitwiseContract, build, run
 from treespec_jax.checkpoints import load
 from treespec_jax.checkpoints.catalogue import BUNDLED
 from treespec_jax.errors import UserError
@@ -17,6 +17,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 class TestLlama(BitwiseContract):
     config = TINY
+
+    def test_other_modes_differ_in_bits(self, pair, prompts):
+        """So the above compares what could differ."""
+        books = []
+        for layout in (("none", 1, 64, 1, (16,)), ("dynamic:15@5", 5, 16, 4, (8,))):
+            engine, book = build(pair, layout, exact="")
+            run(engine, prompts)
+            books.append(book.rows)
+        # Up to where a text goes another way.
+        assert any(books[1].get(key) != row for key, row in books[0].items())
 
 
 BUNDLED_NAME = str(BUNDLED / "target")
