@@ -33,6 +33,8 @@ CASES = (
     ("medusa", "dynamic:7@3"),
     ("medusa", "medusa:zephyr_stage2@3"),
     ("medusa", "chain:5"),
+    # Begins with plain steps, whose tree is the root alone.
+    ("medusa", "auto:7@3"),
     ("auto", "dynamic:7@3"),
 )
 CONFIG = EngineConfig(
@@ -64,7 +66,9 @@ def plain(tiny_target, prompts):
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_tokens_are_those_of_plain_decoding(tiny_target, prompts, plain, name, shape):
     drafter = drafters(tiny_target)[name]
-    engine = Engine(tiny_target, CONFIG, Speculation(drafter, (shapes.parse(shape),)))
+    tree = shapes.parse(shape)
+    ladder = getattr(tree, "shapes", (tree,))
+    engine = Engine(tiny_target, CONFIG, Speculation(drafter, ladder))
     for params, wanted in plain.items():
         found = run(engine, prompts, params)
         assert [r.tokens for r in found] == wanted

@@ -98,7 +98,8 @@ class Medusa:
             if depth >= heads:
                 logits_VB = jnp.full_like(logits_VB, -jnp.inf)
             few = context.proposal in ("shared", "best") and context.penalties is None
-            if not few:
+            # Plain steps have a root alone, and noise for no level.
+            if not few or not shape.depth:
                 return jnp.repeat(logits_VB, width, axis=1)
             noise_VB = None
             if context.proposal == "shared":
