@@ -41,6 +41,7 @@ class Machine:
       switch: of the first plain dispatch behind one of trees, besides.
       cpu: whether it is one, for the chooser to begin with.
       noise: standard deviation of log times, of dispatch by dispatch.
+      seconds: of a plain step.
     """
 
     trees: tuple[float, ...] = (1.7, 1.4, 2.4, 3.7)
@@ -49,6 +50,7 @@ class Machine:
     switch: float = 0.0
     cpu: bool = True
     noise: float = 0.05
+    seconds: float = 0.04
 
     def time(self, choice: Choice, steps: int, before: TreeShape) -> float:
         """Of a dispatch behind one of another shape, without noise."""
@@ -139,9 +141,9 @@ class Simulation:
                     tokens = self._tokens(text, choice.shape)
                     found[id(text)].append(tokens)
                     text.length += int(tokens[LADDER.index(choice.shape)])
-        seconds = self._machine.time(choice, steps, self._before)
+        time = self._machine.time(choice, steps, self._before)
         self._before = choice.shape
-        self.time += seconds
+        self.time += time
         self.steps[shapes.text_of(choice.shape)] += steps
         self.rehearsals += choice.rehearse
         observed = [
@@ -149,7 +151,8 @@ class Simulation:
             for t in texts
             if found[id(t)]
         ]
-        seconds *= np.exp(self._machine.noise * self._rng.normal())
+        time *= np.exp(self._machine.noise * self._rng.normal())
+        seconds = time * self._machine.seconds
         self.chooser.record(choice, observed, steps, load, seconds)
         if choice.rehearse:
             self.chooser.rehearsed(rehearsed)

@@ -56,6 +56,8 @@ RETRY, SOON, RARELY = 3, 8, 256
 TRIAL_STEPS = 2
 # Dispatches without a rehearsal between two with one, so that its price shows.
 BARE = 2
+# Seconds of a plain step, beside which all that is no step is nothing.
+LONG = 0.01
 # A shape may be this much better than it looks: before it was compared a few times, and
 # after.
 DOUBT, LESS_DOUBT = 1.3, 1.1
@@ -159,6 +161,8 @@ class Chooser:
         self._rehearsed = observed[-1]
         self._expectation = Expectation(observed, GAIN_OF_MODEL if with_model else GAIN)
         self._ran: collections.Counter[TreeShape] = collections.Counter()
+        # Whether plain steps take LONG; None: it is not known.
+        self._long: bool | None = None
         self._trials: dict[Load, _Trials] = collections.defaultdict(_Trials)
         self.reset()
 
@@ -307,7 +311,8 @@ class Chooser:
         if choice.timing and not trials.again:
             trials.begin(choice.shape)
         switches = choice.timing and choice.shape == self._plain != before
-        trials.again = switches and not self.costs.is_known(SWITCH, load)
+        known = self._long or self.costs.is_known(SWITCH, load)
+        trials.again = switches and not known
         self._started = choice.shape
 
     def record(
@@ -353,6 +358,7 @@ class Chooser:
         if not steps or not seconds or self._ran[shape] == 1:
             return
         self._last = _Timed(choice, load, steps, seconds, switched, rested)
+        self._long = bool(seconds > LONG * self._plain_steps(self._last))
         if last:
             self._compare(before, last, self._last)
 
@@ -410,7 +416,7 @@ class Chooser:
 
     def _is_host_wanted(self, load: Load, account: float) -> bool:
         """Whether a short dispatch should say what all of them take besides steps."""
-        if account <= 0 or self.costs.is_known(HOST, load):
+        if account <= 0 or self._long is not False or self.costs.is_known(HOST, load):
             return False
         return self._trials[load].due(self._plain)
 
@@ -429,7 +435,7 @@ class Chooser:
             if this.choice.shape == self._plain:
                 tree, other = other, tree
             unknown = other.switched and self.costs.switch(other.load) is None
-            if unknown and other.choice.timing:
+            if unknown and other.choice.timing and not self._long:
                 # The dispatch behind it, see `_Trials.again`, tells.
                 return
             # The dispatch in seconds, in the time of a plain step.
