@@ -242,7 +242,11 @@ class Chooser:
         rest = CREDIT / 2 if order[0] == self._plain else 0.0
         affordable = account - price >= rest
         new = any(self._expectation.is_new(r) for r in requests if r.params.speculate)
-        if REHEARSAL in ready and affordable and self._bare >= (1 if new else BARE):
+        if (
+            REHEARSAL in ready
+            and affordable
+            and self._bare >= (1 if new or self._long else BARE)
+        ):
             return dataclasses.replace(choice, rehearse=True, risk=price)
         return choice
 
@@ -458,7 +462,11 @@ class Chooser:
         elif last.choice.rehearse:
             # The drafter's weights take the place of the target's in the processor's
             # caches, so that the next one takes longer, too.
-            if before and before.rested and before.load == load:
+            if self._long:
+                time = last.seconds * steps(this) / this.seconds
+                time -= steps(last, bare=True)
+                self.costs.compare(REHEARSAL, load, max(0.0, time))
+            elif before and before.rested and before.load == load:
                 time = (last.seconds + this.seconds) * steps(before) / before.seconds
                 time -= steps(last, bare=True) + steps(this)
                 self.costs.compare(REHEARSAL, load, max(0.0, time))
