@@ -57,18 +57,18 @@ def test_good_texts_have_the_best_shape(machine, seed):
     assert relative(machine, texts, seed=seed, earlier=texts)[1] >= 0.97
 
 
-def test_a_text_that_turns_is_followed():
-    """Both ways, quicker than plain decoding and than any one shape."""
-    for first, second in ((0.05, GOOD), (GOOD, 0.05)):
-        turning = [first] * 300 + [second] * 300
-        x_plain, x_best, _ = relative(LAYER, [turning])
-        assert x_plain > 1.15 and x_best > 0.97
-
-
 def mean(machine, texts, **settings) -> tuple[float, float]:
     """`relative` of four seeds, of which a single one hangs on a few steps."""
     found = [relative(machine, texts, seed=n, **settings)[:2] for n in range(4)]
     return tuple(np.mean(found, axis=0))
+
+
+def test_a_text_that_turns_is_followed():
+    """Both ways, quicker than plain decoding and than any one shape."""
+    for first, second in ((0.05, GOOD), (GOOD, 0.05)):
+        turning = [first] * 300 + [second] * 300
+        x_plain, x_best = mean(LAYER, [turning])
+        assert x_plain > 1.15 and x_best > 0.97
 
 
 def test_short_and_mixed_texts_never_lose():
