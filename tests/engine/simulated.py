@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from treespec_jax.config import SamplingParams
-from treespec_jax.engine.chooser import Choice, Chooser
+from treespec_jax.engine.chooser import Chooser
 from treespec_jax.engine.costs import REHEARSAL, Costs, usual_curve
 from treespec_jax.engine.expectation import (
     contained,
@@ -22,6 +22,7 @@ from treespec_jax.engine.expectation import (
     tokens_by_shape,
 )
 from treespec_jax.engine.request import Request
+from treespec_jax.engine.timing import Choice
 from treespec_jax.trees import shapes
 from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 

@@ -12,9 +12,9 @@ from tests.engine.told import Told
 from treespec_jax import speculation
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.engine import rehearsal
-from treespec_jax.engine.chooser import Choice
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
+from treespec_jax.engine.timing import Choice
 from treespec_jax.trees.shapes import ROOT_ONLY
 
 STEPS = 4

@@ -16,7 +16,6 @@ from treespec_jax.engine.chooser import (
     SOON,
     WORTH_COMPILING,
     WORTH_TREES,
-    Choice,
     Chooser,
 )
 from treespec_jax.engine.costs import (
@@ -35,6 +34,7 @@ from treespec_jax.engine.expectation import (
     tokens_by_shape,
 )
 from treespec_jax.engine.request import Request
+from treespec_jax.engine.timing import Choice
 from treespec_jax.trees import shapes
 from treespec_jax.trees.shapes import ROOT_ONLY
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.engine.simulated import LADDER, STEPS, Machine, Simulation, relative
-from treespec_jax.engine.chooser import Choice
 from treespec_jax.engine.costs import Load
+from treespec_jax.engine.timing import Choice
 from treespec_jax.trees.shapes import ROOT_ONLY
 
 # Like SmolLM2-135M with an EAGLE layer on two cores, and like guesses without a model;

@@ -14,11 +14,11 @@ from tests.engine.told import Told
 from treespec_jax import speculation
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
 from treespec_jax.drafting.recycle import table_of
-from treespec_jax.engine.chooser import Choice
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.expectation import observed_shapes, rehearsed_tokens
 from treespec_jax.engine.rehearsal import Watching
 from treespec_jax.engine.request import Request
+from treespec_jax.engine.timing import Choice
 from treespec_jax.trees import shapes
 from treespec_jax.trees.shapes import ROOT_ONLY
 from treespec_jax.trees.token_tree import TokenTree, ancestors_of

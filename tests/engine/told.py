@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from treespec_jax.engine.chooser import Choice
 from treespec_jax.engine.costs import Costs, Load, usual_curve
+from treespec_jax.engine.timing import Choice
 from treespec_jax.trees.shapes import ROOT_ONLY
 
 

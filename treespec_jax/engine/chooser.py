@@ -9,12 +9,10 @@ gain is not certain take from it, and so does whatever is only done to find out:
 
 * What shapes bring belongs to texts. A step tells of its own tree and of all smaller
   ones. Plain steps tell nothing; beside them trees are rehearsed (`engine.rehearsal`).
-* What shapes cost belongs to the machine. A dispatch that follows one of another shape
-  compares the two, less what is no step: the host's part, a rehearsal, and what the
-  first plain dispatch behind trees takes besides, as these have put the drafter's
-  weights into the processor's caches. Dispatches of plain steps tell of those. Shapes
-  not in use get a dispatch for it, soon at first and ever more rarely later, whatever
-  texts begin meanwhile; those that could not win anyway get none.
+* What shapes cost belongs to the machine. Dispatches that follow each other tell
+  (`engine.timing`). Shapes not in use get one for it, soon at first and ever more
+  rarely later, whatever texts begin meanwhile; those that could not win anyway get
+  none.
 
 Programs are compiled one by one: plain decoding first, because it takes the least time
 to compile, the others while it runs (`Chooser.wanted`). With the exact rule the text
@@ -40,6 +38,7 @@ from treespec_jax.engine.expectation import (
 )
 from treespec_jax.engine.plan import Plan
 from treespec_jax.engine.request import Request
+from treespec_jax.engine.timing import Choice, Timing
 from treespec_jax.trees.shapes import TreeShape
 
 Program = TreeShape | str
@@ -56,55 +55,11 @@ RETRY, SOON, RARELY = 3, 8, 256
 TRIAL_STEPS = 2
 # Dispatches without a rehearsal between two with one, so that its price shows.
 BARE = 2
-# Seconds of a plain step, beside which all that is no step is nothing.
-LONG = 0.01
 # A shape may be this much better than it looks: before it was compared a few times, and
 # after.
 DOUBT, LESS_DOUBT = 1.3, 1.1
 # Acceptance rates of first children for which a shape may be of use.
 RATES = tuple(np.linspace(0.1, 1.0, 10))
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What a dispatch does.
-
-    Attributes:
-      shape: that it grows.
-      max_steps: that it runs at most; None: the compiled number.
-      rehearse: whether a tree is grown that nobody verifies, the last one of
-        `expectation.observed_shapes`.
-      timing: whether it runs only to be timed.
-      risk: plain steps that it may lose against plain decoding.
-    """
-
-    shape: TreeShape
-    max_steps: int | None
-    rehearse: bool = False
-    timing: bool = False
-    risk: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Timed:
-    """How long a dispatch took.
-
-    Attributes:
-      choice: that it was.
-      load: of it.
-      steps: that ran.
-      seconds: of all of them, and of the rehearsal.
-      switched: whether it is plain, and the one before it was not.
-      rested: whether it is plain, and so was the one before it; and neither has a
-        rehearsal.
-    """
-
-    choice: Choice
-    load: Load
-    steps: int
-    seconds: float
-    switched: bool
-    rested: bool
 
 
 @dataclasses.dataclass
@@ -160,9 +115,7 @@ class Chooser:
         observed = observed_shapes(shapes, with_model)
         self._rehearsed = observed[-1]
         self._expectation = Expectation(observed, GAIN_OF_MODEL if with_model else GAIN)
-        self._ran: collections.Counter[TreeShape] = collections.Counter()
-        # Whether plain steps take LONG; None: it is not known.
-        self._long: bool | None = None
+        self._timing = Timing(costs, self._plain, self._rehearsed, steps)
         self._trials: dict[Load, _Trials] = collections.defaultdict(_Trials)
         self.reset()
 
@@ -172,11 +125,9 @@ class Chooser:
         self._emitted, self._account = 0, CREDIT
         # Dispatches since the latest one with a rehearsal.
         self._bare = BARE
-        # The last two dispatches, if they were timed; the choice of the last one in any
-        # case, and the shape of the latest one started.
-        self._before: _Timed | None = None
-        self._last: _Timed | None = None
-        self._last_choice, self._started = Choice(self._plain, None), self._plain
+        # The shape of the latest dispatch started.
+        self._started = self._plain
+        self._timing.reset()
 
     def choose(
         self,
@@ -245,7 +196,7 @@ class Chooser:
         if (
             REHEARSAL in ready
             and affordable
-            and self._bare >= (1 if new or self._long else BARE)
+            and self._bare >= (1 if new or self._timing.long else BARE)
         ):
             return dataclasses.replace(choice, rehearse=True, risk=price)
         return choice
@@ -315,7 +266,7 @@ class Chooser:
         if choice.timing and not trials.again:
             trials.begin(choice.shape)
         switches = choice.timing and choice.shape == self._plain != before
-        known = self._long or self.costs.is_known(SWITCH, load)
+        known = self._timing.long or self.costs.is_known(SWITCH, load)
         trials.again = switches and not known
         self._started = choice.shape
 
@@ -351,20 +302,8 @@ class Chooser:
             self._pay(-gained * steps)
         if choice.rehearse:
             self._pay(self.costs.rehearsal(self._rehearsed, load))
-        self._ran[shape] += 1
-        before, last = self._before, self._last
-        self._before, self._last = last, None
-        earlier, self._last_choice = self._last_choice, choice
-        plain = earlier.shape == shape == self._plain
-        rested = plain and not earlier.rehearse and not choice.rehearse
-        switched = shape == self._plain and not plain
-        # The first run of a program does more than to run.
-        if not steps or not seconds or self._ran[shape] == 1:
-            return
-        self._last = _Timed(choice, load, steps, seconds, switched, rested)
-        self._long = bool(seconds > LONG * self._plain_steps(self._last))
-        if last:
-            self._compare(before, last, self._last)
+        if self._timing.take_in(choice, load, steps, seconds):
+            self._trials[load].compared = True
 
     def rehearsed(self, observed: Iterable[tuple[Request, np.ndarray]]) -> None:
         """Takes in what steps with trees would have emitted: tokens by shape [K]."""
@@ -420,79 +359,17 @@ class Chooser:
 
     def _is_host_wanted(self, load: Load, account: float) -> bool:
         """Whether a short dispatch should say what all of them take besides steps."""
-        if account <= 0 or self._long is not False or self.costs.is_known(HOST, load):
+        if (
+            account <= 0
+            or self._timing.long is not False
+            or self.costs.is_known(HOST, load)
+        ):
             return False
         return self._trials[load].due(self._plain)
 
     def _doubt(self, shape: TreeShape, load: Load) -> float:
         known = self.costs.is_measured(shape, load, COMPARISONS)
         return LESS_DOUBT if known else DOUBT
-
-    def _compare(self, before: _Timed | None, last: _Timed, this: _Timed) -> None:
-        """Takes in what two dispatches say that followed each other, or three."""
-        if last.load != this.load:
-            return
-        if last.choice.shape == this.choice.shape == self._plain:
-            self._compare_plain(before, last, this)
-        elif last.choice.shape != this.choice.shape:
-            tree, other = this, last
-            if this.choice.shape == self._plain:
-                tree, other = other, tree
-            unknown = other.switched and self.costs.switch(other.load) is None
-            if unknown and other.choice.timing and not self._long:
-                # The dispatch behind it, see `_Trials.again`, tells.
-                return
-            # The dispatch in seconds, in the time of a plain step.
-            time = tree.seconds * self._plain_steps(other) / other.seconds
-            host = self.costs.host(this.load)
-            step = max(0.0, time - host) / tree.steps
-            cost = (step * self._steps + host) / (self._steps + host)
-            self.costs.compare(tree.choice.shape, this.load, cost)
-            self._trials[this.load].compared = True
-
-    def _compare_plain(self, before: _Timed | None, last: _Timed, this: _Timed):
-        """Takes in what plain dispatches say of all that is no step."""
-        load, steps = this.load, self._plain_steps
-        if last.switched:
-            if not last.choice.rehearse:
-                time = last.seconds * steps(this) / this.seconds
-                self.costs.compare(
-                    SWITCH, load, max(0.0, time - steps(last, bare=True))
-                )
-        elif last.choice.rehearse:
-            # The drafter's weights take the place of the target's in the processor's
-            # caches, so that the next one takes longer, too.
-            if self._long:
-                time = last.seconds * steps(this) / this.seconds
-                time -= steps(last, bare=True)
-                self.costs.compare(REHEARSAL, load, max(0.0, time))
-            elif before and before.rested and before.load == load:
-                time = (last.seconds + this.seconds) * steps(before) / before.seconds
-                time -= steps(last, bare=True) + steps(this)
-                self.costs.compare(REHEARSAL, load, max(0.0, time))
-        elif not this.choice.rehearse:
-            short, long = sorted((last, this), key=lambda one: one.steps)
-            time = long.seconds - short.seconds
-            if 2 * short.steps <= long.steps and time > 0:
-                host = short.seconds * long.steps - long.seconds * short.steps
-                self.costs.compare(HOST, load, host / time)
-
-    def _plain_steps(self, timed: _Timed, bare: bool = False) -> float:
-        """The time of a dispatch in that of a plain step, by what is known of it.
-
-        Args:
-          timed: see `_Timed`.
-          bare: without what a rehearsal or a switch takes.
-        """
-        load, shape = timed.load, timed.choice.shape
-        host, cost = self.costs.host(load), self.costs.relative(shape, load)
-        step = (cost * (self._steps + host) - host) / self._steps
-        time = timed.steps * step + host
-        if timed.choice.rehearse and not bare:
-            time += self.costs.rehearsal(self._rehearsed, load)
-        if timed.switched and not bare:
-            time += self.costs.switch(load) or 0.0
-        return time
 
 
 def _tokens_of(shape: TreeShape, rate: float) -> float:

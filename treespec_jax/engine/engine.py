@@ -16,7 +16,7 @@ from treespec_jax.engine import flights
 from treespec_jax.engine.beam_group import Found, GroupSearch
 from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.branching import CachedTexts
-from treespec_jax.engine.chooser import Choice, Chooser, Program
+from treespec_jax.engine.chooser import Chooser, Program
 from treespec_jax.engine.costs import CATCH_UP, REHEARSAL, Costs, Load, usual_curve
 from treespec_jax.engine.device_arguments import REPEATED
 from treespec_jax.engine.executor import Executor, fetch
@@ -26,6 +26,7 @@ from treespec_jax.engine.plan import DraftCache, Plan, idle_chunk
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Scheduler
 from treespec_jax.engine.slots import SlotSettings
+from treespec_jax.engine.timing import Choice
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling import constraints
 from treespec_jax.speculation import PLAIN, Speculation

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from treespec_jax.engine import rehearsal
-from treespec_jax.engine.chooser import Choice, Chooser
+from treespec_jax.engine.chooser import Chooser
 from treespec_jax.engine.costs import Load
 from treespec_jax.engine.expectation import rehearsed_tokens, tokens_by_shape
 from treespec_jax.engine.plan import Plan
 from treespec_jax.engine.state import Outbox
+from treespec_jax.engine.timing import Choice
 from treespec_jax.speculation import Speculation
 from treespec_jax.trees.shapes import TreeShape
 
