@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
 from treespec_jax.config import SamplingParams
 from treespec_jax.engine.chooser import Chooser
-from treespec_jax.engine.costs import REHEARSAL, Costs, usual_curve
+from treespec_jax.engine.costs import (
+    COMPARISONS,
+    HOST,
+    MANY,
+    REHEARSAL,
+    SWITCH,
+    Costs,
+    Load,
+    usual_curve,
+)
 from treespec_jax.engine.expectation import (
     contained,
     observed_shapes,
@@ -87,6 +98,7 @@ class Simulation:
       seed: of tokens and of noise.
       with_model: see `Chooser`.
       fixed: the shape of every step; None: the chooser's.
+      measured: whether the chooser knows all costs, as behind `Engine.measure_costs`.
 
     Attributes:
       time: so far, in plain steps.
@@ -100,8 +112,11 @@ class Simulation:
         seed: int = 0,
         with_model: bool = True,
         fixed: TreeShape | None = None,
+        measured: bool = False,
     ):
         costs = Costs(usual_curve(machine.cpu, with_model), 1)
+        if measured:
+            _tell(costs, machine)
         self.chooser = Chooser(LADDER, costs, with_model, STEPS)
         self.time, self.rehearsals = 0.0, 0
         self.steps: collections.Counter[str] = collections.Counter()
@@ -147,11 +162,7 @@ class Simulation:
         self.time += time
         self.steps[shapes.text_of(choice.shape)] += steps
         self.rehearsals += choice.rehearse
-        observed = [
-            (t.request, np.mean(found[id(t)], axis=0), len(found[id(t)]))
-            for t in texts
-            if found[id(t)]
-        ]
+        observed = [(t.request, np.array(found[id(t)])) for t in texts if found[id(t)]]
         time *= np.exp(self._machine.noise * self._rng.normal())
         seconds = time * self._machine.seconds
         self.chooser.record(choice, observed, steps, load, seconds)
@@ -160,21 +171,55 @@ class Simulation:
 
     def _tokens(self, text: Text, shape: TreeShape) -> np.ndarray:
         """float [K], of a step that grows a tree of that shape."""
-        rates = [*text.rates[text.length :], 0.0][: shape.depth]
-        orders, count = np.full(shape.depth, 99), 1
-        for depth, rate in enumerate(rates):
-            # Children of every rank above stand before it, and some of other parents.
-            rank = self._rng.geometric(rate) - 1 if rate else 99
-            orders[depth] = (orders[depth - 1] if depth else 0) + 1 + 2 * rank
-            if orders[depth] >= shape.num_nodes:
+        rates = tuple([*text.rates[text.length :], 0.0][: shape.depth])
+        tree, path, found = _best_first(rates, shape), (), []
+        for rate in rates:
+            path += (self._rng.geometric(rate) - 1 if rate else 99,)
+            if path not in tree:
                 break
-            count += 1
+            found.append(tree[path])
+        count = 1 + len(found)
+        orders = np.array((found + [99] * shape.depth)[: shape.depth], int)
         tokens = tokens_by_shape(self._observed, np.array(count), orders)
         return np.where(contained(self._observed, shape), tokens, np.nan)
 
 
+def _tell(costs: Costs, machine: Machine) -> None:
+    bare = STEPS + machine.dispatch
+    for load in (Load.of(slots, 0) for slots in (1, 2, 4)):
+        for shape in LADDER[:-1]:
+            time = machine.time(Choice(shape, None), STEPS, shape)
+            for _ in range(COMPARISONS):
+                costs.compare(shape, load, time / bare)
+        besides = {HOST: machine.dispatch, SWITCH: machine.switch}
+        for name, cost in (besides | {REHEARSAL: machine.level}).items():
+            for _ in range(MANY):
+                costs.compare(name, load, cost)
+
+
+@functools.cache
+def _best_first(rates: tuple[float, ...], shape: TreeShape) -> dict[tuple, int]:
+    """Where nodes stand, by the ranks of their paths."""
+    heap, tree = [(-rates[0], (0,))] if rates else [], {}
+    while heap and len(tree) < shape.num_nodes - 1:
+        minus, path = heapq.heappop(heap)
+        tree[path] = len(tree) + 1
+        depth = len(path)
+        sibling = minus * (1 - rates[depth - 1])
+        heapq.heappush(heap, (sibling, (*path[:-1], path[-1] + 1)))
+        if depth < min(shape.depth, len(rates)):
+            heapq.heappush(heap, (minus * rates[depth], (*path, 0)))
+    return tree
+
+
 def relative(
-    machine: Machine, texts, slots: int = 1, seed: int = 0, earlier=(), **settings
+    machine: Machine,
+    texts,
+    slots: int = 1,
+    seed: int = 0,
+    earlier=(),
+    measured: bool = False,
+    **settings,
 ):
     """Speed of the chooser, × plain and × the best fixed shape, and the simulation.
 
@@ -184,13 +229,14 @@ def relative(
       slots: how many run side by side.
       seed: of all simulations.
       earlier: texts that the chooser has run before.
+      measured: see `Simulation`.
       **settings: of `Simulation`.
     """
     fixed = {
         shape: Simulation(machine, seed, fixed=shape, **settings).run(texts, slots)
         for shape in LADDER
     }
-    auto = Simulation(machine, seed, **settings)
+    auto = Simulation(machine, seed, measured=measured, **settings)
     auto.run(earlier, slots)
     time = auto.run(texts, slots)
     return fixed[ROOT_ONLY] / time, min(fixed.values()) / time, auto

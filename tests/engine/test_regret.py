@@ -27,12 +27,14 @@ GOOD, LONG, SHORT = 0.7, 128, 32
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.1])
 @pytest.mark.parametrize("machine", [LAYER, GUESSES], ids=["a layer", "guesses"])
 def test_hopeless_texts_lose_two_percent_behind_the_first_tokens(machine, rate):
-    with_model = machine is LAYER
-    one = Simulation(machine, 1, with_model)
-    one.run([[rate] * 64])
-    plain = Simulation(machine, 1, with_model, fixed=ROOT_ONLY)
-    texts = [[rate] * 1500]
-    assert one.run(texts) <= 1.02 * plain.run(texts)
+    with_model, texts = machine is LAYER, [[rate] * 1500]
+    plain = Simulation(machine, 1, with_model, fixed=ROOT_ONLY).run(texts)
+    times = []
+    for seed in range(4):
+        one = Simulation(machine, seed, with_model)
+        one.run([[rate] * 64])
+        times.append(one.run(texts))
+    assert np.mean(times) <= 1.02 * plain
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -88,20 +90,44 @@ def test_batches_lose_no_more():
 
 def test_what_is_no_step_is_told_apart_from_steps():
     """Where plain decoding is in use, and trees are tried a few steps at a time."""
-    load, off = Load.of(1, 0), []
+    load, off, hosts = Load.of(1, 0), [], []
     bare = SMALL.time(Choice(ROOT_ONLY, None), STEPS, ROOT_ONLY)
     for seed in range(6):
         _, _, one = relative(SMALL, [[0.2] * LONG] * 40, seed=seed)
         costs = one.chooser.costs
-        assert costs.host(load) == pytest.approx(SMALL.dispatch, abs=0.4)
+        hosts.append(costs.host(load))
         for shape in LADDER[:-1]:
             if costs.is_measured(shape, load, 2):
                 true = SMALL.time(Choice(shape, None), STEPS, shape) / bare
                 off.append(costs.relative(shape, load) / true)
+    assert np.median(hosts) == pytest.approx(SMALL.dispatch, abs=0.3)
     assert len(off) >= 6 and abs(np.mean(off) - 1) < 0.08
 
 
 @pytest.mark.parametrize("rate", [0.45, 0.6, GOOD])
 def test_a_small_model_has_nearly_the_best_shape(rate):
     texts = [[rate] * LONG] * 24
-    assert mean(SMALL, texts, earlier=texts)[1] > 0.93
+    assert mean(SMALL, texts, earlier=texts)[1] > 0.9
+    assert mean(SMALL, texts, earlier=texts, measured=True)[1] > 0.9
+
+
+# Texts of a few dispatches: hopeless, hard, easy, and such as repeat themselves.
+BRIEF = {
+    "hopeless": [[0.05] * 96],
+    "hard": [[0.3] * 96],
+    "easy": [[GOOD] * 96],
+    "mixed": [[rate] * 96 for rate in (0.3, GOOD, 0.5)],
+    "repeating": [[0.3] * spared + [0.97] * (96 - spared) for spared in (24, 48, 36)],
+}
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("texts", BRIEF.values(), ids=BRIEF)
+def test_a_few_short_texts_lose_nothing_where_costs_are_measured(texts, slots):
+    """And have nearly the best shape, where it is found out for little."""
+    texts = (4 * texts)[: 4 if slots > 1 else 3]
+    for machine in (LAYER, GUESSES, SMALL):
+        settings = dict(slots=slots, measured=True, with_model=machine is not GUESSES)
+        x_plain, x_best = mean(machine, texts, **settings)
+        assert x_plain >= 0.965
+        assert x_best >= 0.93 or machine is SMALL

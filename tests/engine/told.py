@@ -33,7 +33,7 @@ class Told:
         self.choices = self.choices[1:]
 
     def record(self, choice, observed, steps, load, seconds):
-        self.tokens += [tokens[-1] for _, tokens, _ in observed]
+        self.tokens += [tokens[:, -1].mean() for _, tokens in observed]
 
     def rehearsed(self, observed):
         self.heard += [tokens[-1] for _, tokens in observed]

@@ -21,36 +21,39 @@ does not depend on any of this.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import heapq
+import functools
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from treespec_jax.engine.costs import COMPARISONS, HOST, REHEARSAL, SWITCH, Costs, Load
+from treespec_jax.engine.costs import HOST, REHEARSAL, SWITCH, Costs, Load
 from treespec_jax.engine.expectation import (
-    GAIN,
-    GAIN_OF_MODEL,
     PRIOR,
     Expectation,
     observed_shapes,
+    tokens_of,
 )
 from treespec_jax.engine.plan import Plan
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.timing import Choice, Timing
-from treespec_jax.trees.shapes import TreeShape
+from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
 
 Program = TreeShape | str
 
-# What the account gets, as a share of all time, and holds at most, in plain steps.
-SHARE, CREDIT = 0.01, 2.5
+# What the account gets, as a share of all time; what it begins with, and holds at most,
+# in plain steps.
+SHARE, START, CREDIT = 0.01, 2.0, 4.0
 # Tokens after which the first tree is compiled, and after which shapes are that may be
 # a little quicker still.
 WORTH_TREES, WORTH_COMPILING = 16, 512
 # Dispatches between those that are for timing: until every shape was compared, then,
-# and at most.
-RETRY, SOON, RARELY = 3, 8, 256
+# if earlier runs compared them, and at most.
+RETRY, SOON, SETTLED, RARELY = 3, 8, 32, 256
+# Plain steps from which on a rehearsal is dear. There a tree of so much speed, in that
+# of plain decoding, is worth as much again as the account begins with, and is tried
+# rather than rehearsed.
+DEAR, BOLD = 0.4, 1.15
 # Steps of a dispatch that is for timing and may lose, and the fewest of trees at all.
 TRIAL_STEPS = 2
 # Dispatches without a rehearsal between two with one, so that its price shows.
@@ -95,6 +98,36 @@ class _Trials:
         self.since, self.compared = 0, False
 
 
+@dataclasses.dataclass(frozen=True)
+class _Situation:
+    """What a choice goes by.
+
+    Attributes:
+      load: of the texts.
+      account: plain steps that may be lost, whatever is under way included.
+      max_steps: see `Chooser.choose`.
+      values: expected tokens for the time of a plain step, by shape that can run.
+      low: a low estimate of tokens, by shape.
+      new: whether nothing is known of a text but what all were like.
+    """
+
+    load: Load
+    account: float
+    max_steps: int | None
+    values: dict[TreeShape, float]
+    low: dict[TreeShape, float]
+    new: bool
+
+    @functools.cached_property
+    def order(self) -> list[TreeShape]:
+        """Shapes, the best one first."""
+        return sorted(self.values, key=self.values.get, reverse=True)
+
+    def gain(self, shape: TreeShape) -> float:
+        """Its expected speed, in that of plain decoding."""
+        return self.values[shape] / self.values.get(ROOT_ONLY, 1.0)
+
+
 class Chooser:
     """Chooses before every dispatch.
 
@@ -114,19 +147,19 @@ class Chooser:
         self._plain = shapes[-1]
         observed = observed_shapes(shapes, with_model)
         self._rehearsed = observed[-1]
-        self._expectation = Expectation(observed, GAIN_OF_MODEL if with_model else GAIN)
+        self._expectation = Expectation(observed, with_model)
         self._timing = Timing(costs, self._plain, self._rehearsed, steps)
-        self._trials: dict[Load, _Trials] = collections.defaultdict(_Trials)
+        self._trials: dict[Load, _Trials] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forgets all texts; what a step costs stays."""
         self._expectation.reset()
-        self._emitted, self._account = 0, CREDIT
+        self._emitted, self._account = 0, START
         # Dispatches since the latest one with a rehearsal.
         self._bare = BARE
-        # The shape of the latest dispatch started.
-        self._started = self._plain
+        # The shapes of the latest dispatch started and of the latest that ended.
+        self._started = self._recorded = self._plain
         self._timing.reset()
 
     def choose(
@@ -150,54 +183,18 @@ class Chooser:
         usable = [shape for shape in self._shapes if shape in ready]
         if not speculating or not usable:
             return Choice(self._plain, max_steps)
-        load, account = self.load(requests), self._account
-        account -= sum(choice.risk for choice in under_way)
-        values = self._values(usable, self._tokens(requests), load)
-        low = dict(zip(self._shapes, self._tokens(requests, low=True), strict=False))
-        steps = self._steps if max_steps is None else min(max_steps, self._steps)
-
-        def run(shape: TreeShape, steps: int, timing: bool = False) -> Choice | None:
-            """As far as the account allows; None: no further than it is worth."""
-            least = min(TRIAL_STEPS, steps)
-            if shape == self._plain:
-                return Choice(shape, least if timing else max_steps, timing=timing)
-            risk = self._risk(shape, low[shape], load)
-            most, needed = steps, least * risk
-            if timing and self.costs.is_doubtful(shape, load):
-                needed = min(needed, CREDIT / 2)
-            if risk and account < needed:
-                return None
-            if risk:
-                # Half of it: the next dispatch is chosen before this one is known.
-                affordable = least if timing else int(account / 2 / risk)
-                most = max(least, min(steps, affordable))
-            whole = most == self._steps and max_steps is None
-            return Choice(shape, None if whole else most, False, timing, most * risk)
-
-        order = sorted(values, key=values.get, reverse=True)
-        promising = [s for s in order if values[s] >= values.get(self._plain, 0.0)]
-        choices = (run(shape, steps) for shape in promising)
-        choice = next((c for c in choices if c), None) or Choice(self._plain, max_steps)
-        shape = self._trial(choice.shape, values, load)
-        trials = self._trials[load]
-        if trials.again:
-            choice = Choice(self._plain, max_steps, timing=True)
-        elif shape != choice.shape and trials.due(shape):
-            choice = run(shape, steps, timing=True) or choice
-        elif choice.shape == self._plain and self._is_host_wanted(load, account):
-            choice = run(self._plain, steps, timing=True)
-        if choice.shape != self._plain or choice.timing:
+        now = self._situation(max_steps, requests, usable, under_way)
+        choice = self._to_time(now, self._best(now))
+        if choice.shape != self._plain or choice.timing or REHEARSAL not in ready:
             return choice
-        price = self.costs.rehearsal(self._rehearsed, load)
-        # The rest is for a tree that looks good, or will.
-        rest = CREDIT / 2 if order[0] == self._plain else 0.0
-        affordable = account - price >= rest
-        new = any(self._expectation.is_new(r) for r in requests if r.params.speculate)
-        if (
-            REHEARSAL in ready
-            and affordable
-            and self._bare >= (1 if new or self._timing.long else BARE)
-        ):
+        price = self.costs.rehearsal(self._rehearsed, now.load)
+        tree = now.order[0] != self._plain
+        if tree and not now.new and price >= DEAR:
+            # It looks good, and what is left is for its steps.
+            return choice
+        rest = 0.0 if tree else START / 2
+        bare = 1 if now.new or self._timing.long else BARE
+        if now.account - price >= rest and self._bare >= bare:
             return dataclasses.replace(choice, rehearse=True, risk=price)
         return choice
 
@@ -236,7 +233,7 @@ class Chooser:
         costs = np.array([self.costs.relative(s, load) for s in self._shapes])
         found = {self._shapes[0], self._shapes[-1]}
         for rate in RATES:
-            tokens = [_tokens_of(shape, rate) for shape in self._shapes]
+            tokens = [tokens_of(shape, rate) for shape in self._shapes]
             speeds = np.array(tokens) / costs
             near = np.flatnonzero(speeds * LESS_DOUBT >= speeds.max())
             found |= {self._shapes[number] for number in near}
@@ -261,7 +258,7 @@ class Chooser:
         """A dispatch was started; a choice need not lead to one."""
         self._bare = 0 if choice.rehearse else self._bare + 1
         load = self.load(requests)
-        trials, before = self._trials[load], self._started
+        trials, before = self._trials_of(load), self._started
         trials.since += 1
         if choice.timing and not trials.again:
             trials.begin(choice.shape)
@@ -273,7 +270,7 @@ class Chooser:
     def record(
         self,
         choice: Choice,
-        observed: Iterable[tuple[Request, np.ndarray, int]],
+        observed: Iterable[tuple[Request, np.ndarray]],
         steps: int,
         load: Load,
         seconds: float | None,
@@ -282,8 +279,8 @@ class Chooser:
 
         Args:
           choice: that it was.
-          observed: requests, mean tokens of their steps by shape [K]
-            (`expectation.tokens_by_shape`), and how many steps.
+          observed: requests, and tokens of their steps by shape [N, K]
+            (`expectation.tokens_by_shape`).
           steps: that ran.
           load: of the dispatch.
           seconds: from its start, or from the end of the last one; None if something
@@ -291,24 +288,27 @@ class Chooser:
         """
         shape, emitted, texts = choice.shape, 0.0, 0
         number = self._shapes.index(shape)
-        for request, tokens, count in observed:
+        for request, tokens in observed:
             if request.params.speculate:
-                self._expectation.add(request, shape, tokens, count)
-            emitted += tokens[number] * count
-            texts += count
+                self._expectation.add(request, shape, tokens)
+            emitted += tokens[:, number].sum()
+            texts += len(tokens)
         self._emitted += round(emitted)
         if texts:
-            gained = (1 + SHARE) * emitted / texts - self.costs.relative(shape, load)
+            gained = (1 + SHARE) * emitted / texts - self._feared(shape, load)
             self._pay(-gained * steps)
+            asked = self._steps if choice.max_steps is None else choice.max_steps
+            self._pay(self._besides(self._recorded, shape, asked, load))
+        self._recorded = shape
         if choice.rehearse:
             self._pay(self.costs.rehearsal(self._rehearsed, load))
         if self._timing.take_in(choice, load, steps, seconds):
-            self._trials[load].compared = True
+            self._trials_of(load).compared = True
 
     def rehearsed(self, observed: Iterable[tuple[Request, np.ndarray]]) -> None:
         """Takes in what steps with trees would have emitted: tokens by shape [K]."""
         for request, tokens in observed:
-            self._expectation.add(request, self._rehearsed, tokens, 1)
+            self._expectation.add(request, self._rehearsed, tokens[None])
 
     def load(self, requests: Collection[Request]) -> Load:
         """Of texts that decode."""
@@ -321,7 +321,7 @@ class Chooser:
     def _tokens(self, requests: Collection[Request], low: bool = False) -> np.ndarray:
         """float [K]: expected tokens of a step per text, or a low estimate of them."""
         of = self._expectation.low if low else self._expectation.tokens
-        one = np.ones(len(self._shapes) + 1)
+        one = np.ones(len(self._expectation.shapes))
         found = [of(r) if r.params.speculate else one for r in requests]
         return np.mean(found, axis=0) if found else one
 
@@ -333,16 +333,114 @@ class Chooser:
             if shape in shapes
         }
 
-    def _risk(self, shape: TreeShape, tokens: float, load: Load) -> float:
-        """Plain steps that a step may lose which emits that many tokens."""
+    def _situation(self, max_steps, requests, usable, under_way) -> _Situation:
+        load = self.load(requests)
+        values = self._values(usable, self._tokens(requests), load)
+        speculating = [request for request in requests if request.params.speculate]
+        low = self._tokens(requests, low=True)
+        return _Situation(
+            load=load,
+            account=self._account - sum(choice.risk for choice in under_way),
+            max_steps=max_steps,
+            values=values,
+            low=dict(zip(self._shapes, low, strict=False)),
+            new=any(map(self._expectation.is_new, speculating)),
+        )
+
+    def _best(self, now: _Situation) -> Choice:
+        """The best shape that may run."""
+        least = now.values.get(self._plain, 0.0)
+        promising = (shape for shape in now.order if now.values[shape] >= least)
+        choices = (self._run(now, shape) for shape in promising)
+        plain = Choice(self._plain, now.max_steps)
+        choice = next((c for c in choices if c), plain)
+        compared = self._is_compared(choice.shape, now.load)
+        # Dispatches of two shapes tell what steps cost.
+        return choice if compared or choice.shape != self._started else plain
+
+    def _to_time(self, now: _Situation, choice: Choice) -> Choice:
+        """Another choice if it is time to find out what another shape costs."""
+        trials = self._trials_of(now.load)
+        if trials.again:
+            return Choice(self._plain, now.max_steps, timing=True)
+        shape = self._trial(choice.shape, now.values, now.load)
+        if shape != choice.shape and trials.due(shape):
+            return self._run(now, shape, timing=True) or choice
+        if choice.shape == self._plain and self._is_host_wanted(now.load, now.account):
+            return self._run(now, self._plain, timing=True)
+        return choice
+
+    def _run(
+        self, now: _Situation, shape: TreeShape, timing: bool = False
+    ) -> Choice | None:
+        """A dispatch, as long as the account allows; None: not as long as it is worth.
+
+        Args:
+          now: what is known.
+          shape: that it grows.
+          timing: whether it runs only to be timed.
+        """
+        steps = min(now.max_steps or self._steps, self._steps)
+        least = min(TRIAL_STEPS, steps)
+        if shape == self._plain:
+            most = least if timing else now.max_steps
+            return Choice(shape, most, timing=timing)
+        # Whoever owes something takes what gains for certain alone.
+        owed = LESS_DOUBT if now.account < 0 else 1.0
+        risk = max(0.0, owed * self._feared(shape, now.load) - now.low[shape])
+        besides = self._besides(self._started, shape, least, now.load)
+        needed = least * risk + besides
+        if timing and self.costs.is_doubtful(shape, now.load):
+            needed = min(needed, START / 2)
+        price = self.costs.rehearsal(self._rehearsed, now.load)
+        bold = price >= DEAR and not now.new and now.gain(shape) >= BOLD
+        if risk and now.account + bold * START < needed:
+            return None
+        most = steps
+        if not self._is_compared(shape, now.load):
+            most = least
+        elif risk:
+            # Half of it: the next dispatch is chosen before this one is known.
+            affordable = int((now.account / 2 - besides) / risk)
+            most = least if timing else max(least, min(steps, affordable))
+        whole = most == self._steps and now.max_steps is None
+        risk = most * risk + besides if risk else 0.0
+        return Choice(shape, None if whole else most, False, timing, risk)
+
+    def _besides(
+        self, before: TreeShape, shape: TreeShape, steps: int, load: Load
+    ) -> float:
+        """Plain steps that a dispatch takes besides its steps and its host's part.
+
+        Args:
+          before: the shape of the dispatch before it.
+          shape: of this one.
+          steps: of it.
+          load: of it.
+        """
+        besides = self.costs.host(load) * (1 - steps / self._steps)
+        if before == self._plain != shape:
+            # Of the first plain dispatch behind it.
+            besides += self.costs.switch(load) or 0.0
+        return besides
+
+    def _feared(self, shape: TreeShape, load: Load) -> float:
+        """Plain steps that a step may take."""
         cost = self.costs.relative(shape, load)
-        if not self.costs.is_measured(shape, load):
-            cost *= DOUBT
-        return max(0.0, cost - tokens)
+        return cost if self._is_compared(shape, load) else DOUBT * cost
+
+    def _trials_of(self, load: Load) -> _Trials:
+        if load not in self._trials:
+            self._trials[load] = _Trials()
+            known = [s for s in self._shapes if self.costs.is_settled(s, load)]
+            if known:
+                tried = [self._plain, *known]
+                self._trials[load] = _Trials(0, SETTLED, tried, compared=True)
+        return self._trials[load]
 
     def _trial(self, best: TreeShape, values, load: Load) -> TreeShape:
         """The shape to time next; the best one if no other is worth it."""
-        trials = self._trials[load]
+        trials = self._trials_of(load)
 
         def worth(shape: TreeShape) -> bool:
             if shape == self._plain:
@@ -365,25 +463,14 @@ class Chooser:
             or self.costs.is_known(HOST, load)
         ):
             return False
-        return self._trials[load].due(self._plain)
+        return self._trials_of(load).due(self._plain)
+
+    def _is_compared(self, shape: TreeShape, load: Load) -> bool:
+        """Whether dispatches say what such a step costs."""
+        if shape == self._plain:
+            return True
+        settled = self.costs.is_settled(shape, load)
+        return settled or self.costs.is_measured(shape, load)
 
     def _doubt(self, shape: TreeShape, load: Load) -> float:
-        known = self.costs.is_measured(shape, load, COMPARISONS)
-        return LESS_DOUBT if known else DOUBT
-
-
-def _tokens_of(shape: TreeShape, rate: float) -> float:
-    """Tokens of a best-first tree whose child of rank r is right with rate (1-rate)^r.
-
-    The nodes are independent but for their parents.
-    """
-    heap, total, spare = [(-rate, 0, 1)], 1.0, shape.num_nodes - 1
-    while heap and spare:
-        probability, rank, depth = heapq.heappop(heap)
-        if depth > shape.depth:
-            continue
-        spare -= 1
-        total -= probability
-        heapq.heappush(heap, (probability * (1 - rate), rank + 1, depth))
-        heapq.heappush(heap, (probability * rate, 0, depth + 1))
-    return total
+        return LESS_DOUBT if self.costs.is_settled(shape, load) else DOUBT

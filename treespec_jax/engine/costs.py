@@ -273,6 +273,16 @@ class Costs:
         """Whether HOST or SWITCH goes by comparisons, of this or of earlier runs."""
         return len(self._compared.get((load, name), ())) >= COMPARISONS
 
+    def is_settled(self, shape: TreeShape, load: Load) -> bool:
+        """Whether comparisons of such a step, of this or of earlier runs, go by all.
+
+        Those of other numbers of texts do, too.
+        """
+        nearest = self._nearest(naming.text_of(shape), load)
+        if nearest is None or nearest.context != load.context:
+            return False
+        return len(self._compared[nearest, naming.text_of(shape)]) >= COMPARISONS
+
     def is_measured(self, shape: TreeShape, load: Load, times: int = 1) -> bool:
         """Whether this engine compared such a step with another one, so many times."""
         return self._fresh[load, naming.text_of(shape)] >= times

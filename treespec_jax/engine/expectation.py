@@ -1,15 +1,23 @@
 """How many tokens a step of each shape brings, request by request; free of jax.
 
-A step tells of more shapes than the one that ran. Its tree's nodes are ordered by the
-estimated probability of their paths, so that a smaller best-first tree would have been
-the first of them: where each accepted node stands in that order says how far each
-smaller shape would have come. What a larger one brings beyond is estimated from steps
-that showed both.
+A text is as easy for a drafter as its *rate* says: the true token after a node is its
+child of rank r with probability p (1 - p)^r, and a tree holds the best paths. What the
+rate is, is a belief, a distribution over some rates: Bayes' rule takes in every step,
+and meanwhile a text may turn into another one (a hidden Markov model's filter, Rabiner
+1989). New texts begin with the mean of what all texts were like. Which tokens each rate
+brings is the model's; how far drafters with several ranks and levels differ from it is
+learnt, shape by shape.
+
+A step tells of more than that its tree brought so many tokens. The tree's nodes are
+ordered by the estimated probability of their paths, so that a smaller best-first tree
+would have been the first of them: where each accepted node stands in that order says
+how far each smaller shape would have come, and whether the best child was right.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import heapq
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,31 +27,34 @@ import numpy as np
 from treespec_jax.trees.shapes import BestFirstShape, TreeShape
 from treespec_jax.trees.token_tree import TokenTree
 
-# Steps that a running mean remembers: of a request, of all, and of pairs of shapes.
-MEMORY, LONG_MEMORY = 16, 256
-# Steps that the mean of all counts for in a new request's, at least and at most: the
-# more alike the first steps of so many requests are, the more.
-CARRIED, CARRIED_AT_MOST, FIRST, REQUESTS = 2, 8, 8, 8
-# Steps that a guess made beforehand counts for.
-PRIOR = 4
+# What a text may be like: the probability that a drafter's best child is right.
+RATES = (0.0, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.94, 0.98)
+# Steps after which a text has turned into another one, on average.
+TURNS = 64
+# Steps that the mean of all texts remembers, and for which it counts beside the belief
+# that nothing is known.
+LONG_MEMORY, PRIOR = 256, 8
+# Accepted nodes that the model counts for beside what a shape brought.
+FEW = 3
+# The probability that a text is harder than its low estimate.
+CAUTION = 0.08
+# What is not of the model: so much of a step's probability is for any outcome alike.
+ODD = 0.02
 # Children of the root that are rehearsed where no more levels are.
 REHEARSED = 3
-# Accepted nodes that doubling a tree adds, until steps show it: of drafters with a
-# model, and without.
-GAIN_OF_MODEL, GAIN = 0.4, 0.25
 
 
 def observed_shapes(
     shapes: Sequence[TreeShape], with_model: bool
 ) -> tuple[TreeShape, ...]:
-    """The shapes to choose from, and last the one that is rehearsed.
+    """The shapes to choose from, the best child alone, and last what is rehearsed.
 
     That is the first, or one level of it if every level takes a pass of a model.
     """
     first = shapes[0]
     if with_model and first.depth > 1:
         first = BestFirstShape(REHEARSED, 1, 1, REHEARSED)
-    return (*shapes, first)
+    return (*shapes, BestFirstShape(1, 1, 1, 1), first)
 
 
 def contained(shapes: Sequence[TreeShape], shape: TreeShape) -> np.ndarray:
@@ -126,112 +137,154 @@ def order_of(tree: TokenTree) -> np.ndarray:
     return order_BT
 
 
-@dataclasses.dataclass
-class _Means:
-    """Running means of accepted nodes.
+@functools.cache
+def survival(shape: TreeShape, rate: float) -> np.ndarray:
+    """float [2, C + 2]: P(the path accepted is at least d deep), by the model.
 
-    Attributes:
-      values: float [K].
-      weight: steps that they stand for.
-      first: sum of the first steps' accepted nodes, of the first shape, and how many.
+    Row 1 of paths that begin with the best child, row 0 of all others; the first column
+    of row 0 is 1.
     """
+    found = np.zeros((2, shape.depth + 2))
+    heap = [(-rate, 0, 1, 1)] if shape.depth else []
+    spare = shape.num_nodes - 1
+    while heap and spare:
+        minus, rank, depth, first = heapq.heappop(heap)
+        found[first, depth] -= minus
+        spare -= 1
+        again = first if depth > 1 else 0
+        heapq.heappush(heap, (minus * (1 - rate), rank + 1, depth, again))
+        if depth < shape.depth:
+            heapq.heappush(heap, (minus * rate, 0, depth + 1, first))
+    return found
 
-    values: np.ndarray
-    weight: float
-    first: tuple[float, float] = (0.0, 0.0)
 
-    def add(self, values: np.ndarray, steps: float, memory: float) -> None:
-        self.weight = min(self.weight + steps, memory)
-        self.values += min(1.0, steps / self.weight) * (values - self.values)
+def tokens_of(shape: TreeShape, rate: float) -> float:
+    """Tokens of a step, by the model."""
+    return 1.0 + float(survival(shape, rate).sum())
+
+
+def _likelihood(shape: TreeShape) -> np.ndarray:
+    """float [R, 2, C + 1]: log P(best child right or not, accepted nodes), by RATES."""
+    found = []
+    for rate in RATES:
+        reached = survival(shape, rate)
+        exactly = reached[:, :-1] - reached[:, 1:]
+        exactly[:, 0] = 0.0
+        exactly[0, 0] = 1.0 - exactly.sum()
+        found.append(exactly)
+    possible = 2 * shape.depth or 1
+    return np.log((1 - ODD) * np.maximum(found, 0.0) + ODD / possible)
 
 
 class Expectation:
     """Learns what each shape brings, and says what the next step should bring.
 
     Args:
-      shapes: K, trees and perhaps the root alone.
-      gain: see `GAIN`.
+      shapes: K, as of `observed_shapes`.
+      with_model: the drafter runs passes of a model. What it guesses is right more
+        often.
     """
 
-    def __init__(self, shapes: Sequence[TreeShape], gain: float):
-        self._shapes = tuple(shapes)
-        sizes = np.array([s.num_nodes for s in shapes])
-        depths = np.array([s.depth for s in shapes])
-        self._prior = np.minimum(gain * np.log2(sizes), depths)
+    def __init__(self, shapes: Sequence[TreeShape], with_model: bool):
+        self.shapes = tuple(shapes)
+        self._best = len(shapes) - 2
+        rates = np.array(RATES)
+        blank = np.where(rates > 0, 1.0 if with_model else 1.5 - rates, 0.0)
+        self._blank_R = blank / blank.sum()
+        self._model_RK = np.array(
+            [[tokens_of(shape, rate) - 1.0 for shape in shapes] for rate in RATES]
+        )
+        self._depth_K = np.array([shape.depth for shape in shapes])
         self._contained = {s: contained(shapes, s) for s in shapes}
+        self._logs = {shape: _likelihood(shape) for shape in shapes if shape.depth}
         self.reset()
 
     def reset(self) -> None:
         """Forgets all texts."""
-        self._all = _Means(self._prior.copy(), PRIOR)
-        self._requests: weakref.WeakKeyDictionary[Any, _Means] = (
+        self._all_R, self._weight = self._blank_R.copy(), 0.0
+        self._beliefs: weakref.WeakKeyDictionary[Any, np.ndarray] = (
             weakref.WeakKeyDictionary()
         )
-        # Squared differences of requests from the mean of all, over the variance that
-        # so few steps have anyway.
-        self._spread = 1 + FIRST / CARRIED
-        count = len(self._shapes)
-        # [k, s]: accepted nodes of shape k in steps that showed both k and s.
-        self._together = np.tile(PRIOR * self._prior[:, None], (1, count))
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Accepted nodes by shape that the model expected, and that came.
+        self._expected_K, self._came_K = np.zeros((2, len(self.shapes)))
+        self._accepted_RK = self._model_RK
 
     def is_new(self, request: Any) -> bool:
         """Whether no step of it was taken in."""
-        return not self._of(request).first[1]
+        return request not in self._seen
 
     def tokens(self, request: Any) -> np.ndarray:
         """float [K]: expected tokens of a step for one request."""
-        return 1.0 + self._of(request).values
+        return 1.0 + self._of(request) @ self._accepted_RK
 
     def low(self, request: Any) -> np.ndarray:
-        """float [K]: the same, a standard error lower.
+        """float [K]: the same, if the text is as hard as it may well be."""
+        belief_R = self._of(request)
+        number = np.searchsorted(np.cumsum(belief_R), CAUTION)
+        return 1.0 + np.minimum(self._accepted_RK[number], belief_R @ self._accepted_RK)
 
-        That of a mean of geometric counts, which numbers of accepted nodes resemble.
-        """
-        means = self._of(request)
-        mean = np.maximum(means.values, 0.0)
-        error = np.sqrt(mean * (1 + mean) / means.weight)
-        return 1.0 + np.maximum(means.values - error, 0.0)
-
-    def add(
-        self, request: Any, shape: TreeShape, tokens: np.ndarray, steps: float
-    ) -> None:
+    def add(self, request: Any, shape: TreeShape, tokens: np.ndarray) -> None:
         """Takes in steps of one request.
 
         Args:
           request: any object that lives as long as its text.
           shape: whose tree was grown.
-          tokens: float [K], means of `tokens_by_shape`.
-          steps: of the mean.
+          tokens: float [N, K], of `tokens_by_shape`.
         """
-        if not steps or not shape.depth:
+        steps = len(tokens)
+        if not steps:
             return
-        shown, accepted = self._contained[shape], tokens - 1.0
-        self._together[np.ix_(shown, shown)] += steps * accepted[shown, None]
-        self._together *= 1 - min(0.5, steps / LONG_MEMORY)
-        self._together += min(0.5, steps / LONG_MEMORY) * PRIOR * self._prior[:, None]
-        number = self._shapes.index(shape)
-        beyond = self._together[:, number] / np.maximum(self._together[number], 1e-3)
-        values = np.where(shown, accepted, accepted[number] * beyond)
-        values = np.minimum(values, [s.depth for s in self._shapes])
-        means = self._of(request)
-        means.add(values, steps, MEMORY)
-        if means.first[1] < FIRST:
-            total, count = means.first
-            means.first = total + steps * values[0], count + steps
-            if means.first[1] >= FIRST:
-                self._compare(*means.first)
-        self._all.add(values, steps, LONG_MEMORY)
+        stays = (1 - 1 / TURNS) ** steps
+        before_R = stays * self._of(request) + (1 - stays) * self._prior_R()
+        self._beliefs[request] = before_R
+        if not shape.depth:
+            # Plain steps tell nothing, but the text goes on.
+            return
+        number = self.shapes.index(shape)
+        logs_R = self._told(shape, tokens[:, number], tokens[:, self._best])
+        log_R = np.log(np.maximum(before_R, 1e-12)) + logs_R
+        after_R = np.exp(log_R - log_R.max())
+        after_R /= after_R.sum()
+        self._learn(shape, after_R, tokens)
+        self._weight = min(self._weight + steps, LONG_MEMORY)
+        self._all_R += min(1.0, steps / self._weight) * (after_R - self._all_R)
+        self._beliefs[request] = after_R
+        self._seen.add(request)
 
-    def _compare(self, total: float, count: float) -> None:
-        """Takes in how far the first steps of a request were from the mean of all."""
-        mean = max(self._all.values[0], 0.05)
-        variance = mean * (1 + mean) / count
-        spread = (total / count - mean) ** 2 / variance
-        self._spread += (min(spread, 1 + FIRST) - self._spread) / REQUESTS
+    def _told(self, shape, tokens_N: np.ndarray, best_N: np.ndarray) -> np.ndarray:
+        """float [R]: log-likelihood of steps; numbers between whole ones are shared."""
+        logs_R2D = self._logs[shape]
+        accepted_N = np.clip(tokens_N - 1.0, 0.0, shape.depth)
+        low_N = np.floor(accepted_N).astype(int)
+        part_N = accepted_N - low_N
+        high_N = np.minimum(low_N + 1, shape.depth)
+        first_N = (best_N > 1.5).astype(int)
+        low_RN = logs_R2D[:, first_N * (low_N > 0), low_N]
+        high_RN = logs_R2D[:, first_N, high_N]
+        return np.sum((1 - part_N) * low_RN + part_N * high_RN, axis=1)
 
-    def _of(self, request: Any) -> _Means:
-        if request not in self._requests:
-            alike = FIRST / max(self._spread - 1, 1e-3)
-            carried = min(max(alike, CARRIED), CARRIED_AT_MOST)
-            self._requests[request] = _Means(self._all.values.copy(), carried)
-        return self._requests[request]
+    def _learn(self, shape, belief_R: np.ndarray, tokens: np.ndarray) -> None:
+        """Takes in how far a shape brings other tokens than the model says."""
+        shown_K, steps = self._contained[shape], len(tokens)
+        expected_K = steps * (belief_R @ self._model_RK)
+        came_K = np.sum(tokens - 1.0, axis=0)
+        stays = 1 - min(0.5, steps / LONG_MEMORY)
+        for totals_K, new_K in (
+            (self._expected_K, expected_K),
+            (self._came_K, came_K),
+        ):
+            totals_K[shown_K] = stays * totals_K[shown_K] + new_K[shown_K]
+        # What a shape did not show is as with all of them.
+        ratio = (self._came_K.sum() + PRIOR) / (self._expected_K.sum() + PRIOR)
+        ratio_K = (self._came_K + FEW * ratio) / (self._expected_K + FEW)
+        self._accepted_RK = np.minimum(self._model_RK * ratio_K, self._depth_K)
+
+    def _prior_R(self) -> np.ndarray:
+        known = self._weight / (self._weight + PRIOR)
+        return known * self._all_R + (1 - known) * self._blank_R
+
+    def _of(self, request: Any) -> np.ndarray:
+        if request not in self._beliefs:
+            self._beliefs[request] = self._prior_R()
+        return self._beliefs[request]

@@ -99,8 +99,7 @@ def tell(
     for index, slot in slots.items():
         ran = counts[:, index] > 0
         if ran.any():
-            mean = tokens[ran, index].mean(axis=0)
-            observed.append((slot.request, mean, int(ran.sum())))
+            observed.append((slot.request, tokens[ran, index]))
     chooser.record(flight.choice, observed, int(done.steps), flight.load, seconds)
     if done.rehearsed is None:
         return
