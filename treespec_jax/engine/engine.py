@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,25 +11,25 @@ import numpy as np
 
 from treespec_jax import distributed, limits
 from treespec_jax.config import EngineConfig, SamplingParams
-from treespec_jax.engine import flights
+from treespec_jax.engine import flights, warming
 from treespec_jax.engine.beam_group import Found, GroupSearch
 from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.branching import CachedTexts
-from treespec_jax.engine.chooser import Chooser, Program
-from treespec_jax.engine.costs import CATCH_UP, REHEARSAL, Costs, Load, usual_curve
+from treespec_jax.engine.chooser import Chooser
+from treespec_jax.engine.costs import CATCH_UP, Costs, usual_curve
 from treespec_jax.engine.device_arguments import REPEATED
 from treespec_jax.engine.executor import Executor, fetch
 from treespec_jax.engine.expectation import observed_shapes
-from treespec_jax.engine.flights import Flight
-from treespec_jax.engine.plan import DraftCache, Plan, idle_chunk
+from treespec_jax.engine.plan import DraftCache, Plan
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Scheduler
-from treespec_jax.engine.slots import SlotSettings
 from treespec_jax.engine.timing import Choice
+from treespec_jax.engine.under_way import UnderWay
+from treespec_jax.engine.warming import Idle
 from treespec_jax.models.transformer import Transformer
 from treespec_jax.sampling import constraints
 from treespec_jax.speculation import PLAIN, Speculation
-from treespec_jax.trees.shapes import ROOT_ONLY, TreeShape
+from treespec_jax.trees.shapes import TreeShape
 
 GREEDY = SamplingParams()
 
@@ -67,18 +66,13 @@ class Engine:
         self.speculation = speculation
         self.prefill_seconds = self.decode_seconds = 0.0
         self._vocab_size, self._eos_ids = target.config.vocab_size, tuple(eos_ids)
-        needs = speculation.drafter.needs
         self._backlog = flights.BacklogLimits.of(speculation, config.steps_per_dispatch)
-        drafted = DraftCache(
-            trails=self._backlog.trails if needs.in_pages else 0,
-            next_tokens=needs.next_tokens,
-            in_pages=needs.in_pages,
-            hears_all=needs.history or needs.successors > 0,
-        )
+        drafted = DraftCache.of(speculation.drafter.needs, self._backlog.trails)
         self._scheduler = Scheduler(
             config, eos_ids, speculation.depth + 1, self._vocab_size, drafted
         )
         self._clock = self._scheduler.clock
+        self._idle = Idle(config, eos_ids, self._vocab_size)
         # Whether a drafter has to be told of beginnings that are in the caches.
         self._resumes = config.prefix_cache and drafted.hears_all
         executor = Executor(
@@ -94,9 +88,7 @@ class Engine:
         costs = costs or Costs(usual_curve(cpu, layered), config.max_batch)
         steps = config.steps_per_dispatch
         self._chooser = Chooser(speculation.shapes, costs, layered, steps)
-        # Dispatches under way, the oldest first; at most two.
-        self._flights: collections.deque[Flight] = collections.deque()
-        self._landed, self._followed = 0.0, False
+        self._flights = UnderWay(self._executor, self._backlog, self._clock)
         self._observed = observed_shapes(speculation.shapes, layered)
         # Slots whose requests end if what runs now fails; None: all.
         self._concerned: Iterable[int] | None = None
@@ -212,15 +204,8 @@ class Engine:
           logits: float32 [V], the target's after the text.
           params: `SamplingParams`.
         """
-        sizes = 1, self.config.max_len + 1
-        settings = SlotSettings(*sizes, self._eos_ids, self._vocab_size)
-        settings.insert(0, params)
-        text, adaptive = None, settings.adaptive()
-        if params.penalised or len(tokens) - prompt < params.min_tokens:
-            text = settings.text({0: (tokens[:prompt], tokens[prompt:])})
-        return self._executor.scores(
-            logits, len(tokens), settings.sampling(), text, adaptive
-        )
+        settings = self._idle.after(tokens, prompt, params)
+        return self._executor.scores(logits, len(tokens), **settings)
 
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
         """A second request that goes on from where one stands, in a slot of its own.
@@ -276,22 +261,12 @@ class Engine:
           params: how every slot samples without a request; see `program`.
         """
         params = params if request is None else request.params
-        plans = [self._scheduler.idle_plan().asking(params)]
-        programs = self._programs(every_shape)
-        pieces = [idle_chunk(size, self.config) for size in chunks]
-        if resuming and self._resumes:
-            largest = self.config.prefill_chunks[-1]
-            pieces.append(idle_chunk(largest, self.config, cached=True))
-        if request is not None:
-            settings = self._settings_of(request.params)
-            text = settings.text({}) if request.penalised else None
-            if text is not None or settings.top:
-                plan = dataclasses.replace(plans[0], text=text, top=settings.top)
-                plans.append(plan)
-            top = settings.prompt_top(request)
-            if top is not None:
-                scored = (idle_chunk(size, self.config) for size in chunks)
-                pieces += [dataclasses.replace(chunk, top=top) for chunk in scored]
+        plans = self._idle.plans(self._scheduler.idle_plan().asking(params), request)
+        shapes, programs = self.speculation.shapes, [self.speculation.shapes[-1]]
+        if every_shape:
+            sizes = self.config.max_batch, bool(self._backlog.size)
+            programs = warming.programs(self._chooser, shapes, *sizes)
+        pieces = self._idle.chunks(chunks, resuming and self._resumes, request)
         with self._clock.stopped():
             self._executor.compile(plans, programs, pieces, every_shape)
 
@@ -397,23 +372,6 @@ class Engine:
             while self._flights:
                 self._land()
 
-    def _programs(self, every_shape: bool) -> list[Program]:
-        """Dispatches to compile, see `compile`."""
-        shapes = self.speculation.shapes
-        if len(shapes) == 1 or not every_shape:
-            return [shapes[-1]]
-        loads = {Load.of(1, 0), Load.of(self.config.max_batch, 0)}
-        useful = {s for load in loads for s in self._chooser.useful(load)}
-        more = [REHEARSAL, CATCH_UP] if self._backlog.size else [REHEARSAL]
-        return [*(shape for shape in shapes if shape in useful), *more]
-
-    def _settings_of(self, params: SamplingParams) -> SlotSettings:
-        """As if a request with these had the first slot, and nobody the others."""
-        sizes = self.config.max_batch, self.config.max_len
-        settings = SlotSettings(*sizes, self._eos_ids, self._vocab_size)
-        settings.insert(0, params)
-        return settings
-
     def _choose(self, max_steps: int | None, shape: TreeShape | None) -> Choice:
         """What the next dispatch does."""
         if shape is not None or len(self.speculation.shapes) == 1:
@@ -429,50 +387,26 @@ class Engine:
                 # What any tree and any rehearsal begin with.
                 first = CATCH_UP if self._backlog.size else wanted
                 executor.compile_behind(plan, wanted if first in known else first)
-        under_way = [flight.choice for flight in self._flights]
-        return self._chooser.choose(max_steps, requests, ready, under_way)
+        return self._chooser.choose(max_steps, requests, ready, self._flights.choices)
 
     def _launch(self, plan: Plan | None, choice: Choice) -> None:
         if plan is None:
             return
-        began, compiled = self._clock.now(), sum(self.compilations.values())
         requests = [slot.request for slot in plan.slots.values()]
         load = self._chooser.load(requests)
         plan = self._chooser.priced(plan, choice.shape)
         try:
-            name = REHEARSAL if choice.rehearse else choice.shape
-            plain = name == ROOT_ONLY
-            due = self._backlog.is_due(plan, plain)
-            apart = due and choice.shape != ROOT_ONLY
-            if due:
-                self._executor.catch_up(plan, wait=apart)
-            # A pass over the backlog is part of a rehearsal's price, of no tree's.
-            started = began if choice.rehearse else self._clock.now()
-            outbox = self._executor.dispatch(plan, name)
+            self._flights.launch(plan, choice, load)
         except BaseException:
             self._scheduler.abandon(plan)
             raise
-        self._backlog.change(plan, plain, due)
-        timed = sum(self.compilations.values()) == compiled
-        for flight in self._flights:
-            flight.timed &= timed and not apart
-        timed &= not self.compiling and not (due and plain)
-        flight = Flight(plan, choice, load, outbox, started, timed)
-        self._flights.append(flight)
         self._chooser.started(choice, requests)
 
     def _land(self) -> list[Request]:
-        flight = self._flights[0]
         # An interrupt while this waits loses nothing: the dispatch is still listed.
-        done = fetch(flight.outbox)
-        self._flights.popleft()
-        now = self._clock.now()
-        seconds = now - max(flight.started, self._landed)
-        # A dispatch that follows another one at once takes less of the host's time.
-        follows, before = flight.started < self._landed, self._followed
-        self._landed, self._followed = now, follows
+        done = fetch(self._flights.oldest.outbox)
+        flight, seconds = self._flights.land()
         if len(self.speculation.shapes) > 1:
-            seconds = seconds if flight.timed and follows == before else None
             flights.tell(self._chooser, self._observed, flight, done, seconds)
         return self._scheduler.file(flight.plan, done, flight.nodes)
 

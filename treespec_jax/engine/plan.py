@@ -114,6 +114,16 @@ class DraftCache:
     in_pages: bool = False
     hears_all: bool = False
 
+    @classmethod
+    def of(cls, needs: Any, trails: int) -> DraftCache:
+        """Of a drafter with `drafting.protocol.Needs`, whose model may be behind."""
+        return cls(
+            trails=trails if needs.in_pages else 0,
+            next_tokens=needs.next_tokens,
+            in_pages=needs.in_pages,
+            hears_all=needs.history or needs.successors > 0,
+        )
+
 
 NOTHING_DRAFTED = DraftCache()
 
