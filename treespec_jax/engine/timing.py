@@ -142,7 +142,7 @@ class Timing:
         """Takes in what plain dispatches say of all that is no step."""
         load, steps = this.load, self._plain_steps
         if last.switched:
-            if not last.choice.rehearse:
+            if not last.choice.rehearse and not self.long:
                 time = last.seconds * steps(this) / this.seconds
                 self.costs.compare(
                     SWITCH, load, max(0.0, time - steps(last, bare=True))
@@ -158,7 +158,7 @@ class Timing:
                 time = (last.seconds + this.seconds) * steps(before) / before.seconds
                 time -= steps(last, bare=True) + steps(this)
                 self.costs.compare(REHEARSAL, load, max(0.0, time))
-        elif not this.choice.rehearse:
+        elif not this.choice.rehearse and not self.long:
             short, long = sorted((last, this), key=lambda one: one.steps)
             time = long.seconds - short.seconds
             if 2 * short.steps <= long.steps and time > 0:
