@@ -30,6 +30,7 @@ from treespec_jax.checks import as_bool, as_int, from_mapping
 from treespec_jax.completions import Completion, Generation, Messages, OnFinish, Prompt
 from treespec_jax.config import EngineSettings, SamplingParams, SpeculativeConfig
 from treespec_jax.cost_file import CostFile
+from treespec_jax.engine import warming
 from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
@@ -177,7 +178,9 @@ class LLM:
         """Compiles all that `generate` and `chat` run, before the first request does.
 
         Nothing needs it: what is not compiled is compiled when it is first used. Calls
-        of other threads wait meanwhile.
+        of other threads wait meanwhile. If no text has begun yet, `tree="auto"` also
+        runs each shape, for three seconds or one round of all shapes, to learn what a
+        step costs on this machine, unless the user's cache folder says so already.
 
         Args:
           params: settings of requests to come. Most of them are numbers of one
@@ -188,7 +191,7 @@ class LLM:
           seconds that it took.
         """
         request = Request([0], self.engine_params(as_params(params)))
-        return self._worker.run(functools.partial(_warm_up, request=request))
+        return self._worker.run(functools.partial(warming.warm_up, request=request))
 
     def reset(self) -> None:
         """Forgets all texts, and what they taught the drafter, as if it were new.
@@ -477,13 +480,6 @@ class LLM:
         request = Request(prompt=ids, params=self.engine_params(params))
         self.engine.check(request)
         return Reader(prompt, request, self.tokenizer, context)
-
-
-def _warm_up(engine: Engine, request: Request) -> float:
-    before = engine.compile_seconds
-    sizes = engine.config.prefill_chunks
-    engine.compile(sizes, resuming=True, request=request)
-    return engine.compile_seconds - before
 
 
 def _steps(max_steps: int | None) -> int | None:

@@ -33,6 +33,8 @@ class FakeLLM:
             config=config,
             program=lambda: (None, (arrays, arrays, None)),
             compile=lambda *programs, **options: None,
+            is_new=True,
+            measure_costs=lambda **options: 0.0,
         )
         self.drafter = types.SimpleNamespace(tau=0.7)
         self.size = 1 if settings.plain else 2

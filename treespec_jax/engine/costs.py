@@ -24,8 +24,8 @@ REHEARSAL = "rehearsal"
 # What every dispatch takes besides its steps, and what the first plain one behind one
 # of trees does.
 HOST, SWITCH = "host", "switch"
-# The program that takes in what waits for a drafter's model.
-CATCH_UP = "catch up"
+# The programs that take in what waits for a drafter's model, and a chunk of a prompt.
+CATCH_UP, PREFILL = "catch up", "prefill"
 # Comparisons of times whose median counts; and of rehearsals, whose times are small
 # differences, beside as many guesses as of the others.
 COMPARISONS, MANY = 5, 31
@@ -271,7 +271,12 @@ class Costs:
 
     def is_known(self, name: str, load: Load) -> bool:
         """Whether HOST or SWITCH goes by comparisons, of this or of earlier runs."""
-        return len(self._compared.get((load, name), ())) >= COMPARISONS
+        return self.count(name, load) >= COMPARISONS
+
+    def count(self, shape: TreeShape | str, load: Load) -> int:
+        """Comparisons that tell of it, of this and of earlier runs."""
+        name = shape if isinstance(shape, str) else naming.text_of(shape)
+        return len(self._compared.get((load, name), ()))
 
     def is_settled(self, shape: TreeShape, load: Load) -> bool:
         """Whether comparisons of such a step, of this or of earlier runs, go by all.
@@ -298,6 +303,11 @@ class Costs:
         # Rarely, since it writes a file: after 4, 8, 16, … comparisons.
         count = sum(self._fresh.values())
         if self._keep and count >= 4 and count.bit_count() == 1:
+            self._keep(self.known)
+
+    def keep(self) -> None:
+        """Has all that is known kept at once."""
+        if self._keep:
             self._keep(self.known)
 
     @property

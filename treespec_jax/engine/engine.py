@@ -11,7 +11,7 @@ import numpy as np
 
 from treespec_jax import distributed, limits
 from treespec_jax.config import EngineConfig, SamplingParams
-from treespec_jax.engine import flights, warming
+from treespec_jax.engine import first_costs, flights, warming
 from treespec_jax.engine.beam_group import Found, GroupSearch
 from treespec_jax.engine.beams import BeamParams
 from treespec_jax.engine.branching import CachedTexts
@@ -20,6 +20,7 @@ from treespec_jax.engine.costs import CATCH_UP, Costs, usual_curve
 from treespec_jax.engine.device_arguments import REPEATED
 from treespec_jax.engine.executor import Executor, fetch
 from treespec_jax.engine.expectation import observed_shapes
+from treespec_jax.engine.first_costs import Prescribed, Texts
 from treespec_jax.engine.plan import DraftCache, Plan
 from treespec_jax.engine.request import Request
 from treespec_jax.engine.scheduler import Scheduler
@@ -47,6 +48,7 @@ class Engine:
     Attributes:
       prefill_seconds: wall time spent in prefill, without compiling.
       decode_seconds: wall time spent in decoding, without compiling.
+      vocab_size: V.
 
     Raises:
       UserError: a tree that is deeper than max_len, or a target and a drafter on
@@ -65,14 +67,14 @@ class Engine:
         self.config = config
         self.speculation = speculation
         self.prefill_seconds = self.decode_seconds = 0.0
-        self._vocab_size, self._eos_ids = target.config.vocab_size, tuple(eos_ids)
+        self.vocab_size, self._eos_ids = target.config.vocab_size, tuple(eos_ids)
         self._backlog = flights.BacklogLimits.of(speculation, config.steps_per_dispatch)
         drafted = DraftCache.of(speculation.drafter.needs, self._backlog.trails)
         self._scheduler = Scheduler(
-            config, eos_ids, speculation.depth + 1, self._vocab_size, drafted
+            config, eos_ids, speculation.depth + 1, self.vocab_size, drafted
         )
         self._clock = self._scheduler.clock
-        self._idle = Idle(config, eos_ids, self._vocab_size)
+        self._idle = Idle(config, eos_ids, self.vocab_size)
         # Whether a drafter has to be told of beginnings that are in the caches.
         self._resumes = config.prefix_cache and drafted.hears_all
         executor = Executor(
@@ -93,6 +95,7 @@ class Engine:
         # Slots whose requests end if what runs now fails; None: all.
         self._concerned: Iterable[int] | None = None
         self._prepare: Callable[[Any], Any] | None = None
+        self._used = False
 
     @property
     def compilations(self) -> collections.Counter[str]:
@@ -113,6 +116,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return self._scheduler.busy
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no text has begun since it was made or reset."""
+        return not self._used and not self._texts.count
 
     @property
     def free_pages(self) -> int:
@@ -175,10 +183,10 @@ class Engine:
         Args:
           params: bad words among them are token ids.
         """
-        limits.check_params(params, self._vocab_size, self._eos_ids)
+        limits.check_params(params, self.vocab_size, self._eos_ids)
         limits.check_policy(params, self.speculation.shapes)
         chain, length = params.logits_processors, self.config.max_len
-        constraints.check(chain, length, self._vocab_size)
+        constraints.check(chain, length, self.vocab_size)
 
     def submit(self, request: Request) -> None:
         """Queues a request; raises what `check` raises."""
@@ -186,6 +194,7 @@ class Engine:
         cache_dtype = self.config.cache_dtype
         request.stats.begin(self.speculation, cache_dtype, request.params)
         self._scheduler.submit(request)
+        self._used = True
 
     def cancel(self, request: Request, finish_reason: str = "stop") -> None:
         """Ends a request where it stands and frees its slot."""
@@ -233,14 +242,65 @@ class Engine:
         Raises:
           ValueError: a request waits or runs, or a branch is open.
         """
+        self._check_idle()
+        self._begin()
+        self._chooser.reset()
+
+    def _check_idle(self) -> None:
+        """Raises ValueError as `reset`; afterwards no dispatch is under way."""
         if self.busy:
             raise ValueError("requests are under way; end them first")
         if self._texts.count:
             raise ValueError(f"{self._texts.count} branches are open; prune them first")
         # A dispatch may have been started ahead of a text that then ended.
         self.drain()
-        self._begin()
-        self._chooser.reset()
+
+    def measure_costs(
+        self, seconds: float = 3.0, params: SamplingParams = GREEDY
+    ) -> float:
+        """Learns what steps of all compiled shapes cost, before texts pay for that.
+
+        Texts of its own run (`engine.first_costs`), and nothing is compiled. All that
+        `reset` forgets is forgotten. Costs are kept, for other processes too.
+
+        Args:
+          seconds: to spend, about; each shape is compared once at least.
+          params: that all was compiled for, see `compile`.
+
+        Returns:
+          seconds that it took, which count as compiling; 0.0 if all shapes that are
+          compiled have been compared before, or there is no choice.
+
+        Raises:
+          ValueError: as `reset`.
+          Exception: what `advance` raises.
+        """
+        self._check_idle()
+        plan = self._scheduler.idle_plan().asking(params)
+        ready = self._executor.ready(self._executor.variant(plan))
+        given = self.speculation.shapes, self.config, ready, bool(self._backlog.size)
+        chooser, prescribed = self._chooser, Prescribed(self._chooser, *given)
+        texts = Texts(self, params, self._executor.ready)
+        if not (prescribed.is_needed and texts.fit):
+            return 0.0
+        # Beside a program that is being compiled nothing is timed.
+        self.wait()
+        began, times = self.compile_seconds, (self.prefill_seconds, self.decode_seconds)
+        with self._clock.stopped():
+            try:
+                self._scheduler.forget_prefixes()
+                self._chooser = prescribed
+                first_costs.run(self, prescribed, texts, seconds)
+            finally:
+                # Whatever ended it, at any place: Control-C too.
+                self._chooser = chooser
+                texts.cancel()
+                self._flights.clear()
+                self._begin()
+                chooser.reset()
+                self.prefill_seconds, self.decode_seconds = times
+        self.costs.keep()
+        return self.compile_seconds - began
 
     def compile(
         self,
@@ -329,6 +389,7 @@ class Engine:
             raise
 
     def _begin(self) -> None:
+        self._used = False
         self._texts.release_all()
         self._scheduler.forget_prefixes()
         self._executor.reset()

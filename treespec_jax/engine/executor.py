@@ -24,7 +24,7 @@ from treespec_jax.engine.background import Background
 from treespec_jax.engine.beam_step import Looked, Moves, Sight
 from treespec_jax.engine.chooser import Program
 from treespec_jax.engine.clock import SteadyClock
-from treespec_jax.engine.costs import CATCH_UP, REHEARSAL
+from treespec_jax.engine.costs import CATCH_UP, PREFILL, REHEARSAL
 from treespec_jax.engine.device_arguments import (
     batched,
     chunk_arguments,
@@ -164,6 +164,7 @@ class Executor:
         args = self._leaves, self._state, *chunk_arguments(chunk)
         with compile_time.measured(self._clock):
             self._state, scores = self._prefill(*args)
+        self._compiled.add((PREFILL, chunk.variant))
         jax.block_until_ready(self._state.root)
         return jax.device_get(scores)
 
@@ -288,7 +289,7 @@ class Executor:
         return variant_of(self._control(plan))
 
     def ready(self, variant: Hashable) -> set[Program]:
-        """Programs that are compiled in a variant."""
+        """Programs that are compiled in a variant, of a dispatch or of a chunk."""
         # A thread may add to the second one meanwhile: a list is made at once.
         compiled = [*self._compiled, *self.background.done]
         return {program for program, other in compiled if other == variant}
@@ -339,6 +340,7 @@ class Executor:
                 job.result()
         variants = {self.variant(plan) for plan in plans}
         self._compiled |= {(name, v) for name in programs for v in variants}
+        self._compiled |= {(PREFILL, c.variant) for c in chunks if not c.cached}
         self._warm |= variants if warm else set()
 
     def compile_behind(self, plan: Plan, name: Program) -> None:

@@ -44,6 +44,11 @@ class ChunkPlan:
     cached: bool = False
     top: int | None = None
 
+    @property
+    def variant(self) -> tuple[int, int | None]:
+        """Which program prefills it: its rows, and `top`."""
+        return self.tokens.shape[1], self.top
+
 
 @dataclasses.dataclass(frozen=True)
 class ForkPlan:

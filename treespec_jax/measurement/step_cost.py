@@ -75,7 +75,8 @@ def warm_up(
       llm: an `LLM`.
       prompts: token ids.
       params: how they will be sampled; penalties take a program of their own.
-      every_shape: also what a long run may turn to (`engine.chooser`).
+      every_shape: also what a long run may turn to (`engine.chooser`), and learns what
+        steps of all shapes cost, if no text has begun yet (`Engine.measure_costs`).
     """
     config = llm.engine.config
     params = params or SamplingParams()
@@ -90,6 +91,8 @@ def warm_up(
     if not (one.penalised or one.min_tokens or one.logprobs):
         with llm.exclusive() as engine:
             engine.compile(sorted(sizes), every_shape, params=one)
+            if every_shape and engine.is_new:
+                engine.measure_costs(params=one)
     for token, size in enumerate(sorted(sizes)):
         length = min(size + 1, config.max_len - 1)
         # Greedy or not is one program. No prompt begins like another one, or it would
