@@ -32,7 +32,7 @@ from treespec_jax.engine.timing import LONG, Choice
 from treespec_jax.trees.shapes import TreeShape
 
 # Seconds that a dispatch of plain steps is to take, if a step takes less.
-DISPATCH = 0.012
+DISPATCH = 0.02
 # Rounds at most. A comparison is one of medians, of every fifth round.
 PARTS = COMPARISONS
 ROUNDS = 3 * PARTS
