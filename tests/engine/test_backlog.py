@@ -11,6 +11,7 @@ from tests.drafting.heads import eagle
 from tests.engine.told import Told
 from treespec_jax import speculation
 from treespec_jax.config import EngineConfig, SamplingParams, SpeculativeConfig
+from treespec_jax.drafting.draft_model import DraftModel
 from treespec_jax.engine import rehearsal
 from treespec_jax.engine.engine import Engine
 from treespec_jax.engine.request import Request
@@ -23,7 +24,7 @@ PLAIN, LOOK = Choice(ROOT_ONLY, None), Choice(ROOT_ONLY, None, True)
 
 def made(tiny_target, tiny_draft, method: str) -> Engine:
     model = tiny_draft if method == "draft_model" else eagle(tiny_target, 3, few=True)
-    settings = SpeculativeConfig(method=method, tree="auto:6@3", model="tiny")
+    settings = SpeculativeConfig(method=method, tree="auto:6@3+3@2", model="tiny")
     config = EngineConfig(
         max_batch=2,
         max_len=160,
@@ -74,9 +75,11 @@ def test_what_waited_changes_no_tree(
 ):
     prompts = ragged_prompts[1:3]
     waiting = made(tiny_target, tiny_draft, method)
-    tree = Choice(waiting.speculation.shape, 2)
-    # More plain steps than can wait; trees at once; a few; one dispatch.
-    choices = [*[PLAIN] * 18, LOOK, tree, tree, PLAIN, PLAIN, LOOK, PLAIN, tree, LOOK]
+    tree, small = (Choice(shape, 2) for shape in waiting.speculation.shapes[:2])
+    # More plain steps than can wait; trees at once; a few; one dispatch. The small one
+    # has no room for all that waits behind plain steps or a larger one.
+    choices = [*[PLAIN] * 18, LOOK, tree, tree, PLAIN, PLAIN, LOOK, PLAIN, small]
+    choices += [small, tree, small, tree, LOOK]
     assert 18 * STEPS > rehearsal.BACKLOG
     passes = []
     catch_up = waiting._executor.catch_up
@@ -85,6 +88,7 @@ def test_what_waited_changes_no_tree(
     # One for want of room, the others before trees that follow plain steps.
     assert 3 <= len(passes) <= 6
     monkeypatch.setattr(rehearsal, "BACKLOG", 0)
+    monkeypatch.setattr(DraftModel, "narrowed", lambda self, state, *_: state)
     prompt = made(tiny_target, tiny_draft, method)
     assert prompt._backlog.size == 0 < waiting._backlog.size
     told, expected = serve(prompt, prompts, choices)

@@ -141,6 +141,15 @@ class AutoWithModel(SourceDrafter):
         model = self._model.catch_up(state.model, page_table, active)
         return dataclasses.replace(state, model=model)
 
+    def narrowed(self, state: AutoState, width: int, page_table, active) -> AutoState:
+        model = self._model.narrowed(state.model, width, page_table, active)
+        return dataclasses.replace(state, model=model)
+
+    def widened(self, state: AutoState, window: int) -> AutoState:
+        return dataclasses.replace(
+            state, model=self._model.widened(state.model, window)
+        )
+
     def propose(self, state: AutoState, shape, context: DraftContext):
         sources, root, expand = self.look(state.sources, shape, context)
         logits_VB, run, finish = self._model.begin(state.model, context)

@@ -181,24 +181,66 @@ class DraftModel:
         passes = (jnp.max(count_B) + size - 1) // size
 
         def take_in(number: jax.Array, state: DraftModelState) -> DraftModelState:
-            return self._take_in(state, number * size, size, count_B, page_table)
+            first = number * size
+            rows = tuple(
+                lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in backlog.rows
+            )
+            taken_B = jnp.clip(count_B - first, 0, size)
+            return self._take_in(state, rows, taken_B, page_table)
 
         with jax.named_scope("catch_up"):
             state = lax.fori_loop(0, passes, take_in, state)
         backlog = Backlog(backlog.rows, backlog.count - count_B)
         return dataclasses.replace(state, backlog=backlog)
 
-    def _take_in(self, state, first, size, count_B, page_table) -> DraftModelState:
-        """The model's pass over so many rows of the backlog from `first` on."""
-        tokens_BR, *_ = rows = tuple(
-            lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in state.backlog.rows
-        )
-        B, R = tokens_BR.shape
-        count_B = jnp.clip(count_B - first, 0, R)
+    def narrowed(self, state: DraftModelState, width: int, page_table, active):
+        rows = self._waiting(state)
+        last = rows[0].shape[1] - 1
+        if width > last:
+            return state
+        count_B = jnp.where(active, state.pending_count, 0)
+        # All but the root, if they are too many.
+        older_B = jnp.where(count_B > width, count_B - 1, 0)
+        passes = jnp.any(older_B > 0).astype(jnp.int32)
+
+        def take_in(_, state: DraftModelState) -> DraftModelState:
+            return self._take_in(state, rows, older_B, page_table)
+
+        with jax.named_scope("narrow"):
+            state = lax.fori_loop(0, passes, take_in, state)
+        column_BW = jnp.minimum(older_B[:, None] + jnp.arange(width), last)
+
+        def newest(waiting):
+            lead = (*column_BW.shape, *(1,) * (waiting.ndim - 2))
+            return jnp.take_along_axis(waiting, column_BW.reshape(lead), axis=1)
+
+        left_B = state.pending_count - older_B
+        state = dataclasses.replace(state, pending_count=left_B)
+        return self._with_waiting(state, tuple(map(newest, rows)))
+
+    def widened(self, state: DraftModelState, window: int):
+        def wide(waiting):
+            room = window - waiting.shape[1]
+            return jnp.pad(
+                waiting, ((0, 0), (0, room), *((0, 0),) * (waiting.ndim - 2))
+            )
+
+        return self._with_waiting(state, tuple(map(wide, self._waiting(state))))
+
+    def _take_in(self, state, rows, count_B, page_table) -> DraftModelState:
+        """The model's pass over rows that wait.
+
+        Args:
+          state: of all slots.
+          rows: tokens int32 [B, R], and what else waits with them.
+          count_B: int32, how many of them are taken in.
+          page_table: int32 [B, max_pages].
+        """
+        B, R = rows[0].shape
         held_B = jnp.where(count_B > 0, state.lengths, 0)
         column_R = jnp.arange(R)
         forward = self._run(
-            tokens_BR,
+            rows[0],
             self._above(rows),
             held_B[:, None] + column_R,
             jnp.broadcast_to(column_R[:, None] >= column_R, (B, R, R)),
@@ -316,6 +358,10 @@ class DraftModel:
     def _waiting(self, state) -> tuple[jax.Array, ...]:
         """What is in the window: tokens [B, window], and what else [B, window, ...]."""
         return (state.pending,)
+
+    def _with_waiting(self, state, rows: tuple[jax.Array, ...]):
+        """The state with other rows in the window."""
+        return dataclasses.replace(state, pending=rows[0])
 
     def _above(self, rows: tuple[jax.Array, ...]) -> jax.Array | None:
         """[D, R], what rows that wait go on from."""

@@ -133,6 +133,10 @@ class Eagle(DraftModel):
     def _waiting(self, state: EagleState):
         return state.pending, state.hidden
 
+    def _with_waiting(self, state: EagleState, rows):
+        pending, hidden = rows
+        return dataclasses.replace(state, pending=pending, hidden=hidden)
+
     def _above(self, rows) -> jax.Array:
         hidden_BRD = rows[1]
         return hidden_BRD.reshape(-1, hidden_BRD.shape[2]).T

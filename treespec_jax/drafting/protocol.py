@@ -325,3 +325,22 @@ class PatientDrafter(Drafter, Protocol):
           page_table: int32 [B, max_pages].
           active: bool [B]; the other slots keep their state.
         """
+
+    def narrowed(
+        self, state: Any, width: int, page_table: jax.Array, active: jax.Array
+    ) -> Any:
+        """The state with room for no more than so many tokens that wait.
+
+        Trees are grown behind those that the tree before emitted: the fewer levels they
+        have, the fewer rows the model's first pass needs. What is too much goes through
+        the model.
+
+        Args:
+          state: of all slots, with an empty backlog.
+          width: tokens that a step may emit.
+          page_table: int32 [B, max_pages].
+          active: bool [B]; what waits in the other slots may be lost.
+        """
+
+    def widened(self, state: Any, window: int) -> Any:
+        """The state with room for so many tokens that wait again."""

@@ -17,7 +17,7 @@ from treespec_jax.cache.prefill import Chunk, run_chunk
 from treespec_jax.config import EngineConfig
 from treespec_jax.drafting.protocol import Committed, DraftContext, Successors
 from treespec_jax.engine.emission import Decided, emission_of, log_probs_of
-from treespec_jax.engine.rehearsal import Watching, backlog
+from treespec_jax.engine.rehearsal import Watching, backlog, window
 from treespec_jax.engine.state import (
     Control,
     DecodeState,
@@ -341,6 +341,9 @@ def dispatch(
         else:
             context = context_of(target, speculation, state, turn)
             draft = drafter.postpone(state.draft, context)
+    narrow = drafter.needs.waits and shape.depth > 0
+    if narrow:
+        state = _narrowed(speculation, shape, state, control)
     if rehearsed:
         rehearsal = dataclasses.replace(proposed.tree, proposal=None, source=None)
     if waits:
@@ -351,13 +354,6 @@ def dispatch(
         speculation = dataclasses.replace(speculation, drafter=watching)
         state = dataclasses.replace(state, draft=seen)
 
-    def run(state, penalties) -> StepResult:
-        result = step(target, speculation, shape, state, control, penalties)
-        if config.record:
-            return result
-        emission = dataclasses.replace(result.emission, trees=None)
-        return StepResult(result.state, emission)
-
     def unfinished(carry):
         state, _, outbox = carry
         active = jnp.any(is_active(state, control))
@@ -365,8 +361,10 @@ def dispatch(
 
     def body(carry):
         state, penalties, outbox = carry
-        result = run(state, penalties)
+        result = step(target, speculation, shape, state, control, penalties)
         emission = result.emission
+        if not config.record:
+            emission = dataclasses.replace(emission, trees=None)
         if penalties is not None:
             penalties = penalties.after(emission.tokens, emission.counts)
         emissions = jax.tree.map(
@@ -379,9 +377,22 @@ def dispatch(
 
     outbox = Outbox.empty(config, shape, control.top)
     state, _, outbox = lax.while_loop(unfinished, body, (state, penalties, outbox))
+    if narrow:
+        draft = drafter.widened(state.draft, window(speculation, steps))
+        state = dataclasses.replace(state, draft=draft)
     if watching is not None:
         state = watching.finish(before, state, outbox.emission, control.page_table)
     return state, dataclasses.replace(outbox, rehearsed=rehearsal)
+
+
+def _narrowed(speculation, shape, state: DecodeState, control) -> DecodeState:
+    """The state of a drafter that lets tokens wait, for trees of one shape."""
+    # In the plan, and not ended: whoever has no room now may have some later.
+    alive_B = (control.limits > 0) & ~state.ended
+    draft = speculation.drafter.narrowed(
+        state.draft, shape.depth + 1, control.page_table, alive_B
+    )
+    return dataclasses.replace(state, draft=draft)
 
 
 def catch_up(
