@@ -374,6 +374,17 @@ def test_costs_of_another_load_correct_the_curve():
     assert costs.relative(TREE, Load.of(8, 0)) == pytest.approx(2 * guess)
 
 
+def test_a_tree_that_is_dear_tells_of_others():
+    """Where none was compared often, the guess stands."""
+    costs = Costs(usual_curve(True, True), slots=1)
+    guesses = [costs.relative(shape, ONE) for shape in LADDER]
+    for _ in range(COMPARISONS):
+        costs.compare(LADDER[0], ONE, 1 + 2 * (guesses[0] - 1))
+    found = [costs.relative(shape, ONE) for shape in LADDER]
+    assert np.subtract(found, 1) == pytest.approx(2 * np.subtract(guesses, 1))
+    assert costs.relative(TREE, Load.of(1, 5000)) > guesses[0]
+
+
 def test_a_level_costs_the_tokens_of_its_time():
     """At so many tokens in the time of a step that runs levels for all but two."""
     curve = CostCurve(((1, 1.0), (64, 7.3)), 0.2, 0.1, 0.3)

@@ -231,11 +231,12 @@ class Chooser:
     def useful(self, load: Load) -> list[TreeShape]:
         """Shapes that win, or nearly, for some acceptance; the first shape always."""
         costs = np.array([self.costs.relative(s, load) for s in self._shapes])
+        doubts = np.array([self._doubt(s, load) for s in self._shapes])
         found = {self._shapes[0], self._shapes[-1]}
         for rate in RATES:
             tokens = [tokens_of(shape, rate) for shape in self._shapes]
             speeds = np.array(tokens) / costs
-            near = np.flatnonzero(speeds * LESS_DOUBT >= speeds.max())
+            near = np.flatnonzero(speeds * doubts >= speeds.max())
             found |= {self._shapes[number] for number in near}
         return [shape for shape in self._shapes if shape in found]
 

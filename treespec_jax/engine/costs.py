@@ -210,9 +210,25 @@ class Costs:
         # Another load tells how far the curve is off.
         other = self._nearest(name, load)
         if other is None:
-            return guess
+            return 1.0 + self._stretch(shape, load) * (guess - 1.0)
         guess_there = self._guess(shape, other)
         return guess * self._measured(other, name, guess_there) / guess_there
+
+    def _stretch(self, shape: TreeShape, load: Load) -> float:
+        """By how much more than the guess the tree of the next size costs, if it does.
+
+        Both beyond a plain step; 1 if none is settled under that load.
+        """
+        known = [
+            naming.parse(name)
+            for (other, name), costs in self._compared.items()
+            if other == load and ":" in name and len(costs) >= COMPARISONS
+        ]
+        if not known:
+            return 1.0
+        tree = min(known, key=lambda tree: abs(tree.num_nodes - shape.num_nodes))
+        measured = statistics.median(self._compared[load, naming.text_of(tree)])
+        return max(1.0, (measured - 1.0) / max(self._guess(tree, load) - 1.0, 0.01))
 
     def _nearest(self, name: str, load: Load) -> Load | None:
         """The load like this one that has comparisons of the name; None if none has."""
