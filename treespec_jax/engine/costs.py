@@ -256,7 +256,11 @@ class Costs:
         # Whoever decodes, the drafter's passes are of all slots.
         nearest = self._nearest(REHEARSAL, load)
         compared = self._compared[nearest, REHEARSAL] if nearest else ()
-        return statistics.median([guess] * COMPARISONS + [*compared])
+        # Some take in what waits and some do not: all of them together are the price.
+        guesses = [guess] * max(0, COMPARISONS - len(compared))
+        costs = sorted([*guesses, *compared])
+        odd = len(costs) // 8
+        return max(0.0, statistics.mean(costs[odd : len(costs) - odd]))
 
     def is_doubtful(self, shape: TreeShape, load: Load) -> bool:
         """Whether an only comparison says what a step costs, and the guess says less.

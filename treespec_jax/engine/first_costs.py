@@ -67,7 +67,8 @@ class Prescribed:
         that takes them in comes between them and a tree.
 
     Attributes:
-      is_needed: whether some tree was never compared, in earlier processes neither.
+      is_needed: whether some tree lacks comparisons, those of earlier processes
+        included.
       ended: whether all is started that was prescribed.
     """
 
@@ -85,7 +86,7 @@ class Prescribed:
         runs = self._plain in ready and (CATCH_UP in ready or not waits)
         trees = [shape for shape in shapes[:-1] if runs and shape in ready]
         counts = {s: chooser.costs.count(s, self._load) for s in trees}
-        self.is_needed = not all(counts.values())
+        self.is_needed = any(count < COMPARISONS for count in counts.values())
         # What has comparisons enough of earlier runs needs no more.
         self._trees = [shape for shape in trees if counts[shape] < COMPARISONS]
         # Steps of dispatches: all; those beside trees; few, that show what is no step.

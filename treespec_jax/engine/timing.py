@@ -153,11 +153,11 @@ class Timing:
             if self.long:
                 time = last.seconds * steps(this) / this.seconds
                 time -= steps(last, bare=True)
-                self.costs.compare(REHEARSAL, load, max(0.0, time))
+                self.costs.compare(REHEARSAL, load, time)
             elif before and before.rested and before.load == load:
                 time = (last.seconds + this.seconds) * steps(before) / before.seconds
                 time -= steps(last, bare=True) + steps(this)
-                self.costs.compare(REHEARSAL, load, max(0.0, time))
+                self.costs.compare(REHEARSAL, load, time)
         elif not this.choice.rehearse and not self.long:
             short, long = sorted((last, this), key=lambda one: one.steps)
             time = long.seconds - short.seconds
