@@ -7,8 +7,8 @@ may still lose against plain decoding (a conservative bandit, Wu et al., 1602.04
 small share of all time is put aside, and what trees gain, up to a limit. Trees whose
 gain is not certain take from it, and so does whatever is only done to find out:
 
-* What shapes bring belongs to texts. A step tells of its own tree and of all smaller
-  ones. Plain steps tell nothing; beside them trees are rehearsed (`engine.rehearsal`).
+* What shapes bring belongs to texts. A step with a tree tells of all shapes. Plain
+  steps tell nothing; beside them trees are rehearsed (`engine.rehearsal`).
 * What shapes cost belongs to the machine. Dispatches that follow each other tell
   (`engine.timing`). Shapes not in use get one for it, soon at first and ever more
   rarely later, whatever texts begin meanwhile; those that could not win anyway get
