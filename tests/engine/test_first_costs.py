@@ -232,3 +232,13 @@ def test_costs_are_those_of_the_machine(machine, waits):
         assert costs.is_known(HOST, load)
         assert costs.host(load) == pytest.approx(host, rel=0.4)
         assert costs.switch(load) == pytest.approx(machine.switch, rel=0.4)
+
+
+def test_what_there_was_no_time_for_is_measured_the_next_time():
+    costs = Costs(usual_curve(True, True), CONFIG.max_batch)
+    chooser = Chooser(LADDER, costs, True, STEPS)
+    for number in range(COMPARISONS):
+        assert Prescribed(chooser, LADDER, CONFIG, {*LADDER}, False).is_needed
+        for shape in LADDER[:-1]:
+            costs.compare(shape, LOAD, 1.5 + number / 10)
+    assert not Prescribed(chooser, LADDER, CONFIG, {*LADDER}, False).is_needed

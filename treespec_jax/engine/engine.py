@@ -269,7 +269,7 @@ class Engine:
 
         Returns:
           seconds that it took, which count as compiling; 0.0 if all shapes that are
-          compiled have been compared before, or there is no choice.
+          compiled have comparisons enough, or there is no choice.
 
         Raises:
           ValueError: as `reset`.
