@@ -49,7 +49,7 @@ SHARE, START, CREDIT = 0.01, 2.0, 4.0
 WORTH_TREES, WORTH_COMPILING = 16, 512
 # Dispatches between those that are for timing: until every shape was compared, then,
 # if earlier runs compared them, and at most.
-RETRY, SOON, SETTLED, RARELY = 3, 8, 32, 256
+RETRY, SOON, COMPARED, RARELY = 3, 8, 32, 256
 # Plain steps from which on a rehearsal is dear. There a tree of so much speed, in that
 # of plain decoding, is worth as much again as the account begins with, and is tried
 # rather than rehearsed.
@@ -433,10 +433,10 @@ class Chooser:
     def _trials_of(self, load: Load) -> _Trials:
         if load not in self._trials:
             self._trials[load] = _Trials()
-            known = [s for s in self._shapes if self.costs.is_settled(s, load)]
+            known = [s for s in self._shapes if self.costs.has_comparisons(s, load)]
             if known:
                 tried = [self._plain, *known]
-                self._trials[load] = _Trials(0, SETTLED, tried, compared=True)
+                self._trials[load] = _Trials(0, COMPARED, tried, compared=True)
         return self._trials[load]
 
     def _trial(self, best: TreeShape, values, load: Load) -> TreeShape:
@@ -470,8 +470,8 @@ class Chooser:
         """Whether dispatches say what such a step costs."""
         if shape == self._plain:
             return True
-        settled = self.costs.is_settled(shape, load)
-        return settled or self.costs.is_measured(shape, load)
+        known = self.costs.has_comparisons(shape, load)
+        return known or self.costs.is_measured(shape, load)
 
     def _doubt(self, shape: TreeShape, load: Load) -> float:
-        return LESS_DOUBT if self.costs.is_settled(shape, load) else DOUBT
+        return LESS_DOUBT if self.costs.has_comparisons(shape, load) else DOUBT

@@ -217,7 +217,7 @@ class Costs:
     def _stretch(self, shape: TreeShape, load: Load) -> float:
         """By how much more than the guess the tree of the next size costs, if it does.
 
-        Both beyond a plain step; 1 if none is settled under that load.
+        Both beyond a plain step; 1 if none has comparisons enough under that load.
         """
         known = [
             naming.parse(name)
@@ -298,7 +298,7 @@ class Costs:
         name = shape if isinstance(shape, str) else naming.text_of(shape)
         return len(self._compared.get((load, name), ()))
 
-    def is_settled(self, shape: TreeShape, load: Load) -> bool:
+    def has_comparisons(self, shape: TreeShape, load: Load) -> bool:
         """Whether comparisons of such a step, of this or of earlier runs, go by all.
 
         Those of other numbers of texts do, too.
