@@ -134,7 +134,8 @@ def skip_absent_tpu() -> None:
 
 def fail(message: str) -> NoReturn:
     """Prints the message as one line on stderr and exits with code 2."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    # One write: other threads may print, too.
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(2)
 
 

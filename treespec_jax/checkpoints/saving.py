@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -322,16 +325,39 @@ def writing(path: Path, hint: str = "") -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the tracebacks of orbax's threads: what goes wrong is raised, too."""
-    from absl import logging
+    from absl import logging as absl_logging
 
+    _drop_complaints()
     hook, threading.excepthook = threading.excepthook, lambda _: None
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         yield
     finally:
         threading.excepthook = hook
-        logging.set_verbosity(verbosity)
+        absl_logging.set_verbosity(verbosity)
+
+
+@functools.cache
+def _drop_complaints() -> None:
+    """Drops, from now on, what the writes that a failed one leaves behind complain of.
+
+    tensorstore's threads end them later, and find the event loop of orbax closed;
+    asyncio misses a reader of each one's error, of which the first was raised.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        ours = threading.current_thread() is threading.main_thread()
+        if ours or str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        told = record.getMessage()
+        return "orbax" not in told or "exception was never retrieved" not in told
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(is_news)
 
 
 @jax.jit
