@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treespec_jax.drafting import METHODS
-from treespec_jax.measurement import breakdown, spec_bench, suite_exactness, tables
+from treespec_jax.measurement import (
+    breakdown,
+    choices,
+    spec_bench,
+    suite_exactness,
+    tables,
+)
 from treespec_jax.measurement.grid import ANSWER, PEER, STREAM, Combination
 from treespec_jax.measurement.journal import Journal
 from treespec_jax.measurement.spec_bench import OVERALL
@@ -68,6 +74,7 @@ def results(
         "versions": journal.header["versions"],
         **details,
         "figures": figures,
+        "choices": choices.results({c: answers_of[c] for c in combinations}),
         "exactness": suite_exactness.results(journal),
         "breakdown": breakdown.results(journal),
         "peak_rss_bytes": max(a["peak_rss_bytes"] for a in answers),
@@ -102,6 +109,7 @@ def table(results: Mapping[str, Any]) -> str:
             lines += [tables.markdown(_speed_up_rows(figures)), ""]
         lines += [tables.markdown([_TASK_HEAD, *_task_rows(figures)], words=2), ""]
         lines += [tables.markdown(_round_rows(figures)), ""]
+    lines += choices.lines(results["choices"])
     lines += [_LEGEND, "", _memory(results)]
     lines += tables.reliability(
         {
