@@ -45,7 +45,7 @@ TREE = LADDER[0]
 PAIR = (TREE, ROOT_ONLY)
 STEPS, ONE = 8, Load.of(1, 0)
 # Of a rehearsal, in plain steps.
-PRICE = 0.3
+PRICE = 0.15
 
 
 def request(**settings) -> Request:
@@ -235,7 +235,7 @@ def test_rehearsals_bring_the_tree_back_within_a_text():
     assert script.share(4 * RARELY) > 0.99
     script.steps = {TREE: (1.5, 1.0)}
     script.dispatch(16)
-    assert script.share(4 * RARELY) < 0.015
+    assert script.share(4 * RARELY) < 0.02
 
 
 def test_a_new_text_that_a_tree_fits_gets_it_after_a_few_tokens():
@@ -251,7 +251,7 @@ def test_a_new_text_that_a_tree_fits_gets_it_after_a_few_tokens():
     script.steps = {TREE: (1.5, 1.0)}
     script.begin_text()
     script.dispatch(8)
-    assert script.share(20) == 0
+    assert script.share(20) < 0.02
 
 
 def test_texts_that_begin_all_the_time_leave_most_steps_to_the_quicker_shape():

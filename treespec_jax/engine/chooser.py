@@ -53,7 +53,7 @@ RETRY, SOON, COMPARED, RARELY = 3, 8, 32, 256
 # Plain steps from which on a rehearsal is dear. There a tree of so much speed, in that
 # of plain decoding, is worth as much again as the account begins with, and is tried
 # rather than rehearsed.
-DEAR, BOLD = 0.4, 1.15
+DEAR, BOLD = 0.2, 1.15
 # Steps of a dispatch that is for timing and may lose, and the fewest of trees at all.
 TRIAL_STEPS = 2
 # Dispatches without a rehearsal between two with one, so that its price shows.
