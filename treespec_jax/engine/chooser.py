@@ -51,8 +51,8 @@ WORTH_TREES, WORTH_COMPILING = 16, 512
 # if earlier runs compared them, and at most.
 RETRY, SOON, COMPARED, RARELY = 3, 8, 32, 256
 # Plain steps from which on a rehearsal is dear. There a tree of so much speed, in that
-# of plain decoding, is worth as much again as the account begins with, and is tried
-# rather than rehearsed.
+# of plain decoding, is worth as much again as the account begins with, or half of it in
+# a new text, and is tried rather than rehearsed.
 DEAR, BOLD = 0.2, 1.15
 # Steps of a dispatch that is for timing and may lose, and the fewest of trees at all.
 TRIAL_STEPS = 2
@@ -394,8 +394,9 @@ class Chooser:
         if timing and self.costs.is_doubtful(shape, now.load):
             needed = min(needed, START / 2)
         price = self.costs.rehearsal(self._rehearsed, now.load)
-        bold = price >= DEAR and not now.new and now.gain(shape) >= BOLD
-        if risk and now.account + bold * START < needed:
+        bold = price >= DEAR and now.gain(shape) >= BOLD
+        debt = bold * (START / 2 if now.new else START)
+        if risk and now.account + debt < needed:
             return None
         most = steps
         if not self._is_compared(shape, now.load):
