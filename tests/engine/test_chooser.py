@@ -294,6 +294,23 @@ def test_the_price_of_rehearsals_is_found():
     assert one.costs.relative(TREE, ONE) == pytest.approx(1.5, rel=0.03)
 
 
+def test_first_rehearsals_of_a_process_do_not_make_them_dear():
+    """Of each program; of a second one for sampled texts nobody tells, but it is odd."""
+    one, price = chooser(), 0.2
+    for number in range(12):
+        choice = Choice(ROOT_ONLY, None, rehearse=number % 3 == 2)
+        odd = 5.0 if number in (2, 8) else 0.0
+        one.record(choice, [], STEPS, ONE, 0.03 * (STEPS + price * choice.rehearse + odd))
+        if number == 2:
+            assert not one.costs.count(REHEARSAL, ONE)
+    assert one.costs.count(REHEARSAL, ONE) == 2
+    for _ in range(4):
+        for rehearse in (False, True):
+            choice = Choice(ROOT_ONLY, None, rehearse=rehearse)
+            one.record(choice, [], STEPS, ONE, 0.03 * (STEPS + price * rehearse))
+    assert one.costs.rehearsal(TREE, ONE) == pytest.approx(price, abs=0.02)
+
+
 def test_a_loss_that_nobody_foresaw_ends_trees_for_a_while():
     """And whatever is under way counts before its results are known."""
     script = Script({TREE: (1.5, 3.0)})

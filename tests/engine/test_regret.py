@@ -50,19 +50,18 @@ def test_no_tree_is_grown_where_none_pays():
     assert one.steps["none"] > 0.9 * one.steps.total()
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("machine", [LAYER, WIDE], ids=["two cores", "a GPU"])
-def test_good_texts_have_the_best_shape(machine, seed):
-    """And nearly from the first one on."""
-    texts = [[GOOD] * LONG] * 24
-    assert relative(machine, texts, seed=seed)[1] >= 0.94
-    assert relative(machine, texts, seed=seed, earlier=texts)[1] >= 0.97
-
-
 def mean(machine, texts, **settings) -> tuple[float, float]:
     """`relative` of four seeds, of which a single one hangs on a few steps."""
     found = [relative(machine, texts, seed=n, **settings)[:2] for n in range(4)]
     return tuple(np.mean(found, axis=0))
+
+
+@pytest.mark.parametrize("machine", [LAYER, WIDE], ids=["two cores", "a GPU"])
+def test_good_texts_have_the_best_shape(machine):
+    """And nearly from the first one on."""
+    texts = [[GOOD] * LONG] * 24
+    assert mean(machine, texts)[1] >= 0.96
+    assert mean(machine, texts, earlier=texts)[1] >= 0.97
 
 
 def test_a_text_that_turns_is_followed():

@@ -256,10 +256,11 @@ class Costs:
         # Whoever decodes, the drafter's passes are of all slots.
         nearest = self._nearest(REHEARSAL, load)
         compared = self._compared[nearest, REHEARSAL] if nearest else ()
-        # Some take in what waits and some do not: all of them together are the price.
+        # Some take in what waits and some do not, so that a mean is the price; of the
+        # middle half, since a process's first ones take many times as long.
         guesses = [guess] * max(0, COMPARISONS - len(compared))
         costs = sorted([*guesses, *compared])
-        odd = len(costs) // 8
+        odd = len(costs) // 4
         return max(0.0, statistics.mean(costs[odd : len(costs) - odd]))
 
     def is_doubtful(self, shape: TreeShape, load: Load) -> bool:

@@ -78,7 +78,7 @@ class Timing:
         self.long: bool | None = None
         self.costs, self._steps = costs, steps
         self._plain, self._rehearsed = plain, rehearsed
-        self._ran: collections.Counter[TreeShape] = collections.Counter()
+        self._ran: collections.Counter[tuple[TreeShape, bool]] = collections.Counter()
         self.reset()
 
     def reset(self) -> None:
@@ -101,7 +101,8 @@ class Timing:
           seconds: that it took; None if something else took some of that time.
         """
         shape = choice.shape
-        self._ran[shape] += 1
+        program = shape, choice.rehearse
+        self._ran[program] += 1
         before, last = self._before, self._last
         self._before, self._last = last, None
         earlier, self._last_choice = self._last_choice, choice
@@ -109,7 +110,7 @@ class Timing:
         rested = plain and not earlier.rehearse and not choice.rehearse
         switched = shape == self._plain and not plain
         # The first run of a program does more than to run.
-        if not steps or not seconds or self._ran[shape] == 1:
+        if not steps or not seconds or self._ran[program] == 1:
             return False
         self._last = Timed(choice, load, steps, seconds, switched, rested)
         self.long = bool(seconds > LONG * self._plain_steps(self._last))
