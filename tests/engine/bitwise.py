@@ -127,15 +127,15 @@ class BitwiseContract:
 
     config: ModelConfig
 
-    @pytest.fixture(scope="class", params=[True, False], ids=["optimised", "quick"])
-    def pair(self, request):
-        """Programs optimised as users have them, and not.
+    @pytest.fixture(scope="class")
+    def pair(self):
+        """Programs are optimised as users have them.
 
         Where bits differ is vectorised code, of which most tests' programs have none.
         """
         name = "jax_disable_most_optimizations"
         before = jax.config.read(name)
-        jax.config.update(name, not request.param)
+        jax.config.update(name, False)
         yield random_pair(self.config)
         jax.config.update(name, before)
 

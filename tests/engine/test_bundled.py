@@ -62,7 +62,6 @@ def plain(pair):
     ("tree", "batch", "page", "steps"),
     [
         ("chain:5", 5, 16, 8),
-        ("regular:4x2x1", 5, 64, 8),
         ("dynamic:15@5", 5, 16, 1),
         ("dynamic:7@4", 1, 64, 8),
     ],
