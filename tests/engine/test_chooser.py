@@ -295,12 +295,13 @@ def test_the_price_of_rehearsals_is_found():
 
 
 def test_first_rehearsals_of_a_process_do_not_make_them_dear():
-    """Of each program; of a second one for sampled texts nobody tells, but it is odd."""
+    """The very first is left out; another program's, for sampled texts, is odd."""
     one, price = chooser(), 0.2
     for number in range(12):
         choice = Choice(ROOT_ONLY, None, rehearse=number % 3 == 2)
         odd = 5.0 if number in (2, 8) else 0.0
-        one.record(choice, [], STEPS, ONE, 0.03 * (STEPS + price * choice.rehearse + odd))
+        time = STEPS + price * choice.rehearse + odd
+        one.record(choice, [], STEPS, ONE, 0.03 * time)
         if number == 2:
             assert not one.costs.count(REHEARSAL, ONE)
     assert one.costs.count(REHEARSAL, ONE) == 2
