@@ -68,10 +68,19 @@ def test_errors_are_those_of_the_jackknife():
     }
 
 
+def test_plain_decoding_beside_itself():
+    """Its slowest round over its quickest: what is chance in a ratio to it."""
+    slower = {**SECONDS, PLAIN: [2.0, 2.0, 3.0, 2.0]}
+    (row,) = choices.results({way: answers(way, slower) for way in SECONDS})
+    assert row["plain_rounds"] == pytest.approx(4 / 5)
+    assert "plain × itself 0.80 to 0.80. " in "\n".join(choices.lines([row]))
+
+
 def test_a_single_pass_has_no_error():
     ways = {way: answers(way, rounds=1)[:2] for way in SECONDS}
     (row,) = choices.results(ways)
-    assert (row["passes"], row["held_out"]) == (1, None)
+    assert (row["passes"], row["held_out"], row["plain_rounds"]) == (1, None, None)
+    assert "itself 0" not in "\n".join(choices.lines([row]))
     assert row["best"] == "chain:3" and row["ratio"] == {"value": 1, "error": None}
     expected = ["ngram", "0", "2", "1", "2.00", "chain:3", "2.00", "1.00", "-"]
     assert cells([row]) == expected

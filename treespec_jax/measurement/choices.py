@@ -26,7 +26,8 @@ _HEAD = (
 _LEGEND = (
     "Decoding alone. A pass is a batch of questions in one round. The best fixed shape "
     "is that of all passes together, plain decoding among them; held out, for each "
-    "pass that of all others. ± is a standard error over passes (jackknife)."
+    "pass that of all others. ± is a standard error over passes (jackknife). Plain × "
+    "itself: its slowest round beside its quickest, of every row; so much is chance."
 )
 
 
@@ -47,9 +48,10 @@ def results(answers_of: Mapping[Combination, Answers]) -> list[dict[str, Any]]:
         fixed = [other for other in answers_of if _is_beside(other, combination)]
         ways = [combination, combination.baseline, *fixed]
         if fixed and all(_is_timed(answers_of[way]) for way in ways):
-            passes = [_passes(answers_of[way]) for way in ways]
-            shapes = [way.shape for way in ways[1:]]
-            row = _figures(np.array(passes), shapes)
+            passes = np.array([_passes(answers_of[way]) for way in ways])
+            row = _figures(passes, [way.shape for way in ways[1:]])
+            rounds = len({answer["round"] for answer in answers_of[combination]})
+            row["plain_rounds"] = _between_rounds(passes[1], rounds)
             found.append({**dataclasses.asdict(combination), **row})
     return found
 
@@ -78,12 +80,16 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if held_out:
         means += f"; held out, of {len(held_out)}: {statistics.fmean(held_out):.3f}"
     least = min(row["plain_ratio"]["value"] for row in rows)
+    means += f"; least auto × plain {least:.2f}"
+    plain = [row["plain_rounds"] for row in rows if row["plain_rounds"]]
+    if plain:
+        means += f"; plain × itself {min(plain):.2f} to {max(plain):.2f}"
     return [
         "### Trees chosen at every dispatch beside fixed ones",
         "",
         tables.markdown([_HEAD, *cells]),
         "",
-        f"{means}; least auto × plain {least:.2f}. {_LEGEND}",
+        f"{means}. {_LEGEND}",
         "",
     ]
 
@@ -113,6 +119,19 @@ def _passes(answers: Answers) -> np.ndarray:
         key = answer["round"], number // answer["batch"]
         sums[key] = sums.get(key, 0) + np.array([answer["tokens"], seconds])
     return np.array([sums[key] for key in sorted(sums)])
+
+
+def _between_rounds(passes: np.ndarray, rounds: int) -> float | None:
+    """Speed of the slowest round over that of the quickest; None of one round.
+
+    Args:
+      passes: float [P, 2], see `_passes`; as many of every round.
+      rounds: of them.
+    """
+    if rounds == 1:
+        return None
+    speeds = _speed(passes.reshape(rounds, -1, 2))
+    return float(speeds.min() / speeds.max())
 
 
 def _figures(passes: np.ndarray, shapes: Sequence[str]) -> dict[str, Any]:
