@@ -25,6 +25,31 @@ SAMPLED = SamplingParams(max_tokens=16, temperature=1.0)
 CONFIG = EngineConfig(
     max_batch=2, max_len=128, page_size=16, steps_per_dispatch=1, prefill_chunks=(16,)
 )
+# Of texts without a policy's temperature, sampled and greedy.
+USUAL = SAMPLED, SamplingParams(max_tokens=16)
+LONGER = dataclasses.replace(SAMPLED, max_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def branching(tiny_target, tiny_draft):
+    """An engine for all policies, whose nodes have 2, 1 and no children."""
+    return Engine(tiny_target, CONFIG, speculate(tiny_draft, "regular:2x1"))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_target, ragged_prompts):
+    """Texts of plain decoding, of two prompts each."""
+    engine = Engine(tiny_target, CONFIG, speculate(None, "none"))
+    return {
+        params: run(engine, ragged_prompts[:2], params) for params in (*USUAL, LONGER)
+    }
+
+
+@pytest.fixture(scope="module")
+def drafted(tiny_target, tiny_draft, ragged_prompts):
+    """The longer ones with trees, whose drafter has no temperature by the tree."""
+    engine = Engine(tiny_target, CONFIG, speculate(tiny_draft, "dynamic:9@4"))
+    return run(engine, ragged_prompts[:2], LONGER)
 
 
 def factor(given: AdaptiveTemperature, logits, depth: int, children: int) -> float:
@@ -57,30 +82,25 @@ def check_texts(model, requests, children_by_depth) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("given", ["depth:0.5", "siblings:0.5", "entropy:1"])
 def test_a_policy_has_the_temperature_of_its_node(
-    tiny_target, tiny_draft, ragged_prompts, given
+    tiny_target, branching, plain, ragged_prompts, given
 ):
     """In a fixed tree, whose nodes have 2, 1 and no children from the root down."""
     params = dataclasses.replace(SAMPLED, adaptive_temperature=given)
-    engine = Engine(tiny_target, CONFIG, speculate(tiny_draft, "regular:2x1"))
-    requests = run(engine, ragged_prompts[:2], params)
+    branching.reset()
+    requests = run(branching, ragged_prompts[:2], params)
     check_texts(tiny_target, requests, (2, 1, 0))
     assert max(count for r in requests for _, count in r.arrivals) == 3, "a dead test"
     label = f"exact (lossy: temperature {given})"
     for request in requests:
         assert request.stats.label == label and not request.stats.lossless
     # Requests without it, and greedy ones, are in the same program what they were.
-    plain = [dataclasses.replace(SAMPLED, seed=0), SamplingParams(max_tokens=16)]
-    for params in plain:
-        (request,) = run(engine, ragged_prompts[:1], params)
-        assert request.stats.lossless
-        Ties(tiny_target).check(
-            request.prompt,
-            run(build(tiny_target, tiny_draft, "none"), ragged_prompts[:1], params)[
-                0
-            ].tokens,
-            request.tokens,
-            request.params,
-        )
+    for params in USUAL:
+        requests = run(branching, ragged_prompts[:2], params)
+        for one, request in zip(plain[params], requests, strict=True):
+            assert request.stats.lossless
+            Ties(tiny_target).check(
+                request.prompt, one.tokens, request.tokens, request.params
+            )
 
 
 @pytest.mark.slow
@@ -95,20 +115,16 @@ def test_by_entropy_a_text_depends_on_no_tree(tiny_target, tiny_draft, ragged_pr
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [("depth", 0.4), ("entropy", 2.0)])
 def test_a_drafters_temperature_changes_no_text(
-    tiny_target, tiny_draft, ragged_prompts, given
+    tiny_target, tiny_draft, plain, drafted, ragged_prompts, given
 ):
     """Of the exact rule; it changes what is accepted."""
-    params = dataclasses.replace(SAMPLED, max_tokens=32)
     made = speculate(tiny_draft, "dynamic:9@4")
     other = dataclasses.replace(made, draft_temperature=AdaptiveTemperature(*given))
-    plain, first, second = (
-        run(Engine(tiny_target, CONFIG, speculation), ragged_prompts[:2], params)
-        for speculation in (speculate(tiny_draft, "none"), made, other)
-    )
+    requests = run(Engine(tiny_target, CONFIG, other), ragged_prompts[:2], LONGER)
     ties = Ties(tiny_target)
-    for one, request in zip(plain, second, strict=True):
+    for one, request in zip(plain[LONGER], requests, strict=True):
         ties.check(request.prompt, one.tokens, request.tokens, request.params)
-    steps = [[r.stats.steps for r in requests] for requests in (first, second)]
+    steps = [[r.stats.steps for r in texts] for texts in (drafted, requests)]
     assert steps[0] != steps[1], "a dead test"
 
 

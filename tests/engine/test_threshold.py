@@ -45,18 +45,25 @@ def sizes(requests) -> list[int]:
     return [int((record.log_prob > -np.inf).sum()) for record in records]
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_target, ragged_prompts):
+    """Texts of plain decoding."""
+    return texts(build(tiny_target, None, "none", 2, 16, 4), ragged_prompts[:2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tree", [THRESHOLD, COST])
-def test_tokens_equal_plain_decoding(tiny_target, tiny_draft, ragged_prompts, tree):
+def test_tokens_equal_plain_decoding(
+    tiny_target, tiny_draft, plain, ragged_prompts, tree
+):
     costs, prompts = Priced(usual_curve(True, True), 2), ragged_prompts[:2]
-    plain, speculated = (
-        build(tiny_target, tiny_draft, name, 2, 16, 4, record=True, costs=costs)
-        for name in ("none", tree)
+    speculated = build(
+        tiny_target, tiny_draft, tree, 2, 16, 4, record=True, costs=costs
     )
     ties, found = Ties(tiny_target), texts(speculated, prompts)
 
     def check(found):
-        for one, request in zip(texts(plain, prompts), found, strict=True):
+        for one, request in zip(plain, found, strict=True):
             ties.check(request.prompt, one.tokens, request.tokens, request.params)
 
     check(found)
