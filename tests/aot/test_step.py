@@ -26,25 +26,28 @@ JOB = compilation.Job(tree="chain:3")
 def test_step_of_a_1b_model_on_four_v5e(tpu_compiler):
     """Llama 3.2 1B and a small drafter, shared by all devices of v5e:2x2.
 
-    Each runs the kernel on its own heads, in every pass over a layer, and writes its
-    own part of the caches where it lies.
+    Four of its layers, whose caches are as large as those of all with a quarter of the
+    context; `tpu_report` compiles all of them. Each device runs the kernel on its own
+    heads, in every pass over a layer, and writes its own part of the caches where it
+    lies.
     """
-    result = compilation.compile_step(dataclasses.replace(JOB, devices=4))
+    job = dataclasses.replace(JOB, devices=4, layers=4, context=4 * JOB.context)
+    result = compilation.compile_step(job)
     report, text = result.report, result.text
     assert report.num_devices == 4
-    models = JOB.target, JOB.drafter
+    models = job.target, job.drafter
     size = sum(parameter_count(c) * 2 for c in models)
-    assert 2.5e9 < size < 2.7e9
+    assert 1.0e9 < size < 1.3e9
     # A key and a value of 64 share a row of 128, as the kernel wants it.
-    pool = JOB.batch * JOB.context // JOB.page_size + 1
-    rows = pool * JOB.page_size * LANES * 2
+    pool = job.batch * job.context // job.page_size + 1
+    rows = pool * job.page_size * LANES * 2
     caches = rows * sum(m.num_layers * m.num_kv_heads for m in models)
     assert size + caches < 4 * report.argument_bytes < 1.05 * (size + caches)
     assert report.aliased_bytes >= caches // 4
-    calls = JOB.target.num_layers + 3 * JOB.drafter.num_layers
-    assert report.instances == {"tree_attention": calls} and calls == 28
+    calls = job.target.num_layers + 3 * job.drafter.num_layers
+    assert report.instances == {"tree_attention": calls} and calls == 16
     made = set(
-        re.findall(rf"= \(?bf16\[{pool},\d+,1,{JOB.page_size}.*? ([\w-]+)\(", text)
+        re.findall(rf"= \(?bf16\[{pool},\d+,1,{job.page_size}.*? ([\w-]+)\(", text)
     )
     assert "dynamic-update-slice" in made and "parameter" in made, "a dead test"
     moves = "copy", "slice", "transpose", "all-gather", "all-to-all", "collective"
@@ -55,16 +58,16 @@ def test_step_of_a_1b_model_on_four_v5e(tpu_compiler):
     assert report.temporary_bytes < caches // 2
     moved = re.findall(r"= bf16\[([\d,]+)\]\S* (?:all-gather|all-to-all)\(", text)
     assert all(math.prod(map(int, x.split(","))) < 1 << 20 for x in moved)
-    assert report.flops > JOB.batch * 4 * 2 * (size // 2) / 4
+    assert report.flops > job.batch * 4 * 2 * (size // 2) / 4
     assert report.least_bytes > size // 4
     # Where rows of 64 lay in 128, the kernels moved twice as much.
     heads = [m.num_layers * m.num_kv_heads for m in models]
-    prefix = JOB.batch * JOB.context * 2 * 64 * 2 * (heads[0] + 3 * heads[1]) // 4
+    prefix = job.batch * job.context * 2 * 64 * 2 * (heads[0] + 3 * heads[1]) // 4
     assert 1 < report.traffic.kernels / prefix < 1.05
     # All are greedy, of which the program has no doubt.
     assert " conditional(" not in text
-    # On one device it is less; docs/tpu.md has both.
-    assert 1 < report.traffic.total / report.least_bytes < 1.35
+    # Of so few layers logits are more of it than of all; docs/tpu.md has those.
+    assert 1 < report.traffic.total / report.least_bytes < 1.5
 
 
 def tiny_job(monkeypatch, target=None, **changes) -> compilation.Job:
