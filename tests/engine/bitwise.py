@@ -128,16 +128,9 @@ class BitwiseContract:
     config: ModelConfig
 
     @pytest.fixture(scope="class")
-    def pair(self):
-        """Programs are optimised as users have them.
-
-        Where bits differ is vectorised code, of which most tests' programs have none.
-        """
-        name = "jax_disable_most_optimizations"
-        before = jax.config.read(name)
-        jax.config.update(name, False)
-        yield random_pair(self.config)
-        jax.config.update(name, before)
+    def pair(self, optimised_programs):
+        """Bits differ in vectorised code, of which most tests' programs have none."""
+        return random_pair(self.config)
 
     @pytest.fixture(scope="class")
     def prompts(self):
