@@ -26,10 +26,10 @@ JOB = compilation.Job(tree="chain:3")
 def test_step_of_a_1b_model_on_four_v5e(tpu_compiler):
     """Llama 3.2 1B and a small drafter, shared by all devices of v5e:2x2.
 
-    Four of its layers, whose caches are as large as those of all with a quarter of the
-    context; `tpu_report` compiles all of them. Each device runs the kernel on its own
-    heads, in every pass over a layer, and writes its own part of the caches where it
-    lies.
+    Four of its layers, whose caches are about as large as those of all with a quarter
+    of the context; `tpu_report` compiles all of them. Each device runs the kernel on
+    its own heads, in every pass over a layer, and writes its own part of the caches
+    where it lies.
     """
     job = dataclasses.replace(JOB, devices=4, layers=4, context=4 * JOB.context)
     result = compilation.compile_step(job)

@@ -69,7 +69,7 @@ def test_errors_are_those_of_the_jackknife():
 
 
 def test_plain_decoding_beside_itself():
-    """Its slowest round over its quickest: what is chance in a ratio to it."""
+    """Its slowest round over its quickest: the noise of a ratio to it."""
     slower = {**SECONDS, PLAIN: [2.0, 2.0, 3.0, 2.0]}
     (row,) = choices.results({way: answers(way, slower) for way in SECONDS})
     assert row["plain_rounds"] == pytest.approx(4 / 5)

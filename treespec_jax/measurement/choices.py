@@ -27,7 +27,7 @@ _LEGEND = (
     "Decoding alone. A pass is a batch of questions in one round. The best fixed shape "
     "is that of all passes together, plain decoding among them; held out, for each "
     "pass that of all others. ± is a standard error over passes (jackknife). Plain × "
-    "itself: its slowest round beside its quickest, of every row; so much is chance."
+    "itself: its slowest round over its quickest, the least and the most of all rows."
 )
 
 
